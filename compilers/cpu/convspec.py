@@ -1,0 +1,152 @@
+"""What one fused convolution computes: shapes, layout, epilogue. No TVM here, so tests and models can use it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import ceil
+
+
+@dataclass(frozen=True)
+class Step:
+    """One elementwise step of an epilogue, applied to the accumulated value.
+
+    `op` is one of: `scale`, `bias` (per-channel factor, offset: one buffer of shape (blocks, lanes)), `add`,
+    `mul` (with a tensor of the output's shape and layout), `relu`, `clip` (values: low, high), `sigmoid`, `silu`,
+    `hardswish`, `hardsigmoid`, `tanh`, `quantize` (values: scale, zero point; the result is uint8).
+    """
+
+    op: str
+    values: tuple[float, ...] = ()
+
+
+BUFFER_STEPS = ("scale", "bias", "add", "mul")
+
+
+@dataclass(frozen=True)
+class ConvSpec:
+    """A two-dimensional convolution on blocked tensors.
+
+    Data have the shape (n, blocks, h, w, lanes). Where `in_lanes` differs from `lanes` they are plain NCHW: 1 for
+    float32, and for int8 the channel count rounded up to a multiple of 4. The result has the shape
+    (n, blocks, oh, ow, lanes). `groups` divides both channel counts into whole blocks, except for a depthwise
+    convolution (`depthwise`), whose filters are (blocks, kh, kw, lanes).
+
+    `data` is `float32`, or for an int8 convolution `uint8`; `quantize` (scale, zero point) says that the data arrive as
+    float32 and are quantised where they are padded.
+    """
+
+    n: int
+    c: int
+    h: int
+    w: int
+    o: int
+    kernel: tuple[int, int]
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int, int, int] = (0, 0, 0, 0)  # top, left, bottom, right
+    dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
+    lanes: int = 16
+    in_lanes: int = 16
+    depthwise: bool = False
+    int8: bool = False
+    zero_point: int = 0
+    quantize: tuple[float, int] | None = None
+    steps: tuple[Step, ...] = ()
+    threads: int = 1
+
+    @property
+    def oh(self) -> int:
+        """Rows of the output."""
+        return (self.h + self.padding[0] + self.padding[2] - self.dilation[0] * (self.kernel[0] - 1) - 1) // self.stride[
+            0
+        ] + 1
+
+    @property
+    def ow(self) -> int:
+        """Columns of the output."""
+        return (self.w + self.padding[1] + self.padding[3] - self.dilation[1] * (self.kernel[1] - 1) - 1) // self.stride[
+            1
+        ] + 1
+
+    @property
+    def in_blocks(self) -> int:
+        """Blocks of input channels, of all groups."""
+        return ceil(self.c / self.in_lanes)
+
+    @property
+    def reduce_lanes(self) -> int:
+        """Input lanes that are summed: a single block with few channels is not read to its end."""
+        if self.in_blocks > 1 or self.c >= self.in_lanes:
+            return self.in_lanes
+        return ceil(self.c / 4) * 4 if self.int8 else self.c
+
+    @property
+    def out_blocks(self) -> int:
+        """Blocks of output channels."""
+        return ceil(self.o / self.lanes)
+
+    @property
+    def group_blocks(self) -> int:
+        """Blocks of input channels that one output channel reads."""
+        return self.in_blocks // self.groups
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates of the convolution itself, without the padding of the blocks."""
+        per_output = self.kernel[0] * self.kernel[1] * (1 if self.depthwise else self.c // self.groups)
+        return self.n * self.o * self.oh * self.ow * per_output
+
+    @property
+    def out_dtype(self) -> str:
+        """`uint8` where the last step quantises, else `float32`."""
+        return "uint8" if any(step.op == "quantize" for step in self.steps) else "float32"
+
+
+@dataclass(frozen=True)
+class Tile:
+    """The outputs that are accumulated in registers at once: rows x columns x blocks of lanes."""
+
+    oh: int
+    ow: int
+    blocks: int
+
+    @property
+    def accumulators(self) -> int:
+        """Vector registers that the tile needs."""
+        return self.oh * self.ow * self.blocks
+
+
+def choose_tile(spec: ConvSpec, registers: int) -> Tile:
+    """The tile with the least estimated time, by counting what one step of the reduction issues.
+
+    A step multiplies `oh * ow` broadcast inputs with `blocks` weight vectors. Two loads or about one vector
+    multiply-accumulate can start in a cycle, and a chain of fewer than about eight independent accumulators waits for
+    the multiplier's latency. Outputs that a tile computes beyond the edge are lost work.
+    """
+    best, best_cost = Tile(1, 1, 1), float("inf")
+    group_out = spec.out_blocks if spec.depthwise else spec.out_blocks // spec.groups
+    for blocks in (1,) if spec.depthwise else (1, 2, 3, 4):
+        if group_out % blocks:
+            continue
+        for ow in range(1, min(spec.ow, 28) + 1):
+            for oh in (1, 2, 4, 7, 8):
+                tile = Tile(oh, ow, blocks)
+                # A weight vector for each block and one broadcast input stay in registers beside the accumulators.
+                if oh > spec.oh or (oh > 1 and ow < spec.ow) or tile.accumulators + blocks + 1 > registers:
+                    continue
+                cost = _cost(spec, tile)
+                if cost < best_cost:
+                    best, best_cost = tile, cost
+    return best
+
+
+def _cost(spec: ConvSpec, tile: Tile) -> float:
+    """Estimated cycles of a useful output vector in one step of the reduction, in arbitrary units."""
+    computed = ceil(spec.ow / tile.ow) * tile.ow * ceil(spec.oh / tile.oh) * tile.oh
+    waste = computed / (spec.ow * spec.oh)
+    # A depthwise step loads its inputs as whole vectors; a dense one broadcasts them.
+    loads = (tile.oh * tile.ow + tile.blocks) / 2
+    cycles = max(tile.accumulators, 8.0 if spec.int8 else 10.0, loads) + 0.1 * loads
+    if spec.int8 and tile.accumulators > 20:
+        cycles *= 1.1  # the compiler spills the byte broadcasts beyond this (measured: 28x1 is slower than 14x1)
+    return waste * cycles / tile.accumulators

@@ -1,0 +1,148 @@
+"""A torch ExportedProgram to TVM Relax, our integer operators and folded batch norms included."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import tvm
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind
+from tvm import relax
+from tvm.relax.frontend.torch import from_exported_program
+
+from .compiler import CompileError
+
+
+@dataclass(frozen=True)
+class Mark:
+    """What a call of the external function `planish.NAME.NUMBER` stands for, until it is lowered to a kernel."""
+
+    op: str
+    attributes: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Imported:
+    """A Relax module whose calls of external functions are explained by `marks`."""
+
+    module: tvm.IRModule
+    marks: Mapping[str, Mark]
+
+
+def import_program(program: ExportedProgram) -> Imported:
+    """Translates a program of static shapes.
+
+    Raises:
+        CompileError: an operation has no translation; it is named.
+    """
+    marks: dict[str, Mark] = {}
+    tensors = _tensors(program)
+
+    def marked(op: str, importer: Any, inputs: list[Any], node: torch.fx.Node, **attributes: Any) -> Any:
+        name = f"planish.{op}.{len(marks)}"
+        marks[name] = Mark(op, attributes)
+        value = node.meta["val"]
+        out = relax.TensorType(tuple(value.shape), str(value.dtype).removeprefix("torch."))
+        return importer.block_builder.emit(relax.op.call_dps_packed(name, relax.Tuple(inputs), out))
+
+    def quantize(node: torch.fx.Node, importer: Any) -> Any:
+        x, scale, zero_point = node.args
+        return marked("quantize", importer, [importer.env[x]], node, scale=float(scale), zero_point=int(zero_point))  # type: ignore[arg-type]
+
+    def qconv2d(node: torch.fx.Node, importer: Any) -> Any:
+        x, weight, scale, bias, zero_point, stride, padding, dilation, groups = node.args
+        return marked(
+            "qconv2d",
+            importer,
+            [importer.env[x]],
+            node,
+            weight=tensors[weight.name],  # type: ignore[union-attr]
+            scale=tensors[scale.name],  # type: ignore[union-attr]
+            bias=tensors[bias.name],  # type: ignore[union-attr]
+            zero_point=int(zero_point),  # type: ignore[arg-type]
+            stride=tuple(stride),  # type: ignore[arg-type]
+            padding=tuple(padding),  # type: ignore[arg-type]
+            dilation=tuple(dilation),  # type: ignore[arg-type]
+            groups=int(groups),  # type: ignore[arg-type]
+        )
+
+    def qlinear(node: torch.fx.Node, importer: Any) -> Any:
+        x, weight, scale, bias, zero_point = node.args
+        return marked(
+            "qlinear",
+            importer,
+            [importer.env[x]],
+            node,
+            weight=tensors[weight.name],  # type: ignore[union-attr]
+            scale=tensors[scale.name],  # type: ignore[union-attr]
+            bias=tensors[bias.name],  # type: ignore[union-attr]
+            zero_point=int(zero_point),  # type: ignore[arg-type]
+        )
+
+    def activation(op: str) -> Callable[[torch.fx.Node, Any], Any]:
+        return lambda node, importer: marked(op, importer, [importer.env[node.args[0]]], node)
+
+    def batch_norm(node: torch.fx.Node, importer: Any) -> Any:
+        # TVM's own translation of aten.batch_norm takes momentum for epsilon and assumes training; and as one factor
+        # and one offset it folds into the convolution before it.
+        x, weight, bias, mean, variance, training, _, epsilon, *_ = node.args
+        if training or mean is None or variance is None:
+            raise CompileError(f"{node.name} is a batch norm in training mode; call model.eval() before compiling")
+        factor = 1.0 / np.sqrt(tensors[variance.name].astype(np.float64) + float(epsilon))  # type: ignore[union-attr,arg-type]
+        if weight is not None:
+            factor = factor * tensors[weight.name]  # type: ignore[union-attr]
+        offset = -tensors[mean.name] * factor  # type: ignore[union-attr]
+        if bias is not None:
+            offset = offset + tensors[bias.name]  # type: ignore[union-attr]
+        shape = (-1,) + (1,) * (len(node.meta["val"].shape) - 2)
+        constant = lambda a: relax.const(a.astype(np.float32).reshape(shape))  # noqa: E731
+        scaled = importer.block_builder.emit(relax.op.multiply(importer.env[x], constant(factor)))
+        return importer.block_builder.emit(relax.op.add(scaled, constant(offset)))
+
+    def identity(node: torch.fx.Node, importer: Any) -> Any:
+        return importer.env[node.args[0]]
+
+    converters = {
+        "quantize.default": quantize,
+        "qconv2d.default": qconv2d,
+        "qlinear.default": qlinear,
+        "batch_norm.default": batch_norm,
+        # In evaluation mode these do nothing.
+        "dropout.default": identity,
+        "feature_dropout.default": identity,
+        **{f"{op}{suffix}.default": activation(op) for op in ("hardswish", "hardsigmoid") for suffix in ("", "_")},
+    }
+    try:
+        module = from_exported_program(
+            program,
+            unwrap_unit_return_tuple=True,
+            custom_convert_map=converters,
+            run_ep_decomposition=False,
+        )
+    except CompileError:
+        raise
+    except Exception as error:
+        # TVM's importer raises assertions, key errors and its own errors alike, all of them for a model it cannot take.
+        reason = str(error).strip().splitlines()
+        raise CompileError(
+            f"TVM cannot import the model: {reason[0] if reason else type(error).__name__}. "
+            "Rewrite that operation with ones that TVM's torch frontend knows"
+        ) from error
+    return Imported(module, marks)
+
+
+def _tensors(program: ExportedProgram) -> dict[str, Any]:
+    """Parameters, buffers and constants as arrays, by the name of their graph input."""
+    found: dict[str, Any] = {}
+    for spec in program.graph_signature.input_specs:
+        if spec.kind == InputKind.USER_INPUT or spec.target is None:
+            continue
+        source = program.state_dict if spec.target in program.state_dict else program.constants
+        tensor = source[spec.target]
+        if isinstance(tensor, torch.Tensor):
+            found[spec.arg.name] = tensor.detach().cpu().numpy()
+    return found

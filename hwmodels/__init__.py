@@ -1,0 +1,1 @@
+"""What a device is and what a model costs on it."""

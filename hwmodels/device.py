@@ -1,0 +1,201 @@
+"""What a device is: the numbers a latency model needs and the target a compiler needs."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+try:
+    import tomllib
+except ModuleNotFoundError:  # Python 3.10
+    import tomli as tomllib  # type: ignore[no-redef,import-not-found,unused-ignore]
+
+KINDS = ("cpu", "cuda", "fpga")
+_KEYS = ("kind", "title", "target", "lanes", "features", "threads", "macs_per_s", "bytes_per_s", "memory_bytes", "source")
+
+
+class DeviceError(ValueError):
+    """A device that is not known, not described well, or not usable here."""
+
+
+@dataclass(frozen=True)
+class Device:
+    """A device that a model is to be fast on.
+
+    `macs_per_s` (by bits of the operands, all `threads` together) and `bytes_per_s` are peaks: bounds for a roofline,
+    not predictions. `here` says that it is the machine this process runs on, so that it can be measured.
+    """
+
+    name: str
+    kind: str
+    title: str
+    target: Mapping[str, str]
+    lanes: int
+    features: tuple[str, ...]
+    threads: int
+    macs_per_s: Mapping[int, float]
+    bytes_per_s: float
+    memory_bytes: int
+    here: bool
+    source: str = ""
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise DeviceError(f"device {self.name!r} has the kind {self.kind!r}; allowed are {', '.join(KINDS)}")
+        for label, value in (("lanes", self.lanes), ("threads", self.threads), ("bytes_per_s", self.bytes_per_s)):
+            if value <= 0:
+                raise DeviceError(f"device {self.name!r} has {label} {value}; it must be positive")
+        if not self.macs_per_s or any(v <= 0 for v in self.macs_per_s.values()):
+            raise DeviceError(f"device {self.name!r} needs macs_per_s: positive rates by bits, such as {{ 32 = 1e11 }}")
+
+
+def parse_device(text: str) -> Device:
+    """The device of a name, `cpu?threads=2`, or the path of a TOML file that describes one.
+
+    Raises:
+        DeviceError: the name is not known, or an option or a file is wrong.
+    """
+    name, _, query = text.partition("?")
+    if name.startswith("rpc://"):
+        raise DeviceError(f"device {text!r}: devices behind TVM RPC are not supported yet; name a local device")
+    if name == "cpu":
+        device = host()
+    elif name.endswith(".toml"):
+        device = _from_file(Path(name))
+    else:
+        device = _described(name)
+    return _with_options(device, text, query)
+
+
+def described() -> dict[str, Device]:
+    """The devices of `devices.toml`, by name."""
+    text = resources.files(__package__).joinpath("devices.toml").read_text(encoding="utf-8")
+    return {name: _from_table(name, table, "devices.toml") for name, table in tomllib.loads(text).items()}
+
+
+def host() -> Device:
+    """This machine's CPU with one thread."""
+    flags, hertz = _cpu_flags(), _cpu_hertz()
+    lanes = 16 if "avx512f" in flags else 8 if "avx2" in flags else 4
+    features = tuple(f for f in ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "asimd", "asimddp") if f in flags)
+    # One fused multiply-add of a whole vector in a cycle: what one core keeps up with certainty; more is a bonus.
+    rate = hertz * lanes
+    return Device(
+        name="cpu",
+        kind="cpu",
+        title=f"this machine's CPU ({platform.machine()}, {os.cpu_count()} cores)",
+        target={"kind": "llvm", "mcpu": "host"},
+        lanes=lanes,
+        features=features,
+        threads=1,
+        macs_per_s={32: rate, 8: rate * (4 if "avx512_vnni" in flags or "asimddp" in flags else 1)},
+        bytes_per_s=1e10,
+        memory_bytes=_memory_bytes(),
+        here=True,
+        source="features from the operating system; rates from the clock and the vector width, not measured",
+    )
+
+
+def _with_options(device: Device, text: str, query: str) -> Device:
+    if not query:
+        return device
+    key, _, value = query.partition("=")
+    if key != "threads" or device.kind != "cpu":
+        raise DeviceError(f"device {text!r} has the option {key!r}; allowed is threads=N, of a CPU")
+    most = (os.cpu_count() or 1) if device.here else 1024
+    if not value.isdigit() or not 1 <= int(value) <= most:
+        raise DeviceError(f"device {text!r} asks for {value or 'no'} threads; allowed are 1 to {most}")
+    threads = int(value)
+    if threads == device.threads:
+        return device
+    scale = threads / device.threads
+    rates = {bits: rate * scale for bits, rate in device.macs_per_s.items()}
+    base = text.partition("?")[0]
+    name = base if threads == 1 else f"{base}?threads={threads}"
+    return replace(device, name=name, threads=threads, macs_per_s=rates)
+
+
+def _described(name: str) -> Device:
+    from difflib import get_close_matches
+
+    known = described()
+    if name in known:
+        return known[name]
+    near = get_close_matches(name, ["cpu", *known], n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    raise DeviceError(
+        f"device {name!r} is not known.{hint} Known are cpu, {', '.join(sorted(known))}, "
+        "or the path of a TOML file that describes one"
+    )
+
+
+def _from_file(path: Path) -> Device:
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DeviceError(f"device file {str(path)!r} does not exist; name a file or see `planish devices`") from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise DeviceError(f"device file {str(path)!r} cannot be read: {error}") from None
+    return _from_table(path.stem, table, str(path))
+
+
+def _from_table(name: str, table: Mapping[str, Any], where: str) -> Device:
+    from difflib import get_close_matches
+
+    for key in table:
+        if key not in _KEYS:
+            near = get_close_matches(key, _KEYS, n=1)
+            raise DeviceError(f"{where}: device {name!r} has the unknown key {key!r}; did you mean {near or _KEYS}?")
+    missing = [k for k in ("kind", "target", "lanes", "macs_per_s", "bytes_per_s", "memory_bytes") if k not in table]
+    if missing:
+        raise DeviceError(f"{where}: device {name!r} lacks {', '.join(missing)}")
+    try:
+        return Device(
+            name=name,
+            kind=str(table["kind"]),
+            title=str(table.get("title", name)),
+            target={str(k): str(v) for k, v in table["target"].items()},
+            lanes=int(table["lanes"]),
+            features=tuple(str(f) for f in table.get("features", ())),
+            threads=int(table.get("threads", 1)),
+            macs_per_s={int(bits): float(rate) for bits, rate in table["macs_per_s"].items()},
+            bytes_per_s=float(table["bytes_per_s"]),
+            memory_bytes=int(table["memory_bytes"]),
+            here=False,
+            source=str(table.get("source", "")),
+        )
+    except (TypeError, ValueError, AttributeError) as error:
+        if isinstance(error, DeviceError):
+            raise
+        raise DeviceError(f"{where}: device {name!r} has a value of the wrong type: {error}") from None
+
+
+def _cpu_flags() -> frozenset[str]:
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return frozenset({"asimd"}) if platform.machine() in ("arm64", "aarch64") else frozenset()
+    for line in text.splitlines():
+        if line.startswith(("flags", "Features")):
+            return frozenset(line.split(":", 1)[1].split())
+    return frozenset()
+
+
+def _cpu_hertz() -> float:
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+        return max(float(line.split(":")[1]) for line in text.splitlines() if line.startswith("cpu MHz")) * 1e6
+    except (OSError, ValueError):
+        return 2e9  # unknown clocks are mostly near this
+
+
+def _memory_bytes() -> int:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError, AttributeError):
+        return 4 << 30

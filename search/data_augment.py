@@ -1,0 +1,54 @@
+"""Random shifts and flips of images, drawn from a generator that the caller gives."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from .task_error import TaskError
+
+
+@dataclass(frozen=True)
+class Augment:
+    """How training may move an image.
+
+    Attributes:
+        shift: Up to this many pixels in both directions, the border filled with `fill` (the usual "pad and crop").
+        flip: Whether half of the images are mirrored left to right.
+        fill: The stored value of the border (before normalisation).
+    """
+
+    shift: int = 0
+    flip: bool = False
+    fill: float = 0.0
+
+    def __bool__(self) -> bool:
+        return self.shift > 0 or self.flip
+
+    def check(self, shape: tuple[int, ...]) -> None:
+        """Raises TaskError if samples of this shape cannot be moved so."""
+        if self and len(shape) != 3:
+            raise TaskError(f"{self} needs images (channels, height, width), not samples of shape {shape}")
+        if not 0 <= self.shift <= (min(shape[1:]) if self else 0):
+            raise TaskError(f"shift {self.shift} is outside 0..{min(shape[1:])}, the size of the images")
+
+    def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        """Moved copies of images (n, c, h, w), every image on its own."""
+        if not self:
+            return images
+        n, _, height, width = images.shape
+        offsets = torch.randint(0, 2 * self.shift + 1, (2, n), generator=generator)
+        mirrored = torch.randint(0, 2, (n,), generator=generator) == 1
+        rows = offsets[0, :, None] + torch.arange(height)
+        columns = torch.arange(width).expand(n, width)
+        if self.flip:
+            columns = torch.where(mirrored[:, None], columns.flip(1), columns)
+        columns = offsets[1, :, None] + columns
+        padded = functional.pad(images, (self.shift,) * 4, value=self.fill)
+        # Channels last, so that one gather takes every image's own rows and columns.
+        images_index = torch.arange(n)[:, None, None]
+        moved = padded.permute(0, 2, 3, 1)[images_index, rows[:, :, None], columns[:, None, :]]
+        return moved.permute(0, 3, 1, 2).contiguous()

@@ -1,0 +1,118 @@
+"""Images in a folder per class, read once into memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .data import Data, Normalise, Split
+from .data_augment import Augment
+from .data_options import normalise_from
+from .data_split import stratified
+from .task_error import TaskError
+
+_SUFFIXES = frozenset((".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"))
+_SPLITS = {"train": ("train",), "validation": ("val", "valid", "validation"), "test": ("test",)}
+# ImageNet's constants, which most published image models were trained with.
+_NORMALISE = Normalise(1 / 255, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
+def load_images(folder: Path, options: Mapping[str, str]) -> Data:
+    """RGB images of `size` x `size` pixels (64 unless given): the shorter side is resized, the middle kept.
+
+    With `train`, `val` and `test` folders each is its split, and what is missing is taken from train (a tenth
+    for each); otherwise 80 % train, 10 % validation, 10 % test, every class alike, by a fixed seed.
+
+    Raises:
+        TaskError: a class is empty, an image cannot be read, the images do not fit into memory.
+    """
+    size = _size(options.get("size", "64"))
+    normalise = normalise_from(options, _NORMALISE)
+    augment = Augment(shift=max(1, size // 8), flip=True)
+    if not (folder / "train").is_dir():
+        classes = _classes(folder)
+        inputs, targets = _read(folder, classes, size)
+        parts = stratified(targets, (0.8, 0.1, 0.1))
+        splits = [Split(inputs[part], targets[part], normalise) for part in parts]
+    else:
+        classes = _classes(folder / "train")
+        splits = _split_folders(folder, classes, size, normalise)
+    train = Split(splits[0].inputs, splits[0].targets, normalise, augment)
+    return Data(train, splits[1], splits[2], classes)
+
+
+def _split_folders(folder: Path, classes: tuple[str, ...], size: int, normalise: Normalise) -> list[Split]:
+    loaded: dict[str, tuple[Tensor, Tensor]] = {}
+    for split, names in _SPLITS.items():
+        found = next((folder / name for name in names if (folder / name).is_dir()), None)
+        if found is not None:
+            unknown = sorted(set(_classes(found)) - set(classes))
+            if unknown:
+                raise TaskError(f"{found} has the class {unknown[0]!r}, which {folder / 'train'} does not have")
+            loaded[split] = _read(found, classes, size)
+    missing = [split for split in _SPLITS if split not in loaded]
+    inputs, targets = loaded["train"]
+    parts = stratified(targets, (1 - 0.1 * len(missing), *(0.1 for _ in missing)))
+    for split, part in zip(("train", *missing), parts, strict=True):
+        loaded[split] = (inputs[part], targets[part])
+    return [Split(*loaded[split], normalise) for split in _SPLITS]
+
+
+def _size(text: str) -> int:
+    if not text.isdecimal() or not 8 <= int(text) <= 1024:
+        raise TaskError(f"size={text} is not a number of pixels in 8..1024, as in size=64")
+    return int(text)
+
+
+def _classes(folder: Path) -> tuple[str, ...]:
+    names = tuple(sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")))
+    if len(names) < 2:
+        raise TaskError(f"{folder} has {len(names)} folder(s); it needs one for every class, at least 2")
+    return names
+
+
+def _read(folder: Path, classes: tuple[str, ...], size: int) -> tuple[Tensor, Tensor]:
+    paths: list[Path] = []
+    targets: list[int] = []
+    for label, name in enumerate(classes):
+        members = sorted(path for path in (folder / name).glob("**/*") if path.suffix.lower() in _SUFFIXES)
+        if not members:
+            raise TaskError(f"{folder / name} holds no images ({' '.join(sorted(_SUFFIXES))}); add some or remove it")
+        paths += members
+        targets += [label] * len(members)
+    _check_memory(folder, len(paths), size)
+    inputs = torch.empty(len(paths), 3, size, size, dtype=torch.uint8)
+    for index, path in enumerate(paths):
+        inputs[index] = _image(path, size)
+    return inputs, torch.tensor(targets)
+
+
+def _check_memory(folder: Path, count: int, size: int) -> None:
+    import psutil
+
+    needed, available = 3 * count * size * size, int(psutil.virtual_memory().available)
+    if needed > available // 2:
+        raise TaskError(
+            f"the {count} images in {folder} need {needed / 1e9:.1f} GB at size={size}, and {available / 1e9:.1f} GB "
+            "are free; use fewer images or a smaller size"
+        )
+
+
+def _image(path: Path, size: int) -> Tensor:
+    import numpy as np
+    from PIL import Image
+
+    try:
+        with Image.open(path) as file:
+            image = file.convert("RGB")
+    except Exception as error:  # a damaged image raises nearly anything
+        raise TaskError(f"{path} cannot be read as an image ({error}); repair or remove it") from None
+    scale = size / min(image.size)
+    width, height = (max(size, round(side * scale)) for side in image.size)
+    image = image.resize((width, height), Image.Resampling.BILINEAR)
+    left, top = (width - size) // 2, (height - size) // 2
+    pixels = np.asarray(image.crop((left, top, left + size, top + size)))
+    return torch.from_numpy(pixels.copy()).permute(2, 0, 1)

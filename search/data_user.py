@@ -1,0 +1,95 @@
+"""Data from the user's own factory: a `Data`, or three sets with or without a metric."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .data import Data, Metric, Normalise, Split, accuracy
+from .factory import call_factory
+from .task_error import TaskError
+
+
+def load_user_data(name: str) -> Data:
+    """Calls `file.py:factory` or `package.module:factory` without arguments.
+
+    The factory returns one of
+
+    - a `Data`;
+    - `(train, validation, test)` or `(train, validation, test, metric)`, each set being a `Split`, a pair
+      `(inputs, targets)` of arrays or tensors, or a torch `Dataset` with a length whose items are
+      `(input, class)`.
+
+    Inputs are (samples, ...) with classes 0, 1, ... as targets. Float inputs go to the model as they are, uint8
+    inputs divided by 255, any other type as float. The metric takes (outputs (n, ...), targets (n,)) and
+    returns (n,) scores, bool or in [0, 1], more is better; without one it is accuracy. The number of classes is
+    the largest target plus one; return a `Data` to name them.
+
+    Raises:
+        TaskError: the factory fails or returns something else.
+    """
+    made = call_factory("data", name)
+    if isinstance(made, Data):
+        return made
+    if not isinstance(made, tuple) or len(made) not in (3, 4):
+        what = f"{len(made)} things" if isinstance(made, tuple) else f"a {type(made).__name__}"
+        raise TaskError(
+            f"data {name!r} returned {what}; it needs to return a planish.search.data.Data, "
+            "(train, validation, test) or (train, validation, test, metric)"
+        )
+    metric: Metric = made[3] if len(made) == 4 else accuracy
+    if not callable(metric):
+        raise TaskError(f"data {name!r} returned the metric {metric!r}; it needs to be callable")
+    names = ("train", "validation", "test")
+    train, validation, test = (_split(f"{name} {part}", made[i], metric) for i, part in enumerate(names))
+    count = 1 + max(int(split.targets.max()) if len(split) else 0 for split in (train, validation, test))
+    return Data(train, validation, test, tuple(str(label) for label in range(count)))
+
+
+def _split(name: str, given: Any, metric: Metric) -> Split:
+    if isinstance(given, Split):
+        return Split(given.inputs, given.targets, given.normalise, given.augment, metric)
+    if isinstance(given, tuple | list) and len(given) == 2:
+        inputs, targets = _tensor(name, "inputs", given[0]), _tensor(name, "targets", given[1])
+    elif hasattr(given, "__getitem__") and hasattr(given, "__len__") and not isinstance(given, Tensor):
+        inputs, targets = _dataset(name, given)
+    else:
+        raise TaskError(
+            f"data {name} is a {type(given).__name__}; it needs to be (inputs, targets), a Split, or a Dataset"
+        )
+    if targets.is_floating_point() or targets.dtype == torch.bool:
+        raise TaskError(f"data {name} has targets of {targets.dtype}; they need to be whole numbers, the classes")
+    normalise = Normalise(1 / 255) if inputs.dtype == torch.uint8 else Normalise()
+    if inputs.dtype != torch.uint8:
+        inputs = inputs.to(torch.float32)
+    return Split(inputs, targets.to(torch.int64), normalise, metric=metric)
+
+
+def _dataset(name: str, items: Sequence[Any]) -> tuple[Tensor, Tensor]:
+    inputs, targets = [], []
+    for index in range(len(items)):
+        item = items[index]
+        if not isinstance(item, tuple | list) or len(item) != 2:
+            raise TaskError(f"data {name} item {index} is a {type(item).__name__}; it needs to be (input, class)")
+        inputs.append(_tensor(name, f"input {index}", item[0]))
+        targets.append(int(item[1]))
+        if inputs[-1].shape != inputs[0].shape:
+            raise TaskError(
+                f"data {name} item {index} has shape {tuple(inputs[-1].shape)} and item 0 {tuple(inputs[0].shape)}; "
+                "all need one shape, resize them"
+            )
+    if not inputs:
+        raise TaskError(f"data {name} is empty; it needs samples")
+    return torch.stack(inputs), torch.tensor(targets)
+
+
+def _tensor(name: str, what: str, values: Any) -> Tensor:
+    try:
+        return torch.as_tensor(values).detach().cpu()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TaskError(
+            f"data {name} {what}: a {type(values).__name__} is not an array or tensor of numbers ({error})"
+        ) from None

@@ -1,0 +1,193 @@
+"""The front as front.json and front.csv hold it, and the choice of one of its entries."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from .errors import UserError
+from .objective import Budget, Objective
+from .pareto import ParetoFront
+from .trial import State, Trial, finite
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A trial that may stand on the front.
+
+    `measured`: by running the compiled artifact. `recipe`: fine-tuning epochs, teacher, seed. `artifact`: its folder,
+    relative to the run's. `slow_sites`: why a compressed site did not get faster.
+    """
+
+    trial: Trial
+    measured: bool
+    recipe: Mapping[str, object] | None = None
+    artifact: str | None = None
+    slow_sites: Mapping[str, str] | None = None
+
+    def to_json(self, meets_budget: bool) -> dict[str, object]:
+        """The entry by the schema of front.json."""
+        return {
+            "trial": self.trial.number,
+            "options": dict(self.trial.candidate.options),
+            "metrics": finite(self.trial.metrics),
+            "measured": self.measured,
+            "meets_budget": meets_budget,
+            "recipe": finite(self.recipe),
+            "artifact": self.artifact,
+            "slow_sites": dict(self.slow_sites or {}),
+        }
+
+
+def front_document(
+    objectives: Sequence[Objective], bounds: Sequence[Objective], original: Entry, entries: Sequence[Entry]
+) -> dict[str, object]:
+    """What front.json holds.
+
+    `front` are the entries that keep every bound and that no other such entry beats. Where none keeps them, it is the
+    front without bounds, and `nearest_miss` the entry that exceeds its worst bound by the smallest share. The original
+    stands on the front too where nothing beats it, and always under `original`.
+
+    Args:
+        objectives: What is traded off, without bounds.
+        bounds: The resolved budgets.
+        original: The original model.
+        entries: The others; those that did not complete, or that are no improvement (`improves`), are left out.
+    """
+    base = original.trial.metrics
+    able = [entry for entry in entries if improves(objectives, entry.trial, base)]
+    keeping = [entry for entry in able if keeps(bounds, entry.trial.metrics)]
+    competing = [original, *(keeping or able)]
+    if keeping and not keeps(bounds, base):
+        competing = keeping
+    front = ParetoFront(tuple(objectives), tuple(entry.trial for entry in competing))
+    by_number = {entry.trial.number: entry for entry in competing}
+    members = [by_number[trial.number] for trial in front.members()]
+    miss = (
+        None
+        if keeping or keeps(bounds, base)
+        else min(able, key=lambda e: _excess(bounds, e.trial.metrics), default=None)
+    )
+    return {
+        "objectives": [{"metric": o.metric, "goal": o.goal} for o in objectives],
+        "budget": [{"metric": o.metric, "bound": o.bound} for o in bounds],
+        "original": original.to_json(keeps(bounds, base)),
+        "front": [entry.to_json(keeps(bounds, entry.trial.metrics)) for entry in members],
+        "nearest_miss": miss.to_json(False) if miss else None,
+        "hypervolume": front.hypervolume(base),
+    }
+
+
+def improves(objectives: Sequence[Objective], trial: Trial, original: Mapping[str, object]) -> bool:
+    """Whether a trial may be offered: complete, every objective known, and faster than the original on every device.
+
+    Where latency is no objective, it must be below the original in at least one cost instead.
+    """
+    if trial.state is not State.COMPLETE or any(math.isnan(o.value(trial.metrics)) for o in objectives):
+        return False
+    costs = [objective for objective in objectives if objective.goal == "minimize"]
+    latencies = [objective for objective in costs if objective.metric.startswith("latency[")]
+    if latencies:
+        return all(o.value(trial.metrics) < o.value(original) for o in latencies)
+    return any(o.value(trial.metrics) < o.value(original) for o in costs)
+
+
+def keeps(bounds: Sequence[Objective], metrics: Mapping[str, object]) -> bool:
+    """Whether metrics keep every bound; an unknown metric keeps none."""
+    return all(bound.allows(bound.value(metrics)) for bound in bounds)
+
+
+def choose(front: Mapping[str, object], budgets: Sequence[Budget]) -> Mapping[str, object]:
+    """The most accurate entry of a front document that keeps the budgets; the cheapest of equals.
+
+    Args:
+        front: front.json.
+        budgets: Empty: the budget that the run was launched with, where an entry keeps it.
+
+    Raises:
+        UserError: no entry keeps them; the nearest value of each budget is named.
+    """
+    original = _metrics(_mapping(front.get("original")))
+    base_trial = _mapping(front.get("original")).get("trial")
+    listed = front.get("front")
+    entries = [_mapping(entry) for entry in listed] if isinstance(listed, list) else []
+    entries = [entry for entry in entries if entry.get("trial") != base_trial]
+    bounds = [budget.resolve(original) for budget in budgets]
+    fitting = [entry for entry in entries if keeps(bounds, _metrics(entry))]
+    if not fitting:
+        misses = ", ".join(_nearest_text(b, o, entries) for b, o in zip(budgets, bounds, strict=True))
+        detail = f"no entry of the front keeps {misses}" if misses else "the front is empty but for the original"
+        raise UserError(f"{detail}; relax the budget, or name a trial with --trial")
+    accuracy = Objective("accuracy", "maximize")
+    promised = [entry for entry in fitting if entry.get("meets_budget")] or fitting
+    ranked = sorted(enumerate(promised), key=lambda pair: (accuracy.loss(accuracy.value(_metrics(pair[1]))), -pair[0]))
+    return ranked[0][1]
+
+
+def front_csv(front: Mapping[str, object]) -> str:
+    """The front as a table: one row an entry, the original first; metrics by device get a column each."""
+    listed = front.get("front")
+    original = _mapping(front.get("original"))
+    others = (
+        [_mapping(e) for e in listed if e.get("trial") != original.get("trial")] if isinstance(listed, list) else []
+    )
+    rows = [_row(entry) for entry in [original, *others]]
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    # Options last, in the order of the space, so that the numbers stand side by side.
+    columns.sort(key=lambda name: name.startswith("option "))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def _excess(bounds: Sequence[Objective], metrics: Mapping[str, object]) -> float:
+    """By what share of itself the worst bound is exceeded; infinite where a metric is unknown."""
+    worst = 0.0
+    for objective in bounds:
+        assert objective.bound is not None
+        over = objective.loss(objective.value(metrics)) - objective.loss(objective.bound)
+        worst = max(worst, math.inf if math.isnan(over) else over / max(abs(objective.bound), 1e-12))
+    return worst
+
+
+def _nearest_text(budget: Budget, bound: Objective, entries: Sequence[Mapping[str, object]]) -> str:
+    values = [bound.value(_metrics(entry)) for entry in entries]
+    known = sorted((value for value in values if not math.isnan(value)), key=bound.loss)
+    return (
+        f"{budget.text} ({bound.metric} reaches {known[0]:.4g} and the bound is {bound.bound:.4g})"
+        if known
+        else budget.text
+    )
+
+
+def _row(entry: Mapping[str, object]) -> dict[str, object]:
+    row: dict[str, object] = {key: entry.get(key) for key in ("trial", "measured", "meets_budget")}
+    for name, value in _metrics(entry).items():
+        if isinstance(value, Mapping):
+            for device, item in value.items():
+                fields = item if isinstance(item, Mapping) else {"value": item}
+                row[f"{name}[{device}]"] = fields.get("value")
+                row |= _interval(f"{name}[{device}]", fields.get("ci95"))
+        elif isinstance(value, list):
+            row |= _interval(name.removesuffix("_ci95"), value)
+        else:
+            row[name] = value
+    row["artifact"] = entry.get("artifact")
+    return row | {f"option {name}": option for name, option in _mapping(entry.get("options")).items()}
+
+
+def _interval(name: str, value: object) -> dict[str, object]:
+    return {f"{name} low": value[0], f"{name} high": value[1]} if isinstance(value, list) and len(value) == 2 else {}
+
+
+def _metrics(entry: Mapping[str, object]) -> Mapping[str, object]:
+    return _mapping(entry.get("metrics"))
+
+
+def _mapping(value: object) -> Mapping[str, object]:
+    return value if isinstance(value, Mapping) else {}

@@ -1,0 +1,167 @@
+"""What the events of a journal add up to: trials, their rungs and the phases of the run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..spaces.space import Candidate
+from .errors import UserError
+from .journal import Event
+from .trial import State, Trial, read_object, read_options
+
+Metrics = Mapping[str, object]
+
+
+@dataclass(frozen=True)
+class Rung:
+    """What a trial was after a rung of distillation: its epochs so far and its metrics."""
+
+    epochs: float
+    metrics: Metrics
+    time_s: float
+
+
+@dataclass(frozen=True)
+class Record:
+    """A trial with everything that was recorded about it.
+
+    `score` are the one-shot metrics, `measures` the measured ones by device, `rungs` by their number.
+    The trial's metrics are all of them together, later ones over earlier ones, those of its end over all.
+    """
+
+    trial: Trial
+    score: Metrics | None
+    measures: Mapping[str, Metrics]
+    rungs: Mapping[int, Rung]
+    started_s: float
+    ended_s: float | None
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A phase of the run: how many items it has, and the event that counts one (`score`, `rung`, `measure`, `end`)."""
+
+    name: str
+    total: int
+    unit: str
+    time_s: float
+
+
+@dataclass(frozen=True)
+class History:
+    """A journal's content: records by trial number, and the phases in the order in which they began."""
+
+    records: Mapping[int, Record]
+    phases: Sequence[Phase]
+
+    def trials(self) -> list[Trial]:
+        """Every trial by number, those still running included."""
+        return [record.trial for _, record in sorted(self.records.items())]
+
+
+def replay(events: Sequence[Event], path: Path) -> History:
+    """The history that the events tell. Events of unknown kind are ignored; of two equal facts the first one stands.
+
+    Args:
+        events: In the order of the file.
+        path: The journal, for messages.
+
+    Raises:
+        UserError: a known event lacks a key or speaks of a trial that never started (named by file and line).
+    """
+    drafts: dict[int, _Draft] = {}
+    phases: list[Phase] = []
+    for event in events:
+        try:
+            if event.data.get("event") == "phase":
+                phases.append(_phase(event.data))
+            elif event.data.get("event") in ("start", "score", "measure", "rung", "end"):
+                _apply(event.data, drafts)
+        except ValueError as error:
+            advice = "restore the file from a copy, or delete that line"
+            raise UserError(f"{path}:{event.line}: {error}; {advice}") from error
+    return History({number: draft.record() for number, draft in sorted(drafts.items())}, phases)
+
+
+@dataclass
+class _Draft:
+    """A record while its events are read."""
+
+    start: Trial
+    started_s: float
+    metrics: Metrics = field(default_factory=dict)
+    last: Metrics = field(default_factory=dict)
+    score: Metrics | None = None
+    measures: dict[str, Metrics] = field(default_factory=dict)
+    rungs: dict[int, Rung] = field(default_factory=dict)
+    state: State = State.RUNNING
+    error: str | None = None
+    ended_s: float | None = None
+
+    def record(self) -> Record:
+        start = self.start
+        metrics = _merged(self.metrics, self.last)
+        trial = Trial(start.number, start.candidate, self.state, metrics, self.error, start.seed, start.batch)
+        return Record(trial, self.score, self.measures, self.rungs, self.started_s, self.ended_s)
+
+
+def _apply(data: Mapping[str, object], drafts: dict[int, _Draft]) -> None:
+    number, kind, time_s = _whole(data, "trial"), data["event"], _number(data, "time")
+    if kind == "start":
+        candidate = Candidate(read_options(data))
+        trial = Trial(number, candidate, State.RUNNING, {}, None, _whole(data, "seed"), _whole(data, "batch"))
+        drafts.setdefault(number, _Draft(trial, time_s))
+        return
+    if number not in drafts:
+        raise ValueError(f"trial {number} has the event {kind!r} but never started")
+    draft, metrics = drafts[number], read_object(data, "metrics")
+    if kind == "end":
+        if draft.ended_s is None:
+            draft.state, draft.last, draft.ended_s = State(data.get("state")), metrics, time_s
+            draft.error = None if data.get("error") is None else str(data["error"])
+        return
+    if kind == "score":
+        if draft.score is not None:
+            return
+        draft.score = metrics
+    elif kind == "measure":
+        device = str(data.get("device", ""))
+        if device in draft.measures:
+            return
+        draft.measures[device] = metrics
+    else:
+        rung = _whole(data, "rung")
+        if rung in draft.rungs:
+            return
+        draft.rungs[rung] = Rung(_number(data, "epochs"), metrics, time_s)
+    draft.metrics = _merged(draft.metrics, metrics)
+
+
+def _merged(old: Metrics, new: Metrics) -> dict[str, object]:
+    """The new metrics over the old ones; those by device (`latency_s`) are merged device by device."""
+    merged = dict(old)
+    for name, value in new.items():
+        before = merged.get(name)
+        both = isinstance(before, dict) and isinstance(value, dict)
+        merged[name] = {**before, **value} if both else value  # type: ignore[dict-item]
+    return merged
+
+
+def _phase(data: Mapping[str, object]) -> Phase:
+    return Phase(str(data.get("phase")), _whole(data, "total"), str(data.get("unit")), _number(data, "time"))
+
+
+def _whole(data: Mapping[str, object], key: str) -> int:
+    value = data.get(key)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ValueError(f"{key!r} is {value!r}; it must be a whole number from 0")
+    return value
+
+
+def _number(data: Mapping[str, object], key: str) -> float:
+    value = data.get(key)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ValueError(f"{key!r} is {value!r}; it must be a number")
+    return float(value)

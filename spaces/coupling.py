@@ -1,0 +1,235 @@
+"""Which layers must lose channels together, found by Torch-Pruning's dependency graph and checked by running them."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .prune import Group, Member, Role, narrow
+from .trace import TracedModel, reason_of
+
+_SLICED = (
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.Linear,
+    nn.modules.batchnorm._BatchNorm,
+    nn.modules.instancenorm._InstanceNorm,
+    nn.PReLU,
+)
+# What autograd calls the operations that can tie a layer to the number or the order of its channels.
+_TELLING = {
+    "ConstantPadNd": "F.pad",
+    "Slice": "a slice",
+    "View": "a view",
+    "UnsafeView": "a view",
+    "Reshape": "a reshape",
+    "Split": "a split",
+    "SplitWithSizes": "a split",
+    "Unbind": "an unbind",
+    "Expand": "an expand",
+    "Permute": "a permute",
+    "Transpose": "a transpose",
+    "Mean": "a mean",
+    "Sum": "a sum",
+}
+
+
+@dataclass(frozen=True)
+class Coupling:
+    """The groups that can be pruned, in order of execution, and why every other layer's channels must stay."""
+
+    groups: tuple[Group, ...]
+    refused: Mapping[str, str]
+
+
+def couple(traced: TracedModel) -> Coupling:
+    """Finds the groups of channels that can only be removed together.
+
+    A group is kept if the model without half of its channels computes what the original computes when the layers that
+    read these channels are given zeros instead. That is run for every group and for all of them at once, on a copy
+    whose weights are disturbed, because a batch norm scaled by zero would make any two models equal.
+    """
+    order = {layer.name: position for position, layer in enumerate(traced.layers)}
+    refused: dict[str, str] = {}
+    found: dict[str, tuple[Group, str]] = {}
+    for members, group_or_reason, through in _candidates(traced, order):
+        if isinstance(group_or_reason, str):
+            refused.update(dict.fromkeys(members, group_or_reason))
+        else:
+            found[group_or_reason.site] = (group_or_reason, through)
+    probe, example = _disturbed(traced)
+    accepted: list[Group] = []
+    for group, through in sorted(found.values(), key=lambda pair: order[pair[0].site]):
+        reason = _difference(probe, example, [group])
+        if reason:
+            where = f"its channels pass through {through}, and " if through else ""
+            refused.update({member.name: where + reason for member in group.members if member.role == "out"})
+        else:
+            accepted.append(group)
+    if len(accepted) > 1 and _difference(probe, example, accepted):
+        accepted, refused = _jointly(probe, example, accepted, refused)
+    return Coupling(tuple(accepted), refused)
+
+
+def _jointly(
+    probe: nn.Module, example: Tensor, groups: Sequence[Group], refused: dict[str, str]
+) -> tuple[list[Group], dict[str, str]]:
+    accepted: list[Group] = []
+    for group in groups:
+        reason = _difference(probe, example, [*accepted, group])
+        if reason:
+            refused.update({m.name: f"together with other groups: {reason}" for m in group.members if m.role == "out"})
+        else:
+            accepted.append(group)
+    return accepted, refused
+
+
+def _candidates(traced: TracedModel, order: Mapping[str, int]) -> list[tuple[list[str], Group | str, str]]:
+    """Every group of the dependency graph: its producing layers, the group or a reason, and what lies on the way."""
+    import torch_pruning
+
+    module = copy.deepcopy(traced.module)
+    for parameter in module.parameters():
+        parameter.requires_grad_(True)
+    producers = [
+        name
+        for name, layer in module.named_modules()
+        if isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear) and name in order
+    ]
+    try:
+        with warnings.catch_warnings(), torch.enable_grad():
+            warnings.simplefilter("ignore")
+            graph = torch_pruning.DependencyGraph()
+            graph.build_dependency(module, traced.example.clone(), verbose=False)
+    except Exception as error:
+        reason = f"Torch-Pruning cannot follow the model: {reason_of(error)}"
+        return [([name], reason, "") for name in producers]
+    names = {layer: name for name, layer in module.named_modules()}
+    names.update({parameter: name for name, parameter in module.named_parameters()})
+    result: list[tuple[list[str], Group | str, str]] = []
+    seen: set[str] = set()
+    for name in sorted(producers, key=lambda producer: (_width(module.get_submodule(producer)), order[producer])):
+        if name in seen:
+            continue
+        items = _items(graph, module.get_submodule(name))
+        produced = [names[layer] for layer, role in items if role in ("out", "both") and layer in names]
+        producing = [other for other in produced if other in producers] or [name]
+        first = min(producing, key=lambda p: (_width(module.get_submodule(p)), order[p]))
+        if first != name:
+            items = _items(graph, module.get_submodule(first))
+        seen.update([name, *producing])
+        kinds = [str(layer._grad_fn) for layer, _ in items if hasattr(layer, "_grad_fn")]
+        kinds += [type(layer).__name__.strip("_").removesuffix("Op") for layer, _ in items if layer not in names]
+        through = " and ".join(sorted({_TELLING[kind] for text in kinds if (kind := _plain(text)) in _TELLING}))
+        result.append((producing, _group(first, items, names), through))
+    return result
+
+
+def _items(graph: Any, layer: nn.Module) -> dict[tuple[Any, Role], tuple[tuple[int, ...], ...]]:
+    """The members of a layer's full group with their positions by channel, as Torch-Pruning sees them."""
+    from torch_pruning.ops import OPTYPE
+
+    width = _width(layer)
+    prune = graph.get_pruner_of_module(layer).prune_out_channels
+    items: dict[tuple[Any, Role], tuple[tuple[int, ...], ...]] = {}
+    for item in graph.get_pruning_group(layer, prune, list(range(width))).items:
+        target = item.dep.target
+        role: Role = "both"
+        if target.type in (OPTYPE.CONV, OPTYPE.LINEAR):
+            role = "out" if graph.is_out_channel_pruning_fn(item.dep.handler) else "in"
+        elif target.type == OPTYPE.PARAMETER:
+            role = "parameter"
+        positions: list[list[int]] = [[] for _ in range(width)]
+        for position, channel in zip(item.idxs, item.root_idxs or (), strict=False):
+            if channel is not None:
+                positions[channel].append(position)
+        items[target.module, role] = tuple(tuple(sorted(part)) for part in positions)
+        if role == "parameter":
+            target.module.planish_dim = target.pruning_dim
+    return items
+
+
+def _group(
+    site: str, items: Mapping[tuple[Any, Role], tuple[tuple[int, ...], ...]], names: Mapping[Any, str]
+) -> Group | str:
+    """The group as members by name, or why it cannot be one."""
+    members: list[Member] = []
+    for (layer, role), positions in items.items():
+        kind = type(layer).__name__
+        if kind == "_OutputOp":
+            return "its channels are the model's output"
+        if layer not in names:
+            continue
+        name = names[layer]
+        if role != "parameter" and not isinstance(layer, _SLICED):
+            return f"its channels go into {name}, a {kind}, which would compute something else with fewer of them"
+        if isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d) and layer.groups > 1:
+            if not layer.groups == layer.in_channels == layer.out_channels:
+                return f"{name} is a grouped convolution: its channels can only go in equal numbers from each group"
+            role = "both"
+        if len({len(part) for part in positions}) != 1 or not positions[0]:
+            return f"only a part of its channels reaches {name}"
+        dim = getattr(layer, "planish_dim", 0) if role == "parameter" else 0
+        members.append(Member(name, role, positions, dim))
+    if not any(member.role == "in" for member in members):
+        return "nothing but the model's output reads its channels"
+    return Group(site, len(members[0].indices), tuple(members))
+
+
+def _disturbed(traced: TracedModel) -> tuple[nn.Module, Tensor]:
+    """A copy with other weights and a random input, in float64 where the model runs in it."""
+    generator = torch.Generator().manual_seed(0)
+    probe = copy.deepcopy(traced.module).requires_grad_(False)
+    for parameter in probe.parameters():
+        if parameter.is_floating_point():
+            fan_in = max(1, parameter[0].numel()) if parameter.ndim > 1 else 4
+            parameter += torch.randn(parameter.shape, generator=generator) / fan_in**0.5
+    example = torch.randn(traced.example.shape, generator=generator)
+    try:
+        with torch.no_grad():
+            wide = copy.deepcopy(probe).double()
+            wide(example.double())
+    except Exception:
+        return probe, example
+    return wide, example.double()
+
+
+def _difference(probe: nn.Module, example: Tensor, groups: Sequence[Group]) -> str:
+    """Why the model without half the channels of the groups differs from the one that reads zeros there, or ""."""
+    generator = torch.Generator().manual_seed(1)
+    kept = [torch.randperm(g.width, generator=generator)[: -(-g.width // 2)].sort().values for g in groups]
+    smaller, masked = copy.deepcopy(probe), copy.deepcopy(probe)
+    try:
+        narrow(smaller, list(zip(groups, kept, strict=True)), {})
+        for group, keep in zip(groups, kept, strict=True):
+            gone = sorted(set(range(group.width)) - set(keep.tolist()))
+            for member in group.consumers():
+                weight = masked.get_submodule(member.name).get_parameter("weight")
+                weight[:, [position for c in gone for position in member.indices[c]]] = 0
+        with torch.no_grad():
+            full, want, got = probe(example), masked(example), smaller(example)
+    except Exception as error:
+        return f"removing half of them fails: {reason_of(error)}"
+    exact = 1e-8 if example.dtype == torch.float64 else 1e-3  # rounding of sums in another order, deep networks included
+    size = float(want.abs().max())
+    if got.shape != want.shape or not float((got - want).abs().max()) <= exact * size:
+        return "removing half of them does not equal setting them to zero"
+    if float((full - want).abs().max()) <= exact * size:
+        return "the output does not depend on them"
+    return ""
+
+
+def _width(layer: nn.Module) -> int:
+    return int(getattr(layer, "out_channels", None) or getattr(layer, "out_features", 0))
+
+
+def _plain(name: str) -> str:
+    """SliceBackward0 -> Slice."""
+    return name.rstrip("0123456789").removesuffix("Backward")
