@@ -2,35 +2,41 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
+    import torch
     from torch.export import ExportedProgram
 
     from ..hwmodels.device import Device
     from ..hwmodels.measurement import Measurement, MeasureProtocol
+    from .manifest import Manifest
 
 
 class CompileError(RuntimeError):
     """A model or a device that the compiler cannot take; the message names what and why."""
 
 
+class RunError(RuntimeError):
+    """Compiled code that crashed, hung, failed or computed something else.
+
+    `artifact` is its name in the call, None where the failure is not one artifact's.
+    """
+
+    def __init__(self, message: str, artifact: str | None = None) -> None:
+        super().__init__(message)
+        self.artifact = artifact
+
+
 @dataclass(frozen=True)
 class Artifact:
-    """A compiled model in a folder."""
+    """A compiled model in a folder: library, `manifest.json`, `examples.npz`."""
 
     path: Path
-    device: str
-    compiler: str
-    inputs: tuple[tuple[str, tuple[int, ...], str], ...]  # name, shape, dtype
-    outputs: tuple[tuple[str, tuple[int, ...], str], ...]
-    library_bytes: int
-    # Bytes of the intermediate values in the compiler's static memory plan; 0 where it has none.
-    working_bytes: int = 0
+    manifest: Manifest
 
 
 class Compiler(Protocol):
@@ -41,32 +47,33 @@ class Compiler(Protocol):
 
     name: str
 
-    def compile(self, program: ExportedProgram, device: Device, folder: Path) -> Artifact:
-        """Writes a compiled model into `folder`, which must not exist or be empty.
+    def missing(self, device: Device) -> str | None:
+        """What keeps this compiler from compiling for and running on the device, None where nothing does."""
+        ...
+
+    def compile(
+        self, program: ExportedProgram, device: Device, folder: Path, examples: torch.Tensor, *, tolerance: float
+    ) -> Artifact:
+        """Writes a compiled model into `folder`, with the outputs that torch gives for the examples.
+
+        Args:
+            program: A program of one input of shape (batch, ...).
+            device: What it must run on.
+            folder: Must not exist, or be empty.
+            examples: Inputs of shape (count, batch, ...); the program itself gives the expected outputs.
+            tolerance: Largest difference from torch that is allowed, relative to the largest output.
 
         Raises:
             CompileError: the model or the device cannot be compiled.
         """
         ...
 
-    def run(self, artifact: Artifact, inputs: Path, outputs: Path, *, time_limit_s: float) -> None:
-        """Runs the artifact on the arrays of an npz file (`input_0`, ...) and writes `output_0`, ... to another.
-
-        Raises:
-            RunError: the child process crashed, failed or took longer than the limit.
-        """
-        ...
-
     def measure(
-        self, artifacts: Mapping[str, Artifact], device: Device, protocol: MeasureProtocol
+        self, artifacts: Mapping[str, Path], device: Device, protocol: MeasureProtocol
     ) -> Mapping[str, Measurement]:
-        """Times artifacts in turn (A B A B) in one or more child processes.
+        """Checks every artifact against its stored outputs and times them in turn (A B A B) in child processes.
 
         Raises:
-            RunError: an artifact crashed, failed or took longer than the limit; it is named.
+            RunError: an artifact crashed, failed, took too long or gave other outputs; it is named.
         """
         ...
-
-
-class RunError(RuntimeError):
-    """Compiled code that crashed, hung or failed; the message names the artifact and the reason."""

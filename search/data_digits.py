@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch.nn import functional
 
 from .data import Data, Normalise, Split
+from .data_augment import Augment
 from .data_split import stratified
 
 
@@ -25,4 +27,5 @@ def load_digits32(folder: Path, options: Mapping[str, str]) -> Data:
     train, validation, test = (
         Split(inputs[part], targets[part], normalise) for part in stratified(targets, (0.6, 0.2, 0.2))
     )
+    train = replace(train, augment=Augment(shift=2))
     return Data(train, validation, test, tuple(str(digit) for digit in range(10)))

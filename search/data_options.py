@@ -14,9 +14,7 @@ def normalise_from(options: Mapping[str, str], default: Normalise) -> Normalise:
     Raises:
         TaskError: something is not a number, or mean and std do not fit each other.
     """
-    return Normalise(
-        default.scale, _numbers("mean", options, default.mean), _numbers("std", options, default.std)
-    )
+    return Normalise(default.scale, _numbers("mean", options, default.mean), _numbers("std", options, default.std))
 
 
 def _numbers(key: str, options: Mapping[str, str], default: tuple[float, ...]) -> tuple[float, ...]:

@@ -23,7 +23,7 @@ def stratified(targets: Tensor, fractions: Sequence[float]) -> list[Tensor]:
     """
     generator = torch.Generator().manual_seed(_SEED)
     parts: list[list[Tensor]] = [[] for _ in fractions]
-    for label in targets.unique(sorted=True):
+    for label in sorted(set(targets.tolist())):
         members = (targets == label).nonzero()[:, 0]
         members = members[torch.randperm(len(members), generator=generator)]
         start, share = 0, 0.0

@@ -12,12 +12,14 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from .data import Split
-from .distill_attention import AttentionTap, attention_loss, stage_ends
+from .distill_attention import AttentionTap, stage_ends
+from .distill_loss import losses
+from .distill_recipe import Recipe as Recipe
+from .distill_recipe import build_optimiser, learning_rate
 from .distill_state import CheckpointError, capture, load_checkpoint, restore, save_checkpoint, trainable
-from .distill_teacher import Targets, Teacher
+from .distill_teacher import Teacher
 from .score import device_of
 
 _log = logging.getLogger(__name__)
@@ -25,51 +27,6 @@ _log = logging.getLogger(__name__)
 
 class DistillError(RuntimeError):
     """Training went astray: a loss or gradient is not finite. The student is spoilt."""
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How a student is trained; the loss is `(1-a) CE + a T^2 KL(teacher|student) + b sum |A_s - A_t|^2`.
-
-    Attributes:
-        alpha: a: 0 is training on labels alone, 1 uses no labels at all (unlabelled data).
-        temperature: T.
-        attention: b; 0 leaves attention transfer out.
-        optimiser: "sgd" (Nesterov momentum 0.9) or "adamw" (for very small networks).
-        learning_rate: At its highest, after the warm-up; then it falls as a half cosine over the planned epochs.
-        warmup: The share of all steps in which the learning rate rises from 0.
-        weight_decay: For parameters of two dimensions and more: not biases, batch norms or scales.
-        batch: Samples in a step, at most.
-        clip: The largest norm of all gradients together.
-        augment: Whether the split's own augmentation is used.
-    """
-
-    alpha: float = 0.8
-    temperature: float = 4.0
-    attention: float = 1.0
-    optimiser: str = "sgd"
-    learning_rate: float = 0.02
-    warmup: float = 0.05
-    weight_decay: float = 5e-4
-    batch: int = 64
-    clip: float = 5.0
-    augment: bool = True
-
-    def __post_init__(self) -> None:
-        allowed = {
-            "alpha": (0 <= self.alpha <= 1, "in 0..1"),
-            "temperature": (0 < self.temperature < math.inf, "above 0"),
-            "attention": (0 <= self.attention < math.inf, "0 or above"),
-            "optimiser": (self.optimiser in ("sgd", "adamw"), "sgd or adamw"),
-            "learning_rate": (0 < self.learning_rate < math.inf, "above 0"),
-            "warmup": (0 <= self.warmup < 1, "in 0..1"),
-            "weight_decay": (0 <= self.weight_decay < math.inf, "0 or above"),
-            "batch": (self.batch >= 2, "at least 2, for batch norm"),
-            "clip": (0 < self.clip, "above 0"),
-        }
-        for name, (fits, text) in allowed.items():
-            if not fits:
-                raise ValueError(f"recipe {name} is {getattr(self, name)!r}; it needs to be {text}")
 
 
 @dataclass(frozen=True)
@@ -118,7 +75,7 @@ def distill(
 
     Args:
         student: Trained in place, fake quantisation included; parameters without gradient stay as they are.
-        teacher: Not changed. None trains on labels (alpha and attention have to be 0).
+        teacher: Not changed, on the student's device. None trains on labels (alpha and attention have to be 0).
         from_epoch: What the caller knows to be done. The checkpoint may be ahead of it (the process was killed), then
             training carries on from there.
         to_epoch: Where to stop now.
@@ -136,6 +93,8 @@ def distill(
         raise ValueError(f"epochs {from_epoch} to {to_epoch} of {total_epochs} are out of order")
     if teacher is None and (recipe.alpha > 0 or recipe.attention > 0):
         raise ValueError(f"alpha {recipe.alpha} and attention {recipe.attention} need a teacher; set both to 0")
+    if student is teacher:
+        raise ValueError("the student is the teacher itself; train a copy")
     training = _Training(student, teacher, train, total_epochs, seed, recipe)
     done = training.resume(checkpoint, from_epoch, to_epoch)
     try:
@@ -143,7 +102,7 @@ def distill(
             record = training.run(epoch)
             if checkpoint is not None:
                 training.save(checkpoint)
-            _log.info("epoch %d of %d: loss %.4f", record.number, total_epochs, record.loss)
+            _log.debug("epoch %d of %d: loss %.4f", record.number, total_epochs, record.loss)
             if on_epoch is not None:
                 on_epoch(record)
     finally:
@@ -161,7 +120,7 @@ class _Training:
         self.device = device_of(student)
         self.steps_per_epoch = math.ceil(len(train) / recipe.batch)
         self.total_steps = self.steps_per_epoch * total_epochs
-        self.optimiser = _optimiser(student, recipe)
+        self.optimiser = build_optimiser(student, recipe)
         self.epochs: list[Epoch] = []
         self.identity = {"seed": seed, "total_epochs": total_epochs, "samples": len(train), "recipe": asdict(recipe)}
         self.moves = recipe.augment and bool(train.augment)
@@ -186,7 +145,8 @@ class _Training:
             )
         if not from_epoch <= found.epoch <= to_epoch:
             raise CheckpointError(
-                f"checkpoint {path} is of epoch {found.epoch}, outside {from_epoch}..{to_epoch}; delete it to start afresh"
+                f"checkpoint {path} is of epoch {found.epoch}, outside {from_epoch}..{to_epoch}; "
+                "delete it to start afresh"
             )
         restore(path, found, self.student, self.optimiser)
         history = found.note.get("history")
@@ -214,7 +174,8 @@ class _Training:
                 parts = self._step(indices, generator, tap if isinstance(tap, AttentionTap) else None, number)
                 sums += parts * len(indices)
         means = (sums / len(self.train)).tolist()
-        self.epochs.append(Epoch(epoch + 1, *means, learning_rate=self.optimiser.param_groups[0]["lr"]))
+        loss, ce, kl, attention = means
+        self.epochs.append(Epoch(epoch + 1, loss, ce, kl, attention, self.optimiser.param_groups[0]["lr"]))
         return self.epochs[-1]
 
     def _step(self, indices: Tensor, generator: torch.Generator, tap: AttentionTap | None, number: int) -> Tensor:
@@ -225,17 +186,23 @@ class _Training:
         wanted = self.teacher.targets(inputs, indices) if self.teacher is not None else None
         logits = self.student(inputs)
         maps = tap.maps if tap is not None else ()
-        parts = _losses(self.recipe, logits, maps, self.train.targets[indices].to(self.device), wanted)
-        loss, where = parts[0], f"in epoch {number // self.steps_per_epoch + 1}, step {number % self.steps_per_epoch + 1}"
-        if not bool(loss.isfinite()):
-            raise DistillError(f"the loss is {float(loss)} {where}; use a lower learning rate, it is now {self.recipe.learning_rate}")
+        parts = losses(self.recipe, logits, maps, self.train.targets[indices].to(self.device), wanted)
+        loss = parts[0]
+        self._check("loss", loss.detach(), number)
         self.optimiser.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         norm = nn.utils.clip_grad_norm_([p for _, p in trainable(self.student)], self.recipe.clip)
-        if not bool(norm.isfinite()):
-            raise DistillError(f"the gradient's norm is {float(norm)} {where}; use a lower learning rate")
+        self._check("norm of the gradient", norm, number)
         self.optimiser.step()
         return parts.detach().cpu().to(torch.float64)
+
+    def _check(self, what: str, value: Tensor, step: int) -> None:
+        if not bool(value.isfinite()):
+            epoch, inside = divmod(step, self.steps_per_epoch)
+            raise DistillError(
+                f"the {what} is {float(value)} in epoch {epoch + 1}, step {inside + 1}; "
+                f"the learning rate {self.recipe.learning_rate} may be too high, or the student broken from the start"
+            )
 
     def _prepare(self, teacher: nn.Module) -> Teacher:
         example = self.train.batch(slice(0, 2)).to(self.device)
@@ -247,58 +214,6 @@ class _Training:
         if not self.moves:
             prepared.remember(self.train, max(self.recipe.batch, 256))
         return prepared
-
-
-def learning_rate(recipe: Recipe, step: int, total_steps: int) -> float:
-    """That of step 0, 1, ... total_steps - 1: a linear rise, then half a cosine down to 0."""
-    rising = round(recipe.warmup * total_steps)
-    if step < rising:
-        return recipe.learning_rate * (step + 1) / (rising + 1)
-    return recipe.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - rising) / (total_steps - rising)))
-
-
-def _losses(
-    recipe: Recipe, logits: Tensor, maps: tuple[Tensor, ...], targets: Tensor, wanted: Targets | None
-) -> Tensor:
-    """(loss, ce, kl, attention), shape (4,)."""
-    zero = logits.new_zeros(())
-    ce = functional.cross_entropy(logits, targets) if recipe.alpha < 1 else zero
-    kl, attention = zero, zero
-    if wanted is not None and recipe.alpha > 0:
-        if logits.shape != wanted.logits.shape:
-            raise ValueError(
-                f"the student returns {tuple(logits.shape)} and the teacher {tuple(wanted.logits.shape)}; "
-                "they need the same classes"
-            )
-        kl = softened_kl(logits, wanted.logits, recipe.temperature)
-    if wanted is not None and maps:
-        attention = attention_loss(maps, wanted.maps)
-    loss = (1 - recipe.alpha) * ce + recipe.alpha * kl + recipe.attention * attention
-    return torch.stack((loss, ce, kl, attention))
-
-
-def softened_kl(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """T^2 KL(teacher | student) of logits (n, classes) divided by T, the mean over samples (Hinton et al. 2015)."""
-    return temperature**2 * functional.kl_div(
-        functional.log_softmax(student / temperature, 1),
-        functional.log_softmax(teacher / temperature, 1),
-        reduction="batchmean",
-        log_target=True,
-    )
-
-
-def _optimiser(student: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    parameters = [parameter for _, parameter in trainable(student)]
-    if not parameters:
-        raise ValueError("the student has no parameter with a gradient; there is nothing to train")
-    groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": recipe.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    groups = [group for group in groups if group["params"]]
-    if recipe.optimiser == "adamw":
-        return torch.optim.AdamW(groups, lr=recipe.learning_rate)
-    return torch.optim.SGD(groups, lr=recipe.learning_rate, momentum=0.9, nesterov=True)
 
 
 def _epoch_seed(seed: int, epoch: int) -> int:

@@ -81,9 +81,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
     return Checkpoint(epoch, student, optimiser, {k: v for k, v in note.items() if k not in ("format", "epoch")})
 
 
-def capture(
-    student: nn.Module, optimiser: torch.optim.Optimizer, epoch: int, note: Mapping[str, object]
-) -> Checkpoint:
+def capture(student: nn.Module, optimiser: torch.optim.Optimizer, epoch: int, note: Mapping[str, object]) -> Checkpoint:
     """The present state; it shares memory with the training, so save it before going on."""
     state = {
         name: {key: value for key, value in optimiser.state[parameter].items() if isinstance(value, Tensor)}
@@ -105,9 +103,7 @@ def restore(path: Path, checkpoint: Checkpoint, student: nn.Module, optimiser: t
     named = dict(trainable(student))
     wrong += sorted(checkpoint.optimiser.keys() - named.keys())
     if wrong:
-        raise CheckpointError(
-            f"checkpoint {path} is of another student: {wrong[0]} differs; delete it to start afresh"
-        )
+        raise CheckpointError(f"checkpoint {path} is of another student: {wrong[0]} differs; delete it to start afresh")
     student.load_state_dict(dict(checkpoint.student))
     for name, state in checkpoint.optimiser.items():
         parameter = named[name]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
-import shlex
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
@@ -25,7 +24,7 @@ def provenance(
 
     Args:
         spec: Its seed is recorded.
-        command: As `command_line` gives it.
+        command: As `command_text.command_line` gives it.
         devices: What is known of every device (name, processor, threads), in the order of the specification.
         clock: Seconds since 1970; None: now.
     """
@@ -40,19 +39,6 @@ def provenance(
         "platform": {"system": platform.system(), "release": platform.release(), "machine": platform.machine()},
         "cores": os.cpu_count(),
     }
-
-
-def command_line(arguments: Sequence[str]) -> str:
-    """The command as typed, absolute paths shortened to what lies below the current folder, or to their last part."""
-    return shlex.join(["planish", *(_short(argument) for argument in arguments)])
-
-
-def _short(argument: str) -> str:
-    name, equals, value = argument.rpartition("=")
-    if not os.path.isabs(value):
-        return argument
-    relative = os.path.relpath(value)
-    return name + equals + (os.path.basename(value) if relative.startswith("..") else relative)
 
 
 def _version(package: str) -> str | None:

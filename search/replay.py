@@ -28,7 +28,7 @@ class Record:
     """A trial with everything that was recorded about it.
 
     `score` are the one-shot metrics, `measures` the measured ones by device, `rungs` by their number.
-    The trial's metrics are all of them together, later ones over earlier ones, those of its end over all.
+    Times are in seconds since 1970. The trial's metrics are all of them together, later ones over earlier ones, those of its end over all.
     """
 
     trial: Trial
@@ -36,6 +36,8 @@ class Record:
     measures: Mapping[str, Metrics]
     rungs: Mapping[int, Rung]
     started_s: float
+    scored_s: float | None
+    measured_s: Sequence[float]
     ended_s: float | None
 
 
@@ -98,13 +100,17 @@ class _Draft:
     rungs: dict[int, Rung] = field(default_factory=dict)
     state: State = State.RUNNING
     error: str | None = None
+    scored_s: float | None = None
+    measured_s: list[float] = field(default_factory=list)
     ended_s: float | None = None
 
     def record(self) -> Record:
         start = self.start
         metrics = _merged(self.metrics, self.last)
         trial = Trial(start.number, start.candidate, self.state, metrics, self.error, start.seed, start.batch)
-        return Record(trial, self.score, self.measures, self.rungs, self.started_s, self.ended_s)
+        return Record(
+            trial, self.score, self.measures, self.rungs, self.started_s, self.scored_s, self.measured_s, self.ended_s
+        )
 
 
 def _apply(data: Mapping[str, object], drafts: dict[int, _Draft]) -> None:
@@ -125,12 +131,13 @@ def _apply(data: Mapping[str, object], drafts: dict[int, _Draft]) -> None:
     if kind == "score":
         if draft.score is not None:
             return
-        draft.score = metrics
+        draft.score, draft.scored_s = metrics, time_s
     elif kind == "measure":
         device = str(data.get("device", ""))
         if device in draft.measures:
             return
         draft.measures[device] = metrics
+        draft.measured_s.append(time_s)
     else:
         rung = _whole(data, "rung")
         if rung in draft.rungs:

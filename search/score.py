@@ -57,7 +57,8 @@ def outputs(module: nn.Module, inputs: Tensor, batch: int = 256) -> Tensor:
     """The module's outputs for normalised inputs (n, ...), in eval mode without gradients, on the CPU."""
     device = device_of(module)
     with evaluating(module), torch.no_grad():
-        return torch.cat([module(part.to(device)).cpu() for part in inputs.split(batch)])
+        parts = [inputs[start : start + batch] for start in range(0, len(inputs), batch)]
+        return torch.cat([module(part.to(device)).cpu() for part in parts])
 
 
 def wilson(value: float, count: int) -> tuple[float, float]:
@@ -175,6 +176,6 @@ def _score(split: Split, outputs: Tensor, targets: Tensor) -> Tensor:
     broken = ~outputs.flatten(1).isfinite().all(1)
     scores = torch.where(broken, torch.zeros_like(scores), scores)
     low, high = float(scores.min()), float(scores.max())
-    if not (0 <= low and high <= 1):
+    if low < 0 or high > 1:
         raise ValueError(f"the metric returned scores from {low} to {high}; they need to be in 0..1")
     return scores

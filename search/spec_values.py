@@ -66,13 +66,13 @@ def cross_check(values: Mapping[str, Value], given: Mapping[str, Value], where: 
         fitted["distill.survivors"] = tuple(survivors)
     if len(rungs) != len(survivors):
         raise UserError(
-            f"{where}: distill.rungs = {list(rungs)} has {len(rungs)} entries and distill.survivors = {list(survivors)} "
+            f"{where}: distill.rungs = {rungs} has {len(rungs)} entries and distill.survivors = {survivors} has "
             f"{len(survivors)}; give both with one entry per rung"
         )
     if any(later <= earlier for earlier, later in pairwise(rungs)):
-        raise UserError(f"{where}: distill.rungs = {list(rungs)} must rise (they count epochs from the start)")
+        raise UserError(f"{where}: distill.rungs = {rungs} must rise (they count epochs from the start)")
     if any(later > earlier for earlier, later in pairwise((trials, *survivors))):
-        raise UserError(f"{where}: distill.survivors = {list(survivors)} must not rise nor exceed the {trials} trials")
+        raise UserError(f"{where}: distill.survivors = {survivors} must not rise nor exceed the {trials} trials")
     _check_targets(values, where)
     return fitted
 

@@ -74,7 +74,7 @@ def _read_torch(path: Path) -> object:
         raise TaskError(f"weights {path} cannot be read ({reason}); {_CONVERT}") from None
 
 
-_CONVERT = "convert them where they come from with safetensors.torch.save_file(model.state_dict(), 'weights.safetensors')"
+_CONVERT = "convert them where they come from: safetensors.torch.save_file(model.state_dict(), 'weights.safetensors')"
 
 
 def _unwrap(path: Path, loaded: object) -> dict[str, Tensor]:
@@ -103,7 +103,9 @@ def _check_names(path: Path, own: Mapping[str, Tensor], weights: Mapping[str, Te
     unexpected = [name for name in weights if name not in own]
     if missing or unexpected:
         parts = [_some("lack", missing)] * bool(missing) + [_some("have the unknown", unexpected)] * bool(unexpected)
-        raise TaskError(f"weights {path} do not fit the model: they {' and '.join(parts)}; give the weights of this model")
+        raise TaskError(
+            f"weights {path} do not fit the model: they {' and '.join(parts)}; give the weights of this model"
+        )
     for name in own.keys() & weights.keys():
         have, want = tuple(weights[name].shape), tuple(own[name].shape)
         if have != want:
@@ -116,7 +118,9 @@ def _check_names(path: Path, own: Mapping[str, Tensor], weights: Mapping[str, Te
 def _check_values(path: Path, own: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
     for name, value in weights.items():
         if name in own and value.is_floating_point() and not bool(value.isfinite().all()):
-            raise TaskError(f"weights {path} hold NaN or infinity in {name}; they were damaged in training or in copying")
+            raise TaskError(
+                f"weights {path} hold NaN or infinity in {name}; they were damaged in training or in copying"
+            )
 
 
 def _some(verb: str, names: list[str], shown: int = 3) -> str:

@@ -1,0 +1,108 @@
+"""The child process that runs compiled models: `python -m planish.compilers.child REQUEST.json RESULT.json`.
+
+It imports the runtime that the artifacts need and nothing else of Planish's, so that a crash or a hang costs one
+request and the timings are those of a user's process. The request is
+`{"artifacts": {name: folder}, "runs": n, "warmup_s": s}`; with 0 runs it only checks. Each line of standard output names
+the artifact it is about to touch, so that the parent knows whose crash it was.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import manifest as manifests
+from .loader import LOADERS, Loaded
+
+# Timing less than this much work at once would measure the clock.
+_SAMPLE_S = 1e-3
+EXIT_WRONG_OUTPUT = 3
+EXIT_FAILED = 4
+
+
+def main(request_path: str, result_path: str) -> int:
+    """Runs a request; the exit status says what went wrong, the last line of standard error why."""
+    request = json.loads(Path(request_path).read_text(encoding="utf-8"))
+    loaded: dict[str, Loaded] = {}
+    errors: dict[str, float] = {}
+    for name, folder in request["artifacts"].items():
+        print(name, flush=True)
+        try:
+            loaded[name] = _load(Path(folder))
+            errors[name] = check(loaded[name], Path(folder))
+        except (WrongOutput, manifests.ManifestError) as error:
+            print(error, file=sys.stderr, flush=True)
+            return EXIT_WRONG_OUTPUT
+        except Exception as error:
+            print(f"{type(error).__name__}: {str(error).strip().splitlines()[0]}", file=sys.stderr, flush=True)
+            return EXIT_FAILED
+    times: dict[str, list[float]] = {name: [] for name in loaded}
+    if request["runs"]:
+        numbers = {name: _warm_up(name, model, request["warmup_s"]) for name, model in loaded.items()}
+        for _ in range(request["runs"]):
+            for name, model in loaded.items():
+                print(name, flush=True)
+                times[name].append(model.time(numbers[name]))
+    Path(result_path).write_text(json.dumps({"run_s": times, "error": errors}), encoding="utf-8")
+    return 0
+
+
+class WrongOutput(RuntimeError):
+    """An artifact whose outputs are not the ones that were stored with it."""
+
+
+def check(model: Loaded, folder: Path) -> float:
+    """Runs the stored examples; the largest difference from the stored outputs, relative to the largest output.
+
+    The first example runs once more at the end: what it gave must not depend on what ran in between.
+
+    Raises:
+        WrongOutput: the difference is larger than the manifest's tolerance, or an output is not finite.
+    """
+    with np.load(folder / manifests.EXAMPLES, allow_pickle=False) as examples:
+        inputs, expected = examples["inputs"], examples["outputs"]
+    worst = max(_difference(model.run, x, y) for x, y in zip(inputs, expected, strict=True))
+    worst = max(worst, _difference(model.run, inputs[0], expected[0]))
+    if not worst <= model.manifest.tolerance:
+        raise WrongOutput(
+            f"outputs differ from the stored ones by {worst:.3g} of the largest output; "
+            f"at most {model.manifest.tolerance:.3g} is allowed"
+        )
+    return worst
+
+
+def _difference(run: Callable[[NDArray[Any]], NDArray[Any]], x: NDArray[Any], expected: NDArray[Any]) -> float:
+    output = run(x)
+    if output.shape != expected.shape:
+        raise WrongOutput(f"the output has the shape {output.shape}; {expected.shape} was stored")
+    if not np.isfinite(output).all():
+        return float("inf")
+    return float(np.abs(output - expected).max() / max(float(np.abs(expected).max()), 1e-12))
+
+
+def _load(folder: Path) -> Loaded:
+    manifest = manifests.read(folder)
+    if manifest.compiler not in LOADERS:
+        raise manifests.ManifestError(f"{folder} needs the compiler {manifest.compiler!r}; known: {sorted(LOADERS)}")
+    return LOADERS[manifest.compiler](folder, manifest)
+
+
+def _warm_up(name: str, model: Loaded, seconds: float) -> int:
+    """Runs for so many seconds; how many runs make one sample."""
+    print(name, flush=True)
+    end, best = time.perf_counter() + seconds, float("inf")
+    while True:
+        best = min(best, model.time(1))
+        if time.perf_counter() >= end:
+            return max(1, round(_SAMPLE_S / max(best, 1e-9)))
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:3]))

@@ -1,0 +1,72 @@
+"""Loads a compiled model with the runtime it needs: TVM's runtime library, or torch."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .manifest import Manifest
+
+
+class Loaded(Protocol):
+    """A compiled model in this process."""
+
+    manifest: Manifest
+
+    def run(self, x: NDArray[Any]) -> NDArray[Any]:
+        """The output of one input, shapes as in the manifest."""
+        ...
+
+    def time(self, number: int) -> float:
+        """Mean seconds of so many runs on the last input, without copying inputs and outputs."""
+        ...
+
+
+class _Tvm:
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        import tvm
+        from tvm.runtime import vm
+
+        self.manifest = manifest
+        self._tvm = tvm
+        self._vm = vm.VirtualMachine(tvm.runtime.load_module(str(folder / manifest.library)), tvm.cpu())
+
+    def run(self, x: NDArray[Any]) -> NDArray[Any]:
+        tensor = self._tvm.runtime.tensor(np.ascontiguousarray(x))
+        self._vm.set_input("main", tensor)
+        return self._vm["main"](tensor).numpy()  # type: ignore[no-any-return]
+
+    def time(self, number: int) -> float:
+        evaluator = self._vm.time_evaluator("invoke_stateful", self._tvm.cpu(), number=number, repeat=1)
+        return float(evaluator("main").mean)
+
+
+class _Torch:
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        import torch
+
+        torch.set_num_threads(manifest.threads)
+        self.manifest = manifest
+        self._torch = torch
+        self._module = torch.export.load(str(folder / manifest.library)).module()
+        self._input: Any = None
+
+    def run(self, x: NDArray[Any]) -> NDArray[Any]:
+        self._input = self._torch.from_numpy(np.ascontiguousarray(x))
+        with self._torch.inference_mode():
+            return self._module(self._input).numpy()  # type: ignore[no-any-return]
+
+    def time(self, number: int) -> float:
+        with self._torch.inference_mode():
+            start = time.perf_counter()
+            for _ in range(number):
+                self._module(self._input)
+            return (time.perf_counter() - start) / number
+
+
+LOADERS: Mapping[str, Callable[[Path, Manifest], Loaded]] = {"tvm": _Tvm, "torch": _Torch}

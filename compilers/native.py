@@ -1,0 +1,52 @@
+"""torch itself as a compiler: the reference that everything else is compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..hwmodels.device import Device
+from ..hwmodels.measurement import Measurement, MeasureProtocol
+from . import runner
+from .artifact import write_artifact
+from .compiler import Artifact, CompileError
+
+if TYPE_CHECKING:
+    import torch
+    from torch.export import ExportedProgram
+
+
+class NativeCompiler:
+    """Saves the exported program; torch runs it. See `Compiler`."""
+
+    name = "torch"
+
+    def missing(self, device: Device) -> str | None:
+        """See `Compiler.missing`."""
+        return None if device.kind == "cpu" and device.here else "torch runs on this machine's CPU only"
+
+    def compile(
+        self, program: ExportedProgram, device: Device, folder: Path, examples: torch.Tensor, *, tolerance: float
+    ) -> Artifact:
+        """See `Compiler.compile`."""
+        import torch
+
+        lacking = self.missing(device)
+        if lacking:
+            raise CompileError(f"device {device.name} is not usable here: {lacking}")
+
+        def save(path: Path) -> int:
+            torch.export.save(program, str(path))
+            return 0
+
+        return write_artifact(
+            self.name, "model.pt2", save, program, device, folder, examples, tolerance, {"torch": version("torch")}
+        )
+
+    def measure(
+        self, artifacts: Mapping[str, Path], device: Device, protocol: MeasureProtocol
+    ) -> Mapping[str, Measurement]:
+        """See `Compiler.measure`."""
+        return runner.measure(artifacts, device, protocol)

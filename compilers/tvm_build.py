@@ -1,0 +1,121 @@
+"""Relax to a library on disk."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import tvm
+from tvm import relax
+
+from ..hwmodels.device import Device
+from .compiler import CompileError
+from .cpu.fallback import schedule_rest
+from .tvm_frontend import import_program
+from .tvm_graph import Graph
+from .tvm_lower import CpuTarget, lower
+
+if TYPE_CHECKING:
+    from torch.export import ExportedProgram
+
+
+def build_library(program: ExportedProgram, device: Device, library: Path) -> int:
+    """Compiles a program to a shared library; the bytes of intermediate values in its static memory plan.
+
+    Raises:
+        CompileError: an operation, a shape, the target or the linker does not permit it.
+    """
+    target = tvm_target(device)
+    cpu = cpu_target(device)
+    try:
+        module = lower(Graph(import_program(program)), cpu)
+        with target:
+            for step in _FUSION:
+                module = step(module)
+            module = schedule_rest(module, cpu.lanes, cpu.threads)
+            for step in _FINISH:
+                module = step(module)
+            executable = tvm.compile(module, target, relax_pipeline=None)
+        executable.export_library(str(library))
+    except CompileError:
+        raise
+    except Exception as error:
+        # TVM raises a dozen kinds of errors from C++; for a candidate they all mean that it cannot be compiled.
+        lines = [line for line in str(error).strip().splitlines() if line.strip()]
+        raise CompileError(
+            f"TVM cannot compile the model for {device.name}: {lines[-1] if lines else type(error).__name__}"
+        ) from error
+    return planned_bytes(module)
+
+
+def tvm_target(device: Device) -> Any:
+    """TVM's target of a CPU.
+
+    Raises:
+        CompileError: this TVM does not know the target.
+    """
+    settings: dict[str, Any] = dict(device.target)
+    if settings.get("mcpu") == "host":
+        settings["mcpu"] = tvm.target.codegen.llvm_get_system_cpu()
+    settings["num-cores"] = device.threads
+    try:
+        return tvm.target.Target(settings)
+    except Exception as error:
+        raise CompileError(f"TVM does not know the target {dict(device.target)} of {device.name}: {error}") from error
+
+
+def cpu_target(device: Device) -> CpuTarget:
+    """Vector lanes and registers by the device's features."""
+    wide = device.lanes >= 16 or "asimd" in device.features
+    return CpuTarget(
+        lanes=device.lanes,
+        registers=32 if wide else 16,
+        vnni="avx512_vnni" in device.features and device.lanes == 16,
+        threads=device.threads,
+    )
+
+
+def linker() -> str | None:
+    """The C++ compiler that links libraries, None where there is none."""
+    named = os.environ.get("CXX")
+    if named and shutil.which(named):
+        return named
+    return next((found for name in ("g++", "clang++", "c++") if (found := shutil.which(name))), None)
+
+
+def planned_bytes(module: tvm.IRModule) -> int:
+    """The storage that `main` allocates once and reuses: the peak of its intermediate values."""
+    total = 0
+
+    def visit(expr: Any) -> None:
+        nonlocal total
+        if isinstance(expr, relax.Call) and getattr(expr.op, "name", "") == "relax.vm.alloc_storage":
+            total += math.prod(int(dim) for dim in expr.args[0].values)
+
+    relax.analysis.post_order_visit(module["main"], visit)
+    return total
+
+
+_FUSION = (
+    relax.transform.LegalizeOps(),
+    relax.transform.AnnotateTIROpPattern(),
+    relax.transform.FuseOps(),
+    relax.transform.FuseTIR(),
+    relax.transform.DeadCodeElimination(),
+)
+_FINISH = (
+    relax.transform.RewriteDataflowReshape(),
+    relax.transform.ToNonDataflow(),
+    relax.transform.RemovePurityChecking(),
+    relax.transform.CallTIRRewrite(),
+    relax.transform.StaticPlanBlockMemory(),
+    relax.transform.LowerAllocTensor(),
+    relax.transform.KillAfterLastUse(),
+    relax.transform.LowerRuntimeBuiltin(),
+    relax.transform.ComputePrimValue(),
+    relax.transform.VMShapeLower(),
+    relax.transform.AttachGlobalSymbol(),
+)

@@ -1,0 +1,63 @@
+"""The TVM compiler for CPUs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..hwmodels.device import Device
+from ..hwmodels.measurement import Measurement, MeasureProtocol
+from . import runner
+from .artifact import write_artifact
+from .compiler import Artifact, CompileError
+
+if TYPE_CHECKING:
+    import torch
+    from torch.export import ExportedProgram
+
+
+class TvmCompiler:
+    """See `Compiler`."""
+
+    name = "tvm"
+
+    def missing(self, device: Device) -> str | None:
+        """See `Compiler.missing`."""
+        if device.kind != "cpu":
+            return f"Planish has no schedules for {device.kind} devices yet"
+        if not device.here:
+            return f"it is only described: nothing connects to a {device.title} from here"
+        from .tvm_build import linker
+
+        if linker() is None:
+            return "no C++ compiler to link with; install one with `apt-get install g++`"
+        return None
+
+    def compile(
+        self, program: ExportedProgram, device: Device, folder: Path, examples: torch.Tensor, *, tolerance: float
+    ) -> Artifact:
+        """See `Compiler.compile`."""
+        lacking = self.missing(device)
+        if lacking:
+            raise CompileError(f"device {device.name} is not usable here: {lacking}")
+        from .tvm_build import build_library
+
+        return write_artifact(
+            self.name,
+            "model.so",
+            lambda library: build_library(program, device, library),
+            program,
+            device,
+            folder,
+            examples,
+            tolerance,
+            {name: version(name) for name in ("apache-tvm", "apache-tvm-ffi", "torch")},
+        )
+
+    def measure(
+        self, artifacts: Mapping[str, Path], device: Device, protocol: MeasureProtocol
+    ) -> Mapping[str, Measurement]:
+        """See `Compiler.measure`."""
+        return runner.measure(artifacts, device, protocol)

@@ -1,0 +1,79 @@
+"""Metrics as people read them: per cent, milliseconds, kilobytes, and beside them the ratio to the original."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+_UNITS = {
+    "s": (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)),
+    "B": (("MB", 1e6), ("KB", 1e3), ("B", 1.0)),
+    "J": (("J", 1.0), ("mJ", 1e-3), ("uJ", 1e-6)),
+    "": (("G", 1e9), ("M", 1e6), ("K", 1e3), ("", 1.0)),
+}
+# Column, key in metrics, unit.
+_COSTS = (
+    ("size", "size_bytes", "B"),
+    ("MACs", "macs", ""),
+    ("memory", "peak_memory_bytes", "B"),
+    ("energy", "energy_j", "J"),
+)
+
+
+def quantity(value: object, unit: str) -> str:
+    """A number of base units with the prefix that suits it: `1.23 ms`, `45.6 KB`; a dash where there is none.
+
+    Args:
+        unit: `s`, `B`, `J`, or nothing for counts.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return "-"
+    name, scale = next(((n, s) for n, s in _UNITS[unit] if abs(value) >= s), _UNITS[unit][-1])
+    return f"{value / scale:.3g} {name}".rstrip()
+
+
+def metric_names(metrics: Sequence[Mapping[str, object]]) -> list[str]:
+    """The columns that at least one of the metrics fills."""
+    devices = list(dict.fromkeys(name for entry in metrics for name in _mapping(entry.get("latency_s"))))
+    costs = [name for name, key, _ in _COSTS if any(entry.get(key) is not None for entry in metrics)]
+    return ["accuracy", *(f"latency {device}" for device in devices), *costs]
+
+
+def metric_cells(metrics: Mapping[str, object], original: Mapping[str, object], names: Sequence[str]) -> list[str]:
+    """One text per name: `91.20 % (-0.31)` in points against the original, `1.23 ms (0.41x)`."""
+    keys = {name: (key, unit) for name, key, unit in _COSTS}
+    cells = []
+    for name in names:
+        if name == "accuracy":
+            cells.append(_accuracy(metrics, original))
+        elif name in keys:
+            key, unit = keys[name]
+            cells.append(quantity(metrics.get(key), unit) + _ratio(metrics.get(key), original.get(key)))
+        else:
+            device = name.removeprefix("latency ")
+            value, base = _latency(metrics, device), _latency(original, device)
+            ratio = _mapping(metrics.get("latency_ratio")).get(device)
+            # Measured in turns with the original, the ratio is more exact than the quotient of two medians.
+            cells.append(quantity(value, "s") + (_ratio(value, base) if ratio is None else _ratio(ratio, 1.0)))
+    return cells
+
+
+def _accuracy(metrics: Mapping[str, object], original: Mapping[str, object]) -> str:
+    value, base = metrics.get("accuracy"), original.get("accuracy")
+    if not isinstance(value, (int, float)):
+        return "-"
+    change = f" ({100 * (value - base):+.2f})" if isinstance(base, (int, float)) and metrics is not original else ""
+    return f"{100 * value:.2f} %{change}"
+
+
+def _ratio(value: object, base: object) -> str:
+    if not isinstance(value, (int, float)) or not isinstance(base, (int, float)) or not base:
+        return ""
+    return f" ({value / base:.3g}x)"
+
+
+def _latency(metrics: Mapping[str, object], device: str) -> object:
+    return _mapping(_mapping(metrics.get("latency_s")).get(device)).get("value")
+
+
+def _mapping(value: object) -> Mapping[str, object]:
+    return value if isinstance(value, Mapping) else {}

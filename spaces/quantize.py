@@ -1,0 +1,191 @@
+"""Layers that compute in integers: simulated in floats for training, exported as integer operators."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .cluster import SharedConv2d, SharedLinear, materialise, weight_of
+from .integer import IntegerConv2d, IntegerLinear, qconv2d, qlinear, quantize
+from .moments import run, watching
+
+__all__ = ["Quantized", "Range", "deploy", "input_ranges", "qconv2d", "qlinear", "quantize"]
+
+LEVELS = {8: 127, 4: 7}  # the largest weight of each width; symmetric, so that -128 and -8 are never used
+INPUT_LEVELS = 255
+MOMENTUM = 0.01  # of the input range in training
+SAMPLE = 32768  # values of a layer's input that choose its range
+CLIPS = torch.linspace(1.0, 0.3, 15)  # parts of the full range that are tried
+
+
+@dataclass(frozen=True)
+class Range:
+    """The values that a layer's input takes, and the part of that range which is worth 255 steps."""
+
+    low: float
+    high: float
+    shrink: float = 1.0
+
+
+class Quantized(nn.Module):
+    """A convolution or linear layer with integer weights and inputs, simulated in float32.
+
+    The forward pass computes with integers: the input as q = clamp(round(x / s) + z, 0, 255) - z, the weight as
+    clamp(round(w / s_o), -L, L) with L = 127 (8 bits) or 7 (4 bits) and one scale an output channel, and
+    y = (q * w) s s_o + bias. The sum q * w of integers held in float32 is exact below 2^24; above, it may differ from
+    the exported integer operator by float32's rounding. Gradients pass the rounding unchanged (straight-through, Bengio
+    et al. 2013) and are zero where the input is clipped.
+
+    The weight's scale follows the weight: `clip` (o,) is the part of a channel's largest magnitude that L stands for.
+    The input's range `low`, `high` (scalars, low <= 0 <= high) follows the inputs in training mode by a moving average
+    of `shrink` times the range of the batch (Jacob et al. 2018), and stays in eval mode.
+    """
+
+    clip: Tensor
+    low: Tensor
+    high: Tensor
+    shrink: Tensor
+
+    def __init__(self, inner: nn.Conv2d | nn.Linear, bits: int, seen: Range) -> None:
+        super().__init__()
+        if bits not in LEVELS:
+            raise ValueError(f"{bits} bits are not supported; known are {', '.join(map(str, sorted(LEVELS)))}")
+        self.inner = inner
+        self.bits = bits
+        self.register_buffer("clip", _best_clip(weight_of(inner).detach(), LEVELS[bits]))
+        self.register_buffer("low", torch.tensor(min(0.0, seen.low * seen.shrink), dtype=torch.float32))
+        self.register_buffer("high", torch.tensor(max(0.0, seen.high * seen.shrink), dtype=torch.float32))
+        self.register_buffer("shrink", torch.tensor(seen.shrink, dtype=torch.float32))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self._follow(x.detach())
+        scale, zero_point = self.input_scale()
+        steps = torch.clamp(_round(x / scale) + zero_point, 0, INPUT_LEVELS) - zero_point
+        weight = weight_of(self.inner)
+        weight_scale = self.weight_scale(weight.detach())
+        whole = torch.clamp(_round(weight / _column(weight_scale, weight)), -LEVELS[self.bits], LEVELS[self.bits])
+        inner = self.inner
+        bias = torch.zeros_like(weight_scale) if inner.bias is None else inner.bias
+        if isinstance(inner, nn.Linear):
+            return F.linear(steps, whole) * (scale * weight_scale) + bias
+        total = F.conv2d(steps, whole, None, inner.stride, inner.padding, inner.dilation, inner.groups)
+        return total * (scale * weight_scale)[:, None, None] + bias[:, None, None]
+
+    def input_scale(self) -> tuple[Tensor, Tensor]:
+        """The float32 scale and the integer-valued zero point (0..255) of the input."""
+        scale = ((self.high - self.low) / INPUT_LEVELS).clamp_min(1e-12)
+        return scale, torch.clamp(torch.round(-self.low / scale), 0, INPUT_LEVELS)
+
+    def weight_scale(self, weight: Tensor) -> Tensor:
+        """The scale (o,) of each output channel."""
+        return (weight.flatten(1).abs().amax(1) * self.clip / LEVELS[self.bits]).clamp_min(1e-12)
+
+    def integer(self) -> IntegerConv2d | IntegerLinear:
+        """The same layer with int8 weights, calling the integer operators."""
+        weight = weight_of(self.inner).detach()
+        weight_scale = self.weight_scale(weight)
+        levels = LEVELS[self.bits]
+        whole = torch.clamp(torch.round(weight / _column(weight_scale, weight)), -levels, levels).to(torch.int8)
+        scale, zero_point = self.input_scale()
+        bias = torch.zeros_like(weight_scale) if self.inner.bias is None else self.inner.bias.detach().clone()
+        values = (whole, scale * weight_scale, bias, float(scale), int(zero_point))
+        return IntegerLinear(*values) if isinstance(self.inner, nn.Linear) else IntegerConv2d(self.inner, *values)
+
+    def _follow(self, x: Tensor) -> None:
+        low, high = torch.aminmax(x)
+        self.low.lerp_(low.clamp_max(0) * self.shrink, MOMENTUM)
+        self.high.lerp_(high.clamp_min(0) * self.shrink, MOMENTUM)
+
+
+def deploy(module: nn.Module) -> nn.Module:
+    """A copy in eval mode that torch.export sees as it will be computed.
+
+    Quantised layers call `planish::quantize` and `planish::qconv2d` or `planish::qlinear` on int8 weights, and shared
+    weights are written out.
+    """
+    result = copy.deepcopy(module).eval().requires_grad_(False)
+    for name, layer in list(result.named_modules()):
+        if isinstance(layer, Quantized):
+            result.set_submodule(name, layer.integer())
+        elif isinstance(layer, SharedConv2d | SharedLinear) and not _inside_quantized(result, name):
+            result.set_submodule(name, materialise(layer).requires_grad_(False))
+    return result.eval()
+
+
+def input_ranges(module: nn.Module, names: Mapping[str, object], inputs: Tensor) -> dict[str, Range]:
+    """The range of every named layer's input when the module runs on `inputs`, shape (n, ...).
+
+    `shrink` is the part of the range whose 255 steps represent a sample of the values with the least squared error.
+    """
+    lows: dict[str, float] = {}
+    highs: dict[str, float] = {}
+    samples: dict[str, list[Tensor]] = {}
+    batches = max(1, -(-len(inputs) // 64))
+
+    def see(name: str, value: Tensor) -> None:
+        low, high = torch.aminmax(value)
+        lows[name] = min(lows.get(name, 0.0), float(low))
+        highs[name] = max(highs.get(name, 0.0), float(high))
+        flat = value.flatten()
+        samples.setdefault(name, []).append(flat[:: max(1, len(flat) * batches // SAMPLE)].clone())
+
+    with watching(module, names, see):
+        run(module, inputs)
+    return {
+        name: Range(lows[name], highs[name], _best_shrink(torch.cat(parts), lows[name], highs[name]))
+        for name, parts in samples.items()
+    }
+
+
+class _Round(torch.autograd.Function):
+    """Rounds half to even; the gradient passes as if it did not."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return torch.round(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return gradients[0]
+
+
+def _round(x: Tensor) -> Tensor:
+    result: Tensor = _Round.apply(x)
+    return result
+
+
+def _column(scale: Tensor, weight: Tensor) -> Tensor:
+    return scale.reshape(-1, *[1] * (weight.ndim - 1))
+
+
+def _best_clip(weight: Tensor, levels: int) -> Tensor:
+    """For every output channel the part of its largest magnitude that gives the least squared error, (o,)."""
+    rows = weight.flatten(1)
+    peak = rows.abs().amax(1, keepdim=True).clamp_min(1e-12)
+    errors = []
+    for clip in CLIPS:
+        scale = peak * clip / levels
+        errors.append((torch.clamp(torch.round(rows / scale), -levels, levels) * scale - rows).square().sum(1))
+    return CLIPS[torch.stack(errors).argmin(0)].clone()
+
+
+def _best_shrink(values: Tensor, low: float, high: float) -> float:
+    errors = []
+    for clip in CLIPS:
+        scale = max((high - low) * float(clip) / INPUT_LEVELS, 1e-12)
+        zero_point = round(-low * float(clip) / scale)
+        steps = torch.clamp(torch.round(values / scale) + zero_point, 0, INPUT_LEVELS) - zero_point
+        errors.append(float((steps * scale - values).square().mean()))
+    return float(CLIPS[errors.index(min(errors))])
+
+
+def _inside_quantized(module: nn.Module, name: str) -> bool:
+    parent, _, _ = name.rpartition(".")
+    return isinstance(module.get_submodule(parent), Quantized | IntegerConv2d | IntegerLinear)
