@@ -1,4 +1,4 @@
-"""The command line: `planish COMMAND`. Returns 0 on success, 2 for a mistake of the user's, 1 for a fault of its own."""
+"""The command line: 0 on success, 2 for a mistake of the user's in one line, 1 for a fault of planish's own."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import NoReturn
 
 from .command_text import command_line
 from .commands import COMMANDS, Output
-from .errors import UserError
+from .errors import UserError, nearest
 from .spec_defaults import KEYS
 
 _MISTAKE, _FAULT, _INTERRUPTED, _PIPE = 2, 1, 130, 141
@@ -44,8 +44,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         return _fail(error, arguments) if _is_ours(error) else _fault(error, arguments)
     except KeyboardInterrupt:
-        run = getattr(arguments, "run", None) if arguments.command in ("search", "resume") else None
-        _say(f"stopped; carry on with: planish resume {run}" if run else "stopped")
+        run = getattr(arguments, "run", None)
+        resumable = arguments.command in ("search", "resume") and (run / "spec.toml").exists() if run else False
+        _say(f"stopped; carry on with: planish resume {run}" if resumable else "stopped")
         return _INTERRUPTED
     except BrokenPipeError:
         # The reader has gone; without this, Python complains again when it flushes stdout at its end.
@@ -94,8 +95,17 @@ def parser() -> argparse.ArgumentParser:
 
 
 class _Parser(argparse.ArgumentParser):
+    """Tells mistakes as UserError, in one line."""
+
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see: {self.prog} --help")
+
+    def parse_known_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def, override]
+        found, unknown = super().parse_known_args(args, namespace)
+        flags = [text.partition("=")[0] for text in unknown if text.startswith("-")]
+        if flags:
+            raise UserError(f"unknown flag {flags[0]}; {nearest(flags[0], self._option_string_actions)}")
+        return found, unknown
 
 
 class _Version(argparse.Action):

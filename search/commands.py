@@ -1,4 +1,4 @@
-"""What every command does: calls one function and words its result. Heavy imports happen only in the command that is run."""
+"""What every command does: it calls one function, imported only then, and words the result."""
 
 from __future__ import annotations
 
@@ -26,12 +26,14 @@ class Output:
 def search(arguments: argparse.Namespace, command: str) -> Output:
     """`planish search`."""
     from .config import default_out, load_spec
-    from .controller import search_run
 
     spec = load_spec(arguments.spec, overrides(arguments))
     if arguments.out is None and arguments.spec is None:
         raise UserError("name the run's folder: --out runs/NAME (only a specification file has a default)")
     arguments.run = arguments.out or default_out(arguments.spec)
+    # Only now: a mistake in the specification is told before torch is loaded.
+    from .controller import search_run
+
     with _progress() as progress:
         run = search_run(spec, arguments.run, progress, command)
     return _run_output(run.path, run.front, run.summary())
@@ -90,9 +92,10 @@ def export(arguments: argparse.Namespace, command: str) -> Output:
 def profile(arguments: argparse.Namespace, command: str) -> Output:
     """`planish profile`."""
     from .config import load_spec
-    from .profile import profile as profile_of
 
     spec = load_spec(arguments.spec, overrides(arguments))
+    from .profile import profile as profile_of
+
     with _progress() as progress:
         result = profile_of(spec, progress)
     return Output(result, text_of(result))
@@ -134,7 +137,7 @@ def overrides(arguments: argparse.Namespace) -> dict[str, object]:
         UserError: a `--set` has no `=`.
     """
     given: dict[str, object] = {}
-    for key, entry in KEYS.items():
+    for key in KEYS:
         value = getattr(arguments, key, None)
         if value is not None:
             given[key] = [part for item in value for part in item.split(",")] if key == "objectives" else value

@@ -19,18 +19,16 @@ def stratified(targets: Tensor, fractions: Sequence[float]) -> list[Tensor]:
         fractions: The share of every part, summing to 1.
 
     Returns:
-        Indices of the samples of every part, shuffled; together they are all n, each once.
+        Indices of the samples of every part, shuffled; together they are all n, each once. A part has its share
+        of all samples to within one, and of every class to within two, also where classes are very small.
     """
     generator = torch.Generator().manual_seed(_SEED)
-    parts: list[list[Tensor]] = [[] for _ in fractions]
-    for label in sorted(set(targets.tolist())):
-        members = (targets == label).nonzero()[:, 0]
-        members = members[torch.randperm(len(members), generator=generator)]
-        start, share = 0, 0.0
-        for part, fraction in zip(parts, fractions, strict=True):
-            share += fraction
-            end = round(share * len(members))
-            part.append(members[start:end])
-            start = end
-    whole = [torch.cat(part) for part in parts]
+    shuffled = torch.randperm(len(targets), generator=generator)
+    by_class = shuffled[targets[shuffled].argsort(stable=True)]
+    parts: list[list[int]] = [[] for _ in fractions]
+    # Dealt out class after class, each sample to the part that is furthest behind its share so far.
+    for dealt, index in enumerate(by_class.tolist(), start=1):
+        behind = [share * dealt - len(part) for share, part in zip(fractions, parts, strict=True)]
+        parts[behind.index(max(behind))].append(index)
+    whole = [torch.tensor(part, dtype=torch.int64) for part in parts]
     return [part[torch.randperm(len(part), generator=generator)] for part in whole]

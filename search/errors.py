@@ -34,6 +34,7 @@ def file_mistakes(what: str, advice: str) -> Iterator[None]:
     reasons = {
         errno.ENOSPC: "the disk is full",
         errno.EDQUOT: "the disk quota is used up",
+        errno.EFBIG: "the file may not grow further",
         errno.EROFS: "the file system is read-only",
         errno.EACCES: "permission is denied",
         errno.EPERM: "permission is denied",

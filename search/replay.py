@@ -28,7 +28,8 @@ class Record:
     """A trial with everything that was recorded about it.
 
     `score` are the one-shot metrics, `measures` the measured ones by device, `rungs` by their number.
-    Times are in seconds since 1970. The trial's metrics are all of them together, later ones over earlier ones, those of its end over all.
+    Times are in seconds since 1970. The trial's metrics are all of them together, later ones over earlier ones and
+    those of its end over all.
     """
 
     trial: Trial

@@ -110,7 +110,7 @@ def _notice(front: Mapping[str, object]) -> str:
     if not isinstance(miss, Mapping):
         return ""
     bounds = ", ".join(f"{b.get('metric')} {b.get('bound')}" for b in _entries(front, "budget"))
-    text = f"No candidate keeps the budget ({bounds}). Below is the best so far; the nearest miss is trial {miss.get('trial')}."
+    text = f"No candidate keeps the budget ({bounds}). Below is the best so far; nearest is trial {miss.get('trial')}."
     return f'<p class="warn">{escape(text)}</p>'
 
 

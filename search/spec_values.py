@@ -88,9 +88,12 @@ def _check_targets(values: Mapping[str, Value], where: str) -> None:
         raise UserError(f"{where}: space.families is empty; allowed are {', '.join(KEYS['space.families'].allowed)}")
     if "accuracy" not in objectives or len(objectives) < 2:
         raise UserError(f"{where}: objectives = {objectives} must hold accuracy and at least one cost")
-    objectives_of(objectives, devices)
-    for text in _tuple(values["budget"]):
-        parse_budget(str(text), devices)
+    try:
+        objectives_of(objectives, devices)
+        for text in _tuple(values["budget"]):
+            parse_budget(str(text), devices)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
 
 
 def _tuple(value: Value) -> tuple[object, ...]:
@@ -100,7 +103,7 @@ def _tuple(value: Value) -> tuple[object, ...]:
 
 def _allowed(value: str, entry: Key, message: str) -> str:
     if entry.allowed and value not in entry.allowed:
-        raise UserError(f"{message} is not allowed; {nearest(value, entry.allowed)}")
+        raise UserError(f"{message}: {value!r} is not allowed; {nearest(value, entry.allowed)}")
     if any(ord(character) < 32 or 0xD800 <= ord(character) < 0xE000 for character in value):
         raise UserError(f"{message} holds a character that cannot be printed")
     return value

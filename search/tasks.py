@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from .cache_folder import cache_folder
 from .data import Data
 from .data_sources import load_data
-from .models import BUILTIN, load_model
+from .models import BUILTIN as BUILTIN
+from .models import load_model
 from .score import device_of, evaluating
 from .task_error import TaskError
 from .zoo_trained import trained

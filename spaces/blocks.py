@@ -26,13 +26,13 @@ class Grouped(nn.Module):
 
     def __init__(self, conv: nn.Conv2d) -> None:
         super().__init__()
-        self.conv = conv
+        self.conv: nn.Module = conv
+        self.groups = conv.groups
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.conv(x)
+        y: Tensor = self.conv(x)
         batch, channels, height, width = y.shape
-        groups = self.conv.groups
-        parts = y.reshape(batch, groups, channels // groups, height, width)
+        parts = y.reshape(batch, self.groups, channels // self.groups, height, width)
         return parts.transpose(1, 2).reshape(batch, channels, height, width)
 
 

@@ -44,11 +44,11 @@ class SharedConv2d(nn.Conv2d):
             device="meta",
         )
         self.register_parameter("weight", None)
-        self.register_parameter("bias", layer.bias)
+        self.bias = layer.bias
         self.shared = shared
 
     def forward(self, input: Tensor) -> Tensor:
-        return self._conv_forward(input, self.shared(), self.bias)
+        return self._conv_forward(input, weight_of(self), self.bias)
 
 
 class SharedLinear(nn.Linear):
@@ -57,11 +57,11 @@ class SharedLinear(nn.Linear):
     def __init__(self, layer: nn.Linear, shared: SharedWeight) -> None:
         super().__init__(layer.in_features, layer.out_features, bias=False, device="meta")
         self.register_parameter("weight", None)
-        self.register_parameter("bias", layer.bias)
+        self.bias = layer.bias
         self.shared = shared
 
     def forward(self, input: Tensor) -> Tensor:
-        return F.linear(input, self.shared(), self.bias)
+        return F.linear(input, weight_of(self), self.bias)
 
 
 def share(layer: nn.Conv2d | nn.Linear, entries: int) -> SharedConv2d | SharedLinear:
@@ -78,12 +78,15 @@ def share(layer: nn.Conv2d | nn.Linear, entries: int) -> SharedConv2d | SharedLi
 
 def weight_of(layer: nn.Conv2d | nn.Linear) -> Tensor:
     """The layer's weight, looked up if it is shared."""
-    return layer.shared() if isinstance(layer, SharedConv2d | SharedLinear) else layer.weight
+    if isinstance(layer, SharedConv2d | SharedLinear):
+        weight: Tensor = layer.shared()
+        return weight
+    return layer.weight
 
 
 def materialise(layer: SharedConv2d | SharedLinear) -> nn.Conv2d | nn.Linear:
     """A plain layer that computes the same."""
-    weight = layer.shared().detach().clone()
+    weight = weight_of(layer).detach().clone()
     if isinstance(layer, SharedLinear):
         plain: nn.Conv2d | nn.Linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
     else:

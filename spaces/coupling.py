@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from .prune import Group, Member, Role, narrow
 from .trace import TracedModel, reason_of
@@ -39,6 +40,8 @@ _TELLING = {
     "Mean": "a mean",
     "Sum": "a sum",
 }
+
+_USUAL = {"a view", "a reshape"}  # before most classifiers: named only where nothing else is
 
 
 @dataclass(frozen=True)
@@ -118,6 +121,9 @@ def _candidates(traced: TracedModel, order: Mapping[str, int]) -> list[tuple[lis
     for name in sorted(producers, key=lambda producer: (_width(module.get_submodule(producer)), order[producer])):
         if name in seen:
             continue
+        if module.get_submodule(name) not in graph.module2node:
+            result.append(([name], "Torch-Pruning does not see where its channels go", ""))
+            continue
         items = _items(graph, module.get_submodule(name))
         produced = [names[layer] for layer, role in items if role in ("out", "both") and layer in names]
         producing = [other for other in produced if other in producers] or [name]
@@ -127,7 +133,8 @@ def _candidates(traced: TracedModel, order: Mapping[str, int]) -> list[tuple[lis
         seen.update([name, *producing])
         kinds = [str(layer._grad_fn) for layer, _ in items if hasattr(layer, "_grad_fn")]
         kinds += [type(layer).__name__.strip("_").removesuffix("Op") for layer, _ in items if layer not in names]
-        through = " and ".join(sorted({_TELLING[kind] for text in kinds if (kind := _plain(text)) in _TELLING}))
+        telling = {_TELLING[kind] for text in kinds if (kind := _plain(text)) in _TELLING}
+        through = " and ".join(sorted(telling - _USUAL or telling))
         result.append((producing, _group(first, items, names), through))
     return result
 
@@ -170,6 +177,8 @@ def _group(
         name = names[layer]
         if role != "parameter" and not isinstance(layer, _SLICED):
             return f"its channels go into {name}, a {kind}, which would compute something else with fewer of them"
+        if role != "parameter" and is_parametrized(layer):
+            return f"the weight of {name} is computed from other parameters ({kind})"
         if isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d) and layer.groups > 1:
             if not layer.groups == layer.in_channels == layer.out_channels:
                 return f"{name} is a grouped convolution: its channels can only go in equal numbers from each group"
@@ -190,7 +199,7 @@ def _disturbed(traced: TracedModel) -> tuple[nn.Module, Tensor]:
     for parameter in probe.parameters():
         if parameter.is_floating_point():
             fan_in = max(1, parameter[0].numel()) if parameter.ndim > 1 else 4
-            parameter += torch.randn(parameter.shape, generator=generator) / fan_in**0.5
+            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=fan_in**-0.5)
     example = torch.randn(traced.example.shape, generator=generator)
     try:
         with torch.no_grad():
@@ -217,7 +226,7 @@ def _difference(probe: nn.Module, example: Tensor, groups: Sequence[Group]) -> s
             full, want, got = probe(example), masked(example), smaller(example)
     except Exception as error:
         return f"removing half of them fails: {reason_of(error)}"
-    exact = 1e-8 if example.dtype == torch.float64 else 1e-3  # rounding of sums in another order, deep networks included
+    exact = 1e-8 if example.dtype == torch.float64 else 1e-3  # rounding of sums in another order, through many layers
     size = float(want.abs().max())
     if got.shape != want.shape or not float((got - want).abs().max()) <= exact * size:
         return "removing half of them does not equal setting them to zero"
@@ -227,7 +236,7 @@ def _difference(probe: nn.Module, example: Tensor, groups: Sequence[Group]) -> s
 
 
 def _width(layer: nn.Module) -> int:
-    return int(getattr(layer, "out_channels", None) or getattr(layer, "out_features", 0))
+    return int(getattr(layer, "out_channels", 0) or getattr(layer, "out_features", 0))
 
 
 def _plain(name: str) -> str:

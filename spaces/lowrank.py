@@ -163,18 +163,20 @@ def _tucker(layer: nn.Conv2d, weight: Tensor, ranks: Sequence[int], root: Tensor
 def _svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """V (r, c) and U (r', r) with matrix ~ U V, the singular values shared equally so that both train alike."""
     u, s, v = torch.linalg.svd(matrix, full_matrices=False)
-    scale = s[:rank].sqrt()
+    scale: Tensor = s[:rank].sqrt()
     return scale[:, None] * v[:rank], u[:, :rank] * scale
 
 
 def _leading(matrix: Tensor, rank: int) -> Tensor:
     """The leading left singular vectors (n, rank), from the Gram matrix because the other side is far longer."""
-    return torch.linalg.eigh(matrix @ matrix.T).eigenvectors[:, -rank:].flip(1)
+    vectors: Tensor = torch.linalg.eigh(matrix @ matrix.T).eigenvectors
+    return vectors[:, -rank:].flip(1)
 
 
 def _root(moments: Moments) -> Tensor:
     values, vectors = torch.linalg.eigh(moments.ridge().double())
-    return (vectors * values.clamp_min(1e-12).sqrt()) @ vectors.T
+    root: Tensor = (vectors * values.clamp_min(1e-12).sqrt()) @ vectors.T
+    return root
 
 
 def _unroot(factor: Tensor, root: Tensor | None) -> Tensor:
@@ -182,7 +184,8 @@ def _unroot(factor: Tensor, root: Tensor | None) -> Tensor:
     if root is None:
         return factor
     blocks = factor.reshape(factor.shape[0], len(root), -1).transpose(1, 2)
-    return torch.linalg.solve(root, blocks, left=False).transpose(1, 2).reshape(factor.shape)
+    solved: Tensor = torch.linalg.solve(root, blocks, left=False)
+    return solved.transpose(1, 2).reshape(factor.shape)
 
 
 def _linear(layer: nn.Linear, first: Tensor, second: Tensor) -> LowRank:

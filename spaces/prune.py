@@ -245,7 +245,7 @@ def _slice_norm(layer: nn.Module, removed: set[int]) -> None:
             setattr(layer, name, size - len(removed))
 
 
-def _take(parameter: nn.Parameter, dim: int, removed: set[int]) -> nn.Parameter:
+def _take(parameter: Tensor, dim: int, removed: set[int]) -> nn.Parameter:
     return nn.Parameter(_take_plain(parameter.detach(), dim, removed), parameter.requires_grad)
 
 

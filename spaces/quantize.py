@@ -157,7 +157,7 @@ class _Round(torch.autograd.Function):
 
 
 def _round(x: Tensor) -> Tensor:
-    result: Tensor = _Round.apply(x)
+    result: Tensor = _Round.apply(x)  # type: ignore[no-untyped-call]
     return result
 
 

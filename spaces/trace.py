@@ -46,11 +46,13 @@ class Layer:
 
 @dataclass(frozen=True, eq=False)
 class TracedModel:
-    """A copy of the user's model in eval mode, one example input (1, ...) and its layers in order of execution."""
+    """A copy of the user's model in eval mode, one example input (1, ...), its layers in order of execution, and
+    the shape (1, ...) of its output."""
 
     module: nn.Module
     example: Tensor
     layers: tuple[Layer, ...]
+    output_shape: tuple[int, ...]
 
     def feeds(self) -> Mapping[str, tuple[str, ...]]:
         """The layers that read each layer's output, by the layer's name."""
@@ -70,12 +72,13 @@ def trace(model: nn.Module, example: Tensor) -> TracedModel:
     if example.ndim < 1 or len(example) < 1:
         raise TraceError(f"the example has shape {tuple(example.shape)}; it needs a batch dimension of at least 1")
     module = _copy(model)
-    example = example[:1].detach().clone()
+    example = example[:1].detach().cpu().clone()
     try:
         with torch.no_grad():
             output = module(example)
     except Exception as error:
-        raise TraceError(f"the model does not run on an input of shape {tuple(example.shape)}: {reason_of(error)}") from None
+        shape = tuple(example.shape)
+        raise TraceError(f"the model does not run on an input of shape {shape}: {reason_of(error)}") from None
     if not isinstance(output, Tensor):
         raise TraceError(f"the model returns a {type(output).__name__}; wrap it in a module that returns one tensor")
     if output.ndim < 1 or len(output) != 1:
@@ -87,7 +90,7 @@ def trace(model: nn.Module, example: Tensor) -> TracedModel:
         raise TraceError(f"the model cannot be traced: {reason_of(error)}") from None
     if not all(isinstance(size, int) for size in _result(program).shape):
         raise TraceError("the model cannot be traced: the shape of its output depends on the values of its input")
-    return TracedModel(module, example, _layers(program, module))
+    return TracedModel(module, example, _layers(program, module), tuple(output.shape))
 
 
 def macs_of(node: Node) -> int:
@@ -108,14 +111,25 @@ def macs_of(node: Node) -> int:
         return output.numel() * second.shape[-1]
     if op == "scaled_dot_product_attention" and second is not None:
         return first.numel() * second.shape[-2] + output.numel() * second.shape[-2]
+    if op in ("gru", "lstm", "rnn_tanh", "rnn_relu"):
+        return first.shape[:-1].numel() * sum(w.numel() for w in inputs[1:] if w is not None and w.ndim == 2)
     return 0
 
 
 def _copy(model: nn.Module) -> nn.Module:
+    """A copy on the CPU in eval mode; a model that is one layer becomes a sequence of one, so that it has a name."""
     try:
-        return copy.deepcopy(model).eval()
+        module = copy.deepcopy(model).cpu().eval()
     except Exception as error:
         raise TraceError(f"the model cannot be copied: {reason_of(error)}") from None
+    for layer in module.modules():
+        if type(layer) is nn.Conv2d and isinstance(layer.padding, str):
+            total = [d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
+            if layer.padding == "valid":
+                layer.padding = (0, 0)
+            elif not any(size % 2 for size in total):
+                layer.padding = (total[0] // 2, total[1] // 2)
+    return module if next(module.children(), None) is not None else nn.Sequential(module)
 
 
 def _layers(program: ExportedProgram, module: nn.Module) -> tuple[Layer, ...]:
@@ -169,7 +183,7 @@ def _obstacles(program: ExportedProgram, stored: Mapping[str, str]) -> dict[str,
         if owners:
             where = owners[0] or "the model's own forward"
             found[module] = f"its {parameter} is also read by {where}"
-            found.update({owner: f"it shares its {parameter} with {module or 'the model'}" for owner in owners})
+            found.update(dict.fromkeys(owners, f"it shares its {parameter} with {module or 'the model'}"))
     return found
 
 
@@ -197,7 +211,10 @@ def _op(node: Node) -> str:
 
 
 def _tensor(node: Node) -> Tensor | None:
+    """What the operation returns, the first if it returns several."""
     value = node.meta.get("val")
+    if isinstance(value, tuple | list) and value:
+        value = value[0]
     return value if isinstance(value, Tensor) else None
 
 
@@ -209,7 +226,7 @@ def _result(program: ExportedProgram) -> Tensor:
 
 
 def reason_of(error: Exception) -> str:
-    """The first line of the message and the innermost line of code that is not torch's."""
+    """The first line of the message and the innermost line of code that is neither torch's nor this package's."""
     text = str(error).strip() or type(error).__name__
     reason = " ".join(text.splitlines()[0].split())
     if "data-dependent" in reason:
@@ -220,13 +237,13 @@ def reason_of(error: Exception) -> str:
     frame = frames[-1]
     line = (frame.line or linecache.getline(frame.filename, frame.lineno or 0)).strip()
     code = f" in `{' '.join(line.split())}`" if line else ""
-    return f"{reason}{code} ({frame.filename}:{frame.lineno})"
+    file = os.path.relpath(frame.filename)
+    return f"{reason}{code} ({frame.filename if file.startswith('..') else file}:{frame.lineno})"
 
 
 def _is_users(filename: str) -> bool:
-    torch_folder = os.path.dirname(torch.__file__) + os.sep
-    inside = filename.startswith(torch_folder) or filename.startswith("<")
-    return not inside and os.path.abspath(filename) != os.path.abspath(__file__)
+    folders = [os.path.dirname(os.path.realpath(file)) + os.sep for file in (torch.__file__, __file__)]
+    return not filename.startswith("<") and not any(os.path.realpath(filename).startswith(f) for f in folders)
 
 
 @contextmanager

@@ -1,0 +1,190 @@
+"""Evaluates candidates: builds, scores, trains and compiles them. Here spaces, devices and compilers come together."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from ..compilers.registry import compiler_for
+from ..compilers.verify import FLOAT_TOLERANCE, INT8_TOLERANCE
+from ..hwmodels.device import Device, parse_device
+from ..spaces.apply import apply, rebuild, state
+from ..spaces.propose import Proposal, propose
+from ..spaces.quantize import deploy
+from ..spaces.size import count_macs, stored_bytes
+from ..spaces.space import Candidate, Kind
+from ..spaces.trace import TracedModel, trace
+from .atomic import write_json
+from .config import Spec
+from .distill import distill
+from .distill_recipe import Recipe
+from .distill_state import load_checkpoint
+from .score import accuracy, recalibrate
+from .tasks import Task, load_task
+from .tensor_file import write_tensors
+
+if TYPE_CHECKING:
+    from ..compilers.compiler import Compiler
+
+Metrics = dict[str, object]
+
+# Enough inputs for activation ranges and closed-form weights; more changed nothing on the tasks measured.
+_CALIBRATION = 256
+_EXAMPLES = 4
+CHECKPOINT = "checkpoint.safetensors"
+WEIGHTS = "weights.safetensors"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One candidate to evaluate: its number, seed and folder (`trials/0007`)."""
+
+    number: int
+    candidate: Candidate
+    seed: int
+    folder: Path
+
+
+class Evaluator:
+    """A task with its space on its devices, kept warm for many candidates."""
+
+    def __init__(self, spec: Spec, task: Task | None = None) -> None:
+        """Loads the task (unless it is given), traces the model and proposes its space.
+
+        Raises:
+            ValueError: the task, the model or a device is not usable; one line says which and why.
+        """
+        self.spec = spec
+        self.devices: dict[str, Device] = {
+            label: parse_device(name) for label, name in zip(spec.labels(), spec.device, strict=True)
+        }
+        self.compilers: dict[str, Compiler] = {label: compiler_for(device) for label, device in self.devices.items()}
+        self.task = task or load_task(spec.model, spec.data or None, spec.weights, seed=spec.seed)
+        self.teacher = self.task.model
+        self.traced: TracedModel = trace(self.teacher, self.task.data.example(1))
+        lanes = spec.space.lanes or max(device.lanes for device in self.devices.values())
+        self.proposal: Proposal = propose(
+            self.traced, lanes=lanes, families=tuple(Kind(family) for family in spec.space.families)
+        )
+
+    @cached_property
+    def calibration(self) -> Tensor:
+        """Normalised training inputs, shape (n, ...)."""
+        train = self.task.data.train
+        return train.sample(min(_CALIBRATION, len(train))).batch(slice(None))
+
+    def build(self, candidate: Candidate) -> nn.Module:
+        """The compressed model before any training, its batch-norm statistics estimated anew."""
+        if candidate.key() == self.proposal.space.original().key():
+            return apply(candidate, self.traced, self.proposal, None)
+        module = apply(candidate, self.traced, self.proposal, self.calibration)
+        recalibrate(module, self.calibration)
+        return module
+
+    def score(self, job: Job) -> Metrics:
+        """One-shot metrics on a sample of the validation split, and the size; compiled for every device."""
+        torch.manual_seed(job.seed)
+        module = self.build(job.candidate)
+        metrics = self._accuracy(module, self.spec.search.proxy_images)
+        metrics |= self.costs(module)
+        metrics |= self.compile(module, job, "untrained")
+        return metrics
+
+    def train(self, job: Job, epochs: int, total: int) -> Metrics:
+        """Distils the original into the candidate up to so many epochs, and scores it on the whole validation split."""
+        checkpoint = job.folder / CHECKPOINT
+        torch.manual_seed(job.seed)
+        module = self.trained(job) if checkpoint.exists() else self.build(job.candidate)
+        limit = self.spec.distill.train_limit
+        train = self.task.data.train
+        keys = self.spec.distill
+        recipe = Recipe(
+            alpha=keys.alpha,
+            temperature=keys.temperature,
+            attention=keys.attention,
+            learning_rate=keys.learning_rate,
+            batch=keys.batch_size,
+        )
+        job.folder.mkdir(parents=True, exist_ok=True)
+        distill(
+            module,
+            self.teacher,
+            train.sample(limit) if limit and limit < len(train) else train,
+            to_epoch=epochs,
+            total_epochs=total,
+            seed=job.seed,
+            recipe=recipe,
+            checkpoint=checkpoint,
+        )
+        return self._accuracy(module, None)
+
+    def finish(self, job: Job, recipe: Mapping[str, object] | None) -> Metrics:
+        """Writes a trial's weights and recipe, compiles it for every device, and scores it on the validation split.
+
+        Args:
+            job: What was trained; with a recipe of None the candidate as it is (the original).
+            recipe: Epochs, teacher and seed.
+        """
+        module = self.trained(job) if recipe is not None else self.build(job.candidate)
+        job.folder.mkdir(parents=True, exist_ok=True)
+        write_tensors(job.folder / WEIGHTS, state(module), {"options": dict(job.candidate.options)})
+        write_json(job.folder / "recipe.json", {"recipe": recipe, "options": dict(job.candidate.options)})
+        metrics = self._accuracy(module, None) | self.costs(module)
+        return metrics | self.compile(module, job, "artifact")
+
+    def test(self, job: Job, trained: bool) -> Metrics:
+        """Accuracy on the test split: read once, for what is on the front at the end."""
+        module = self.trained(job) if trained else self.build(job.candidate)
+        result = accuracy(module, self.task.data.test)
+        return {"test_accuracy": result.value, "test_accuracy_ci95": list(result.ci95)}
+
+    def trained(self, job: Job) -> nn.Module:
+        """The candidate with the weights of its last checkpoint."""
+        saved = load_checkpoint(job.folder / CHECKPOINT).student
+        return rebuild(job.candidate, self.traced, self.proposal, saved).eval()
+
+    def costs(self, module: nn.Module) -> Metrics:
+        """Stored bytes and MACs."""
+        return {"size_bytes": stored_bytes(module), "macs": count_macs(module, self.traced.example)}
+
+    def compile(self, module: nn.Module, job: Job, name: str) -> Metrics:
+        """Compiles for every device into `folder/NAME` (`NAME-DEVICE` for several), replacing what a kill left there."""
+        deployed = deploy(module)
+        program = torch.export.export(deployed, (self.traced.example,))
+        inputs = self.task.data.validation.batch(slice(0, _EXAMPLES)).unsqueeze(1)
+        quantised = any(
+            option is not None
+            for choice, option in job.candidate.options.items()
+            if choice.endswith(f":{Kind.BITS.value}")
+        )
+        peak = 0
+        for label, device in self.devices.items():
+            folder = self.artifact_folder(job.folder, label, name)
+            shutil.rmtree(folder, ignore_errors=True)
+            artifact = self.compilers[label].compile(
+                program, device, folder, inputs, tolerance=INT8_TOLERANCE if quantised else FLOAT_TOLERANCE
+            )
+            peak = max(peak, artifact.manifest.working_bytes)
+        return {"peak_memory_bytes": peak}
+
+    def artifact_folder(self, folder: Path, label: str, name: str) -> Path:
+        """Where a trial's artifact for a device is."""
+        if len(self.devices) == 1:
+            return folder / name
+        return folder / f"{name}-{''.join(c if c.isalnum() else '-' for c in label)}"
+
+    def _accuracy(self, module: nn.Module, limit: int | None) -> Metrics:
+        result = accuracy(module, self.task.data.validation, limit)
+        return {"accuracy": result.value, "accuracy_ci95": list(result.ci95)}
+
+
+def missing_metrics(objectives: Sequence[str]) -> str | None:
+    """Which objective cannot be evaluated by this version, if any."""
+    return next((name for name in objectives if name == "energy"), None)

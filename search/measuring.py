@@ -1,0 +1,99 @@
+"""Times trials on the search's devices, beside the original in the same processes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..compilers.compiler import RunError
+from ..hwmodels.measurement import Measurement, MeasureProtocol
+from .workers import Failure
+
+if TYPE_CHECKING:
+    from ..hwmodels.device import Device
+    from .evaluate import Evaluator, Metrics
+
+# Artifacts in one child process: they share its start and the original's runs.
+_TOGETHER = 8
+_ORIGINAL = "original"
+
+
+def measure_trials(
+    evaluator: Evaluator, folders: Mapping[int, Path], original: Path, name: str, *, final: bool
+) -> dict[int, Metrics | Failure]:
+    """Latency (median, 95 % interval) and its ratio to the original of every trial, on every device.
+
+    Args:
+        evaluator: Knows devices, compilers and the protocol.
+        folders: The trials' folders by number.
+        original: The original's folder, whose artifact is `artifact`.
+        name: Which artifact of the trials.
+        final: Time in as many fresh processes as the specification says; else in one.
+    """
+    keys = evaluator.spec.measure
+    protocol = MeasureProtocol(
+        runs=keys.runs,
+        processes=keys.processes if final else 1,
+        warmup_s=keys.warmup_s,
+        time_limit_s=keys.time_limit_s,
+        drift=keys.drift,
+        retries=1,
+    )
+    results: dict[int, Metrics | Failure] = {number: {} for number in folders}
+    for label, device in evaluator.devices.items():
+        reference = evaluator.artifact_folder(original, label, "artifact")
+        paths = {number: evaluator.artifact_folder(folder, label, name) for number, folder in folders.items()}
+        for number, measured in _on_device(evaluator, label, device, paths, reference, protocol).items():
+            before = results[number]
+            if isinstance(before, Failure) or isinstance(measured, Failure):
+                results[number] = before if isinstance(before, Failure) else measured
+                continue
+            for metric, value in measured.items():
+                earlier = before.get(metric)
+                both = isinstance(earlier, dict) and isinstance(value, dict)
+                before[metric] = {**earlier, **value} if both else value  # type: ignore[dict-item]
+    return results
+
+
+def _on_device(
+    evaluator: Evaluator,
+    label: str,
+    device: Device,
+    paths: Mapping[int, Path],
+    reference: Path,
+    protocol: MeasureProtocol,
+) -> dict[int, Metrics | Failure]:
+    compiler = evaluator.compilers[label]
+    results: dict[int, Metrics | Failure] = {}
+    waiting = list(paths)
+    while waiting:
+        group, waiting = waiting[:_TOGETHER], waiting[_TOGETHER:]
+        while group:
+            artifacts = {_ORIGINAL: reference, **{str(n): paths[n] for n in group if paths[n] != reference}}
+            try:
+                measured = compiler.measure(artifacts, device, protocol)
+            except RunError as error:
+                if error.artifact is None or error.artifact == _ORIGINAL:
+                    results |= {number: Failure(str(error)) for number in group}
+                    break
+                # The others are timed again without the one that crashed.
+                culprit = int(error.artifact)
+                results[culprit] = Failure(str(error))
+                group = [number for number in group if number != culprit]
+                continue
+            base = measured[_ORIGINAL]
+            for number in group:
+                own = base if paths[number] == reference else measured[str(number)]
+                results[number] = _latency(label, own, base)
+            break
+    return results
+
+
+def _latency(label: str, own: Measurement, base: Measurement) -> dict[str, object]:
+    low, high = own.ci95
+    return {
+        "latency_s": {label: {"value": own.latency_s, "ci95": [low, high]}},
+        "latency_ratio": {label: own.latency_s / base.latency_s},
+        **({"drifted": True} if own.drifted else {}),
+    }

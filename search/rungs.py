@@ -1,0 +1,135 @@
+"""Distillation rungs on Ray Tune, and who is promoted from one to the next.
+
+Ray Tune runs one rung at a time: a trainable of one candidate trains from its checkpoint to the rung's epochs. What
+came out is in the run's journal before the next rung begins, so that a killed search trains again only what was not
+recorded, from the last epoch's checkpoint.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .pareto import Array, crowding_distance, nondominated_rank
+from .workers import Failure, evaluator_in_worker, guarded, job_from, job_to
+
+if TYPE_CHECKING:
+    from .config import Spec
+    from .evaluate import Job, Metrics
+    from .tasks import Task
+
+_RETRIES = 2
+# Latency bins in which candidates compete: the fast end is never starved by the accurate one.
+_BINS = 4
+
+
+def promote(losses: Array, cost: Array, count: int) -> list[int]:
+    """The rows that go on, at most `count`: by nondominated rank and crowding distance inside bins of cost.
+
+    Args:
+        losses: Shape (n, m), less is better; a row with a NaN is never promoted.
+        cost: Shape (n,), what the bins are made of (latency, relative to the original). Bins hold equally many.
+        count: How many.
+
+    Returns:
+        Row numbers in ascending order.
+    """
+    able = np.flatnonzero(~np.isnan(losses).any(axis=1) & ~np.isnan(cost))
+    if len(able) <= count:
+        return [int(row) for row in able]
+    ranks, crowding = nondominated_rank(losses[able]), crowding_distance(losses[able])
+    by_cost = able[np.argsort(cost[able], kind="stable")]
+    bins = np.array_split(by_cost, min(_BINS, count))
+    position = {int(row): place for place, row in enumerate(able)}
+    queues = [
+        sorted(
+            (int(row) for row in members), key=lambda row: (ranks[position[row]], -crowding[position[row]], row)
+        )
+        for members in bins
+    ]
+    chosen: list[int] = []
+    while len(chosen) < count:
+        # In turns, the fastest bin first: where the count does not divide, the fast end gets one more.
+        for queue in queues:
+            if queue and len(chosen) < count:
+                chosen.append(queue.pop(0))
+    return sorted(chosen)
+
+
+def run_rung(
+    spec: Spec,
+    jobs: Sequence[Job],
+    epochs: int,
+    total: int,
+    workers: int,
+    task: Task | None,
+    done: Callable[[int, Metrics | Failure], None],
+) -> None:
+    """Trains every job up to `epochs` of `total` on Ray Tune; `done` is called with its number as each one ends."""
+    from ray import tune
+
+    outstanding = {job.number for job in jobs}
+
+    class Record(tune.Callback):  # type: ignore[misc]
+        def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: Any, **info: Any) -> None:
+            number = int(result["number"])
+            if number in outstanding:
+                outstanding.discard(number)
+                failure = result.get("failure")
+                done(number, Failure(failure) if failure else dict(result["metrics"]))
+
+    with tempfile.TemporaryDirectory(prefix="planish-tune-") as storage:
+        tuner = tune.Tuner(
+            tune.with_resources(
+                tune.with_parameters(_trainable(), spec=spec, task=task), tune.PlacementGroupFactory([{"CPU": 1}])
+            ),
+            param_space={"job": tune.grid_search([job_to(job) for job in jobs]), "epochs": epochs, "total": total},
+            tune_config=tune.TuneConfig(max_concurrent_trials=workers, reuse_actors=True),
+            run_config=tune.RunConfig(
+                name="rung",
+                storage_path=storage,
+                verbose=0,
+                callbacks=[Record()],
+                failure_config=tune.FailureConfig(max_failures=_RETRIES),
+                checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False, checkpoint_frequency=0),
+                stop={"training_iteration": 1},
+            ),
+        )
+        tuner.fit()
+    for number in sorted(outstanding):
+        done(number, Failure(f"the training process died {_RETRIES + 1} times on it (killed, or out of memory)"))
+
+
+def _trainable() -> type:
+    from ray import tune
+
+    class Rung(tune.Trainable):  # type: ignore[misc]
+        """One candidate's training; the actor and its evaluator are reused for the next candidate."""
+
+        def setup(self, config: dict[str, Any], spec: Spec | None = None, task: Task | None = None) -> None:
+            assert spec is not None
+            self._job_config = config
+            self._evaluator = evaluator_in_worker(spec, task)
+
+        def step(self) -> dict[str, Any]:
+            job = job_from(self._job_config["job"])
+            epochs, total = int(self._job_config["epochs"]), int(self._job_config["total"])
+            result = guarded(lambda: self._evaluator.train(job, epochs, total))
+            if isinstance(result, Failure):
+                return {"number": job.number, "failure": str(result), "metrics": {}}
+            return {"number": job.number, "failure": "", "metrics": result}
+
+        def reset_config(self, new_config: dict[str, Any]) -> bool:
+            self._job_config = new_config
+            return True
+
+        def save_checkpoint(self, checkpoint_dir: str) -> None:
+            """Nothing: the trial's own folder holds a checkpoint of every epoch."""
+
+        def load_checkpoint(self, checkpoint: Any) -> None:
+            """Nothing: see `save_checkpoint`."""
+
+    return Rung

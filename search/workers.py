@@ -1,0 +1,163 @@
+"""Ray: actors that evaluate candidates, each warm with one model and data set."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..spaces.space import Candidate
+from .errors import UserError
+
+if TYPE_CHECKING:
+    from .config import Spec
+    from .evaluate import Job, Metrics
+    from .tasks import Task
+
+# A worker that dies (killed, out of memory) is started again; a candidate that kills it so often has failed.
+_RETRIES = 2
+
+
+class Failure(str):
+    """Why a candidate could not be evaluated; its evaluation is over, the search is not."""
+
+
+@contextmanager
+def cluster(address: str, workers: int) -> Iterator[int]:
+    """A Ray session, local or on a cluster; the number of workers to use.
+
+    Raises:
+        UserError: there is no cluster at the address.
+    """
+    # No telemetry, and no second progress bar over ours.
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+    os.environ.setdefault("TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    import ray
+
+    count = workers or os.cpu_count() or 1
+    settings: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "include_dashboard": False}
+    if address == "local":
+        settings |= {"address": "local", "num_cpus": count}
+    else:
+        settings = {"address": address, "log_to_driver": False, "logging_level": logging.ERROR}
+    try:
+        ray.init(**settings)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()
+        raise UserError(
+            f"Ray cannot be started at address {address!r}: {reason[0] if reason else type(error).__name__}; "
+            "start one with `ray start --head`, or leave address out for a local one"
+        ) from error
+    try:
+        yield count if workers or address == "local" else max(1, int(ray.cluster_resources().get("CPU", 1)))
+    finally:
+        ray.shutdown()
+
+
+class Pool:
+    """Evaluation actors, as many as there are workers; each keeps one evaluator."""
+
+    def __init__(self, spec: Spec, workers: int, task: Task | None = None) -> None:
+        """Starts the actors; they load the task at their first job.
+
+        Args:
+            spec: The search as resolved.
+            workers: How many actors of one core each.
+            task: The task itself, where it has no name to load it by.
+        """
+        import ray
+
+        self._ray = ray
+        actor = ray.remote(num_cpus=1, max_restarts=-1, max_task_retries=_RETRIES)(_Worker)
+        shared = ray.put(task) if task is not None else None
+        self._actors = [actor.remote(spec, shared) for _ in range(workers)]
+
+    def run(
+        self, method: str, jobs: Sequence[tuple[Job, tuple[Any, ...]]], done: Callable[[Job, Metrics | Failure], None]
+    ) -> None:
+        """Runs a method of the evaluator for every job; `done` is called in the order in which they end."""
+        ray = self._ray
+        idle, waiting, running = list(self._actors), list(reversed(jobs)), {}
+        while waiting or running:
+            while idle and waiting:
+                job, arguments = waiting.pop()
+                actor = idle.pop()
+                running[actor.call.remote(method, job, arguments)] = (actor, job)
+            [reference], _ = ray.wait(list(running), num_returns=1)
+            actor, job = running.pop(reference)
+            idle.append(actor)
+            try:
+                result = ray.get(reference)
+            except ray.exceptions.RayActorError:
+                result = Failure(f"the worker process died {_RETRIES + 1} times on it (killed, or out of memory)")
+            except ray.exceptions.RayTaskError as error:
+                cause = error.cause if isinstance(getattr(error, "cause", None), Exception) else error
+                if isinstance(cause, UserError):
+                    raise cause from None
+                raise
+            done(job, result)
+
+    def close(self) -> None:
+        """Ends the actors, so that nothing of theirs runs while something is timed or trained elsewhere."""
+        for actor in self._actors:
+            self._ray.kill(actor)
+        self._actors = []
+
+
+class _Worker:
+    """The actor."""
+
+    def __init__(self, spec: Spec, task: Task | None) -> None:
+        self._spec, self._task = spec, task
+        self._evaluator: Any = None
+
+    def call(self, method: str, job: Job, arguments: tuple[Any, ...]) -> Metrics | Failure:
+        if self._evaluator is None:
+            self._evaluator = evaluator_in_worker(self._spec, self._task)
+        return guarded(lambda: getattr(self._evaluator, method)(job, *arguments))
+
+
+def evaluator_in_worker(spec: Spec, task: Task | None) -> Any:
+    """An evaluator in a process of its own, on one thread: workers share the machine's cores."""
+    import torch
+
+    from .evaluate import Evaluator
+
+    torch.set_num_threads(1)
+    return Evaluator(spec, task)
+
+
+def guarded(step: Callable[[], Metrics]) -> Metrics | Failure:
+    """The result of a step, or why the candidate failed at it; a user's mistake is still raised."""
+    try:
+        return step()
+    except UserError:
+        raise
+    except Exception as error:
+        # Whatever a candidate provokes in torch, TVM or numpy is that candidate's failure, not the search's.
+        lines = str(error).strip().splitlines()
+        logging.getLogger(__name__).debug("a candidate failed", exc_info=True)
+        return Failure(f"{type(error).__name__}: {lines[0] if lines else 'no message'}")
+
+
+def job_from(config: Mapping[str, Any]) -> Job:
+    """The job that `job_to` wrote into a Tune configuration."""
+    from .evaluate import Job
+
+    return Job(int(config["number"]), Candidate(dict(config["options"])), int(config["seed"]), Path(config["folder"]))
+
+
+def job_to(job: Job) -> dict[str, Any]:
+    """A job as plain values."""
+    return {
+        "number": job.number,
+        "options": dict(job.candidate.options),
+        "seed": job.seed,
+        "folder": str(job.folder),
+    }

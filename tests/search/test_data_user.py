@@ -1,0 +1,139 @@
+from __future__ import annotations
+
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from planish.search.data_sources import load_data
+from planish.search.score import accuracy
+
+
+def write(folder: Path, body: str, name: str = "mine.py") -> Path:
+    file = folder / name
+    file.write_text("import torch, numpy as np\n" + textwrap.dedent(body))
+    return file
+
+
+def test_float_pairs_go_to_the_model_as_they_are(tmp_path: Path) -> None:
+    file = write(
+        tmp_path,
+        """
+        def make():
+            return tuple((np.full((4, 3), i + 0.5), np.array([0, 1, 2, 0])) for i in range(3))
+        """,
+    )
+    data = load_data(f"{file}:make")
+    assert data.classes == ("0", "1", "2")
+    assert data.test.batch(slice(0, 4)).eq(2.5).all()
+    assert data.test.targets.dtype == torch.int64
+
+
+def test_uint8_inputs_are_divided_by_255(tmp_path: Path) -> None:
+    file = write(
+        tmp_path,
+        """
+        def make():
+            part = (torch.full((4, 1, 2, 2), 51, dtype=torch.uint8), torch.tensor([0, 1, 1, 0], dtype=torch.int32))
+            return part, part, part
+        """,
+    )
+    data = load_data(f"{file}:make")
+    assert data.train.inputs.dtype == torch.uint8
+    torch.testing.assert_close(data.example(), torch.full((1, 1, 2, 2), 0.2))
+
+
+def test_a_torch_dataset_is_read_whole(tmp_path: Path) -> None:
+    file = write(
+        tmp_path,
+        """
+        class Squares(torch.utils.data.Dataset):
+            def __len__(self): return 5
+            def __getitem__(self, i): return torch.tensor([float(i), float(i * i)]), i % 2
+        def make():
+            return Squares(), Squares(), Squares()
+        """,
+    )
+    data = load_data(f"{file}:make")
+    assert data.train.inputs.tolist() == [[i, i * i] for i in range(5)]
+    assert data.train.targets.tolist() == [0, 1, 0, 1, 0]
+
+
+def test_the_metric_of_the_user_is_what_is_scored(tmp_path: Path) -> None:
+    file = write(
+        tmp_path,
+        """
+        def half(outputs, targets):
+            return torch.full((len(targets),), 0.5)
+        def make():
+            part = (torch.zeros(4, 2), torch.tensor([0, 1, 0, 1]))
+            return part, part, part, half
+        """,
+    )
+    data = load_data(f"{file}:make")
+    assert accuracy(torch.nn.Identity(), data.test).value == 0.5
+
+
+def test_a_whole_data_object_is_taken_as_it_is(tmp_path: Path) -> None:
+    file = write(
+        tmp_path,
+        """
+        from planish.search.data import Data, Split
+        def make():
+            part = Split(torch.zeros(4, 2), torch.tensor([0, 1, 0, 1]))
+            return Data(part, part, part, ("no", "yes"))
+        """,
+    )
+    assert load_data(f"{file}:make").classes == ("no", "yes")
+
+
+def test_a_file_may_import_its_neighbour_and_leaves_the_path_as_it_was(tmp_path: Path) -> None:
+    write(tmp_path, "def part(): return torch.zeros(4, 2), torch.tensor([0, 1, 0, 1])", "neighbour_of_data.py")
+    file = write(tmp_path, "from neighbour_of_data import part\ndef make(): return part(), part(), part()")
+    before = list(sys.path)
+    assert len(load_data(f"{file}:make").train) == 4
+    assert sys.path == before
+
+
+def test_a_module_of_the_current_folder_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path, "def make(): return ((torch.zeros(4, 2), torch.tensor([0, 1, 0, 1])),) * 3", "data_in_cwd.py")
+    monkeypatch.chdir(tmp_path)
+    assert len(load_data("data_in_cwd:make").train) == 4
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("def make(): return 3", "returned a int"),
+        ("def make(): return (1, 2)", "returned 2 things"),
+        ("def make(): return (1, 2, 3)", "train is a int"),
+        ("def make(): return ((torch.zeros(4, 2), torch.zeros(4)),) * 3", "targets of torch.float32"),
+        ("def make(): return ((torch.zeros(4, 2), torch.zeros(4).long()),) * 3 + (7,)", "metric 7"),
+        ("def make(): return ((torch.zeros(0, 2), torch.zeros(0).long()),) * 3", "classes?.*at least 2|empty"),
+        ("def make(): return ([], [], [])", "train is empty"),
+        ("def make(): return ([(torch.zeros(2), 0), (torch.zeros(3), 1)],) * 3", r"item 1 has shape \(3,\)"),
+        ("def make(): return ([1, 2, 3],) * 3", "item 0 is a int"),
+        ("def make(): return (({}, [0, 1]),) * 3", "train inputs: a dict is not an array"),
+        ("def make(): raise KeyError('no file')", "raised KeyError: 'no file'"),
+        ("def other(): pass", "has no 'make'; it has other"),
+        ("make = 3", "is a int; it needs to be a callable"),
+        ("def make(:", "raised SyntaxError"),
+        ("import no_such_library_at_all", "No module named"),
+    ],
+)
+def test_what_a_factory_does_wrong_is_one_clear_line(tmp_path: Path, body: str, message: str) -> None:
+    file = write(tmp_path, body)
+    with pytest.raises(ValueError, match=message) as error:
+        load_data(f"{file}:make")
+    assert "\n" not in str(error.value)
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"there is no file .*gone\.py"):
+        load_data(f"{tmp_path / 'gone.py'}:make")
+
+
+def test_a_module_that_is_not_there_is_unknown_data() -> None:
+    with pytest.raises(ValueError, match="'no_such_package:make' is unknown"):
+        load_data("no_such_package:make")
