@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..hwmodels.device import Device
 from .compiler import Artifact, CompileError
+from .cpu_features import instruction_set
 from .manifest import EXAMPLES, Manifest, Port, digest
 from .verify import store_examples
 
@@ -16,10 +18,21 @@ if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
 
+@dataclass(frozen=True)
+class Built:
+    """What is known of a library once it is built.
+
+    `working_bytes` is the peak of its intermediate values, `kernels` (kernel, site) of every call in order.
+    """
+
+    working_bytes: int = 0
+    kernels: tuple[tuple[str, str], ...] = ()
+
+
 def write_artifact(
     compiler: str,
     library: str,
-    build: Callable[[Path], int],
+    build: Callable[[Path], Built],
     program: ExportedProgram,
     device: Device,
     folder: Path,
@@ -27,43 +40,49 @@ def write_artifact(
     tolerance: float,
     versions: Mapping[str, str],
 ) -> Artifact:
-    """Builds the library (`build` returns its working bytes), stores the examples and writes the manifest last.
+    """Builds the library, stores the examples and writes the manifest last.
 
     A folder without a manifest is therefore one whose compilation did not end.
+
+    Raises:
+        CompileError: the folder is not empty, or the program has not one input and one output of fixed shape.
     """
     if folder.exists() and any(folder.iterdir()):
         raise CompileError(f"{folder} is not empty; name a new folder")
+    inputs, outputs = (_port(program, "input"),), (_port(program, "output"),)
     folder.mkdir(parents=True, exist_ok=True)
-    working_bytes = build(folder / library)
+    built = build(folder / library)
     store_examples(program, examples, folder)
     manifest = Manifest(
         compiler=compiler,
         library=library,
         device=device.name,
-        target=device.target,
+        target={**device.target, **(instruction_set() if device.here else {})},
         threads=device.threads,
-        inputs=_ports(program, "placeholder"),
-        outputs=_ports(program, "output"),
+        inputs=inputs,
+        outputs=outputs,
         tolerance=tolerance,
         files={name: digest(folder / name) for name in (library, EXAMPLES)},
-        working_bytes=working_bytes,
+        working_bytes=built.working_bytes,
+        kernels=built.kernels,
         versions=versions,
     )
     manifest.write(folder)
     return Artifact(folder, manifest)
 
 
-def _ports(program: ExportedProgram, kind: str) -> tuple[Port, ...]:
-    from torch.export.graph_signature import InputKind
+def _port(program: ExportedProgram, label: str) -> Port:
+    import torch
+    from torch.export.graph_signature import InputKind, OutputKind
 
     signature = program.graph_signature
-    if kind == "placeholder":
-        names = [spec.arg.name for spec in signature.input_specs if spec.kind == InputKind.USER_INPUT]
-    else:
-        names = [spec.arg.name for spec in signature.output_specs]
+    specs = signature.input_specs if label == "input" else signature.output_specs
+    names = [spec.arg.name for spec in specs if spec.kind in (InputKind.USER_INPUT, OutputKind.USER_OUTPUT)]
     if len(names) != 1:
-        raise CompileError(f"the model has {len(names)} {'inputs' if kind == 'placeholder' else 'outputs'}; one is supported")
-    nodes = {node.name: node for node in program.graph.nodes}
-    value = nodes[names[0]].meta["val"]
-    label = "input" if kind == "placeholder" else "output"
-    return (Port(label, tuple(int(v) for v in value.shape), str(value.dtype).removeprefix("torch.")),)
+        raise CompileError(f"the model has {len(names)} {label}s; compilers take models of one input and one output")
+    value = {node.name: node for node in program.graph.nodes}[names[0]].meta["val"]
+    if not isinstance(value, torch.Tensor):
+        raise CompileError(f"the model's {label} is a {type(value).__name__}; compilers take models of tensors")
+    if not all(isinstance(size, int) for size in value.shape):
+        raise CompileError(f"the model's {label} has the shape {tuple(value.shape)}; export it with fixed shapes")
+    return Port(label, tuple(value.shape), str(value.dtype).removeprefix("torch."))

@@ -2,13 +2,15 @@
 
 It imports the runtime that the artifacts need and nothing else of Planish's, so that a crash or a hang costs one
 request and the timings are those of a user's process. The request is
-`{"artifacts": {name: folder}, "runs": n, "warmup_s": s}`; with 0 runs it only checks. Each line of standard output names
-the artifact it is about to touch, so that the parent knows whose crash it was.
+`{"artifacts": {name: folder}, "runs": n, "warmup_s": s, "kernels": bool}`; with 0 runs it only checks. Each line of
+standard output names the artifact it is about to touch, so that the parent knows whose crash it was; what compiled code
+prints goes nowhere.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -23,6 +25,7 @@ from .loader import LOADERS, Loaded
 
 # Timing less than this much work at once would measure the clock.
 _SAMPLE_S = 1e-3
+_KERNEL_REPEATS = 20
 EXIT_WRONG_OUTPUT = 3
 EXIT_FAILED = 4
 
@@ -32,8 +35,9 @@ def main(request_path: str, result_path: str) -> int:
     request = json.loads(Path(request_path).read_text(encoding="utf-8"))
     loaded: dict[str, Loaded] = {}
     errors: dict[str, float] = {}
+    announce = _announcer()
     for name, folder in request["artifacts"].items():
-        print(name, flush=True)
+        announce(name)
         try:
             loaded[name] = _load(Path(folder))
             errors[name] = check(loaded[name], Path(folder))
@@ -41,16 +45,25 @@ def main(request_path: str, result_path: str) -> int:
             print(error, file=sys.stderr, flush=True)
             return EXIT_WRONG_OUTPUT
         except Exception as error:
-            print(f"{type(error).__name__}: {str(error).strip().splitlines()[0]}", file=sys.stderr, flush=True)
+            reason = (str(error).strip().splitlines() or ["no reason given"])[0]
+            print(f"{type(error).__name__}: {reason}", file=sys.stderr, flush=True)
             return EXIT_FAILED
     times: dict[str, list[float]] = {name: [] for name in loaded}
     if request["runs"]:
-        numbers = {name: _warm_up(name, model, request["warmup_s"]) for name, model in loaded.items()}
+        numbers = {}
+        for name, model in loaded.items():
+            announce(name)
+            numbers[name] = _warm_up(model, request["warmup_s"])
         for _ in range(request["runs"]):
             for name, model in loaded.items():
-                print(name, flush=True)
+                announce(name)
                 times[name].append(model.time(numbers[name]))
-    Path(result_path).write_text(json.dumps({"run_s": times, "error": errors}), encoding="utf-8")
+    kernels = {}
+    for name, model in loaded.items() if request["kernels"] else ():
+        announce(name)
+        kernels[name] = _kernels(model, Path(request["artifacts"][name]))
+    result = {"run_s": times, "error": errors, "kernels": kernels}
+    Path(result_path).write_text(json.dumps(result), encoding="utf-8")
     return 0
 
 
@@ -87,6 +100,20 @@ def _difference(run: Callable[[NDArray[Any]], NDArray[Any]], x: NDArray[Any], ex
     return float(np.abs(output - expected).max() / max(float(np.abs(expected).max()), 1e-12))
 
 
+def _announcer() -> Callable[[str], None]:
+    """Writes lines to what is standard output now; from then on that leads nowhere, for code that prints to it."""
+    stream = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    os.close(nowhere)
+    return lambda name: print(name, file=stream, flush=True)
+
+
+def _kernels(model: Loaded, folder: Path) -> list[tuple[str, float]]:
+    with np.load(folder / manifests.EXAMPLES, allow_pickle=False) as examples:
+        return model.kernels(examples["inputs"][0], _KERNEL_REPEATS)
+
+
 def _load(folder: Path) -> Loaded:
     manifest = manifests.read(folder)
     if manifest.compiler not in LOADERS:
@@ -94,9 +121,8 @@ def _load(folder: Path) -> Loaded:
     return LOADERS[manifest.compiler](folder, manifest)
 
 
-def _warm_up(name: str, model: Loaded, seconds: float) -> int:
+def _warm_up(model: Loaded, seconds: float) -> int:
     """Runs for so many seconds; how many runs make one sample."""
-    print(name, flush=True)
     end, best = time.perf_counter() + seconds, float("inf")
     while True:
         best = min(best, model.time(1))

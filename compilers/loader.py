@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,11 +28,16 @@ class Loaded(Protocol):
         """Mean seconds of so many runs on the last input, without copying inputs and outputs."""
         ...
 
+    def kernels(self, x: NDArray[Any], repeats: int) -> list[tuple[str, float]]:
+        """Every kernel's name and its fastest of so many runs in seconds, in the order of the calls."""
+        ...
+
 
 class _Tvm:
     def __init__(self, folder: Path, manifest: Manifest) -> None:
-        import tvm
-        from tvm.runtime import vm
+        with _torch_hidden():
+            import tvm
+            from tvm.runtime import vm
 
         self.manifest = manifest
         self._tvm = tvm
@@ -44,6 +51,23 @@ class _Tvm:
     def time(self, number: int) -> float:
         evaluator = self._vm.time_evaluator("invoke_stateful", self._tvm.cpu(), number=number, repeat=1)
         return float(evaluator("main").mean)
+
+    def kernels(self, x: NDArray[Any], repeats: int) -> list[tuple[str, float]]:
+        rows: list[tuple[str, float]] = []
+
+        def instrument(function: Any, symbol: str, before: bool, _: Any, *arguments: Any) -> int:
+            if before and not symbol.startswith("vm."):
+                best = float("inf")
+                for _ in range(repeats):
+                    start = time.perf_counter()
+                    function(*arguments)
+                    best = min(best, time.perf_counter() - start)
+                rows.append((symbol, best))
+            return 0  # and now the call itself
+
+        self._vm.set_instrument(instrument)
+        self._vm["main"](self._tvm.runtime.tensor(np.ascontiguousarray(x)))
+        return rows
 
 
 class _Torch:
@@ -67,6 +91,23 @@ class _Torch:
             for _ in range(number):
                 self._module(self._input)
             return (time.perf_counter() - start) / number
+
+    def kernels(self, x: NDArray[Any], repeats: int) -> list[tuple[str, float]]:
+        self.run(x)
+        return [("model", min(self.time(1) for _ in range(repeats)))]
+
+
+@contextmanager
+def _torch_hidden() -> Iterator[None]:
+    """Keeps TVM from importing torch wherever that is installed: an artifact needs none, and it takes seconds."""
+    if "torch" in sys.modules:
+        yield
+        return
+    sys.modules["torch"] = None  # type: ignore[assignment]  # the documented way to make an import fail
+    try:
+        yield
+    finally:
+        del sys.modules["torch"]
 
 
 LOADERS: Mapping[str, Callable[[Path, Manifest], Loaded]] = {"tvm": _Tvm, "torch": _Torch}

@@ -44,6 +44,8 @@ class Manifest:
     tolerance: float
     files: Mapping[str, str]
     working_bytes: int = 0
+    # (kernel, site) of every call of a kernel that has a site, in order: what a profile's times belong to.
+    kernels: tuple[tuple[str, str], ...] = ()
     versions: Mapping[str, str] = field(default_factory=dict)
     # Free for the exporter: preprocessing, class names, metrics, choices.
     model: Mapping[str, Any] = field(default_factory=dict)
@@ -87,7 +89,7 @@ def _parse(folder: Path) -> Manifest:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ManifestError(f"{folder} is no compiled model: it has no {NAME}; make one with `planish export`") from None
+        raise ManifestError(f"{folder} is no compiled model (no {NAME}); make one with `planish export`") from None
     except (OSError, ValueError, RecursionError) as error:
         raise ManifestError(f"{path} cannot be read: {error}") from None
     try:
@@ -104,10 +106,11 @@ def _parse(folder: Path) -> Manifest:
             tolerance=float(data["tolerance"]),
             files={str(k): str(v) for k, v in data["files"].items()},
             working_bytes=int(data["working_bytes"]),
+            kernels=tuple((str(kernel), str(site)) for kernel, site in data.get("kernels", ())),
             versions=dict(data["versions"]),
             model=dict(data["model"]),
         )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         if isinstance(error, ManifestError):
             raise
         raise ManifestError(f"{path} is not a manifest: {type(error).__name__} {error}") from None

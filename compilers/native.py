@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from ..hwmodels.device import Device
 from ..hwmodels.measurement import Measurement, MeasureProtocol
 from . import runner
-from .artifact import write_artifact
+from .artifact import Built, write_artifact
 from .compiler import Artifact, CompileError
 
 if TYPE_CHECKING:
@@ -37,9 +37,9 @@ class NativeCompiler:
         if lacking:
             raise CompileError(f"device {device.name} is not usable here: {lacking}")
 
-        def save(path: Path) -> int:
+        def save(path: Path) -> Built:
             torch.export.save(program, str(path))
-            return 0
+            return Built()
 
         return write_artifact(
             self.name, "model.pt2", save, program, device, folder, examples, tolerance, {"torch": version("torch")}

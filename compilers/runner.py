@@ -10,6 +10,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from ..hwmodels.device import Device
 from ..hwmodels.measurement import Measurement, MeasureProtocol
 from .child import EXIT_WRONG_OUTPUT
 from .compiler import RunError
+from .manifest import read
 
 
 def measure(artifacts: Mapping[str, Path], device: Device, protocol: MeasureProtocol) -> dict[str, Measurement]:
@@ -26,7 +28,7 @@ def measure(artifacts: Mapping[str, Path], device: Device, protocol: MeasureProt
         for _ in range(protocol.retries + 1):
             times: dict[str, list[float]] = {name: [] for name in artifacts}
             for _ in range(protocol.processes):
-                for name, values in run_child(artifacts, device, protocol).items():
+                for name, values in run_child(artifacts, device, protocol).run_s.items():
                     times[name].extend(values)
             drifted = drift(next(iter(times.values()))) > protocol.drift
             if not drifted:
@@ -41,19 +43,65 @@ def drift(values: list[float]) -> float:
     return abs(last - first) / max(min(first, last), 1e-12)
 
 
-def check(artifact: Path, device: Device, *, time_limit_s: float = 60.0) -> None:
+def check(artifact: Path, device: Device, *, time_limit_s: float = 60.0) -> float:
     """Compares one artifact with its stored outputs, in a child process.
+
+    Returns:
+        The largest difference, relative to the largest output.
 
     Raises:
         RunError: it crashed, failed, took too long or gave other outputs.
     """
-    run_child({"artifact": artifact}, device, MeasureProtocol(time_limit_s=time_limit_s), runs=0)
+    return run_child({"artifact": artifact}, device, MeasureProtocol(time_limit_s=time_limit_s), runs=0).error["artifact"]
+
+
+@dataclass(frozen=True)
+class ChildResult:
+    """What a child process found of every artifact, by name.
+
+    `run_s` are the seconds of each timed run; `error` the largest difference from the stored outputs, relative to the
+    largest output; `kernels` (kernel, seconds) in the order of the calls, where they were asked for.
+    """
+
+    run_s: Mapping[str, list[float]]
+    error: Mapping[str, float]
+    kernels: Mapping[str, list[tuple[str, float]]]
+
+
+def site_times(
+    artifacts: Mapping[str, Path], device: Device, protocol: MeasureProtocol
+) -> dict[str, list[tuple[str, str, float]]]:
+    """(kernel, site, seconds) of every kernel call of every artifact, in order; site "" where none is known.
+
+    Raises:
+        RunError: as for `measure`.
+    """
+    with device_lock(device):
+        profiles = run_child(artifacts, device, protocol, runs=0, kernels=True).kernels
+    return {name: _named(rows, list(read(artifacts[name]).kernels)) for name, rows in profiles.items()}
+
+
+def _named(rows: list[tuple[str, float]], ours: list[tuple[str, str]]) -> list[tuple[str, str, float]]:
+    found = []
+    for kernel, seconds in rows:
+        # Kernels of the fallback stand between ours: the manifest lists ours in the order of the calls.
+        site = ours.pop(0)[1] if ours and ours[0][0] == kernel else ""
+        found.append((kernel, site, seconds))
+    return found
 
 
 def run_child(
-    artifacts: Mapping[str, Path], device: Device, protocol: MeasureProtocol, runs: int | None = None
-) -> dict[str, list[float]]:
-    """Seconds of each run of each artifact in one child process."""
+    artifacts: Mapping[str, Path],
+    device: Device,
+    protocol: MeasureProtocol,
+    runs: int | None = None,
+    kernels: bool = False,
+) -> ChildResult:
+    """Checks, times and profiles artifacts in one child process.
+
+    Raises:
+        RunError: an artifact crashed, failed, took too long or gave other outputs; it is named.
+    """
     with tempfile.TemporaryDirectory(prefix="planish-run-") as folder:
         request, result = Path(folder, "request.json"), Path(folder, "result.json")
         request.write_text(
@@ -62,6 +110,7 @@ def run_child(
                     "artifacts": {name: str(path) for name, path in artifacts.items()},
                     "runs": protocol.runs if runs is None else runs,
                     "warmup_s": protocol.warmup_s,
+                    "kernels": kernels,
                 }
             ),
             encoding="utf-8",
@@ -70,7 +119,14 @@ def run_child(
         limit = protocol.time_limit_s * max(1, len(artifacts))
         try:
             done = subprocess.run(
-                command, capture_output=True, text=True, timeout=limit, env=_environment(device), check=False
+                command,
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                encoding="utf-8",
+                errors="replace",
+                timeout=limit,
+                env=_environment(device),
+                check=False,
             )
         except subprocess.TimeoutExpired as error:
             output = error.stdout.decode(errors="replace") if isinstance(error.stdout, bytes) else error.stdout
@@ -79,8 +135,10 @@ def run_child(
                 f"artifact {name!r} did not end within {limit:.0f} s and was killed; "
                 "raise time_limit_s if it needs longer", name
             ) from None  # fmt: skip
-        if done.returncode == 0:
-            return {k: list(v) for k, v in json.loads(result.read_text(encoding="utf-8"))["run_s"].items()}
+        if done.returncode == 0 and result.is_file():
+            found = json.loads(result.read_text(encoding="utf-8"))
+            profile = {name: [(str(k), float(t)) for k, t in rows] for name, rows in found["kernels"].items()}
+            return ChildResult(found["run_s"], found["error"], profile)
         raise _failure(done)
 
 
@@ -90,6 +148,8 @@ def _failure(done: subprocess.CompletedProcess[str]) -> RunError:
         return RunError(f"artifact {name!r} crashed with signal {-done.returncode}", name)
     if done.returncode == EXIT_WRONG_OUTPUT:
         return RunError(f"artifact {name!r}: {reason}", name)
+    if done.returncode == 0:
+        return RunError(f"artifact {name!r} ended its process before the runs were done", name)
     return RunError(f"artifact {name!r} failed: {reason}", name)
 
 

@@ -12,6 +12,7 @@ import tvm
 from tvm import relax
 
 from ..hwmodels.device import Device
+from .artifact import Built
 from .compiler import CompileError
 from .cpu.fallback import schedule_rest
 from .tvm_frontend import import_program
@@ -22,8 +23,8 @@ if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
 
-def build_library(program: ExportedProgram, device: Device, library: Path) -> int:
-    """Compiles a program to a shared library; the bytes of intermediate values in its static memory plan.
+def build_library(program: ExportedProgram, device: Device, library: Path) -> Built:
+    """Compiles a program to a shared library.
 
     Raises:
         CompileError: an operation, a shape, the target or the linker does not permit it.
@@ -31,7 +32,7 @@ def build_library(program: ExportedProgram, device: Device, library: Path) -> in
     target = tvm_target(device)
     cpu = cpu_target(device)
     try:
-        module = lower(Graph(import_program(program)), cpu)
+        module, calls = lower(Graph(import_program(program)), cpu)
         with target:
             for step in _FUSION:
                 module = step(module)
@@ -48,7 +49,7 @@ def build_library(program: ExportedProgram, device: Device, library: Path) -> in
         raise CompileError(
             f"TVM cannot compile the model for {device.name}: {lines[-1] if lines else type(error).__name__}"
         ) from error
-    return planned_bytes(module)
+    return Built(planned_bytes(module), tuple(calls))
 
 
 def tvm_target(device: Device) -> Any:

@@ -28,7 +28,7 @@ class TvmCompiler:
         if device.kind != "cpu":
             return f"Planish has no schedules for {device.kind} devices yet"
         if not device.here:
-            return f"it is only described: nothing connects to a {device.title} from here"
+            return f"it is only described ({device.title}); nothing connects to one from here"
         from .tvm_build import linker
 
         if linker() is None:

@@ -16,6 +16,12 @@ from tvm.relax.frontend.torch import from_exported_program
 
 from .compiler import CompileError
 
+# Each of these becomes one convolution or one matrix product in Relax.
+_PRODUCTS = frozenset(
+    f"{name}.default"
+    for name in ("conv1d", "conv2d", "conv3d", "linear", "matmul", "mm", "bmm", "addmm", "qconv2d", "qlinear")
+)
+
 
 @dataclass(frozen=True)
 class Mark:
@@ -27,10 +33,14 @@ class Mark:
 
 @dataclass(frozen=True)
 class Imported:
-    """A Relax module whose calls of external functions are explained by `marks`."""
+    """A Relax module whose calls of external functions are explained by `marks`.
+
+    `sites` are the names of the torch modules that hold the convolutions and matrix products, in their order.
+    """
 
     module: tvm.IRModule
     marks: Mapping[str, Mark]
+    sites: tuple[str, ...]
 
 
 def import_program(program: ExportedProgram) -> Imported:
@@ -49,61 +59,61 @@ def import_program(program: ExportedProgram) -> Imported:
         out = relax.TensorType(tuple(value.shape), str(value.dtype).removeprefix("torch."))
         return importer.block_builder.emit(relax.op.call_dps_packed(name, relax.Tuple(inputs), out))
 
-    def quantize(node: torch.fx.Node, importer: Any) -> Any:
+    def quantize(node: Any, importer: Any) -> Any:
         x, scale, zero_point = node.args
-        return marked("quantize", importer, [importer.env[x]], node, scale=float(scale), zero_point=int(zero_point))  # type: ignore[arg-type]
+        return marked("quantize", importer, [importer.env[x]], node, scale=float(scale), zero_point=int(zero_point))
 
-    def qconv2d(node: torch.fx.Node, importer: Any) -> Any:
+    def qconv2d(node: Any, importer: Any) -> Any:
         x, weight, scale, bias, zero_point, stride, padding, dilation, groups = node.args
         return marked(
             "qconv2d",
             importer,
             [importer.env[x]],
             node,
-            weight=tensors[weight.name],  # type: ignore[union-attr]
-            scale=tensors[scale.name],  # type: ignore[union-attr]
-            bias=tensors[bias.name],  # type: ignore[union-attr]
-            zero_point=int(zero_point),  # type: ignore[arg-type]
-            stride=tuple(stride),  # type: ignore[arg-type]
-            padding=tuple(padding),  # type: ignore[arg-type]
-            dilation=tuple(dilation),  # type: ignore[arg-type]
-            groups=int(groups),  # type: ignore[arg-type]
+            weight=tensors[weight.name],
+            scale=tensors[scale.name],
+            bias=tensors[bias.name],
+            zero_point=int(zero_point),
+            stride=tuple(stride),
+            padding=tuple(padding),
+            dilation=tuple(dilation),
+            groups=int(groups),
         )
 
-    def qlinear(node: torch.fx.Node, importer: Any) -> Any:
+    def qlinear(node: Any, importer: Any) -> Any:
         x, weight, scale, bias, zero_point = node.args
         return marked(
             "qlinear",
             importer,
             [importer.env[x]],
             node,
-            weight=tensors[weight.name],  # type: ignore[union-attr]
-            scale=tensors[scale.name],  # type: ignore[union-attr]
-            bias=tensors[bias.name],  # type: ignore[union-attr]
-            zero_point=int(zero_point),  # type: ignore[arg-type]
+            weight=tensors[weight.name],
+            scale=tensors[scale.name],
+            bias=tensors[bias.name],
+            zero_point=int(zero_point),
         )
 
-    def activation(op: str) -> Callable[[torch.fx.Node, Any], Any]:
+    def activation(op: str) -> Callable[[Any, Any], Any]:
         return lambda node, importer: marked(op, importer, [importer.env[node.args[0]]], node)
 
-    def batch_norm(node: torch.fx.Node, importer: Any) -> Any:
+    def batch_norm(node: Any, importer: Any) -> Any:
         # TVM's own translation of aten.batch_norm takes momentum for epsilon and assumes training; and as one factor
         # and one offset it folds into the convolution before it.
         x, weight, bias, mean, variance, training, _, epsilon, *_ = node.args
         if training or mean is None or variance is None:
             raise CompileError(f"{node.name} is a batch norm in training mode; call model.eval() before compiling")
-        factor = 1.0 / np.sqrt(tensors[variance.name].astype(np.float64) + float(epsilon))  # type: ignore[union-attr,arg-type]
+        factor = 1.0 / np.sqrt(tensors[variance.name].astype(np.float64) + float(epsilon))
         if weight is not None:
-            factor = factor * tensors[weight.name]  # type: ignore[union-attr]
-        offset = -tensors[mean.name] * factor  # type: ignore[union-attr]
+            factor = factor * tensors[weight.name]
+        offset = -tensors[mean.name] * factor
         if bias is not None:
-            offset = offset + tensors[bias.name]  # type: ignore[union-attr]
+            offset = offset + tensors[bias.name]
         shape = (-1,) + (1,) * (len(node.meta["val"].shape) - 2)
-        constant = lambda a: relax.const(a.astype(np.float32).reshape(shape))  # noqa: E731
-        scaled = importer.block_builder.emit(relax.op.multiply(importer.env[x], constant(factor)))
-        return importer.block_builder.emit(relax.op.add(scaled, constant(offset)))
+        factor, offset = (relax.const(a.astype(np.float32).reshape(shape)) for a in (factor, offset))
+        scaled = importer.block_builder.emit(relax.op.multiply(importer.env[x], factor))
+        return importer.block_builder.emit(relax.op.add(scaled, offset))
 
-    def identity(node: torch.fx.Node, importer: Any) -> Any:
+    def identity(node: Any, importer: Any) -> Any:
         return importer.env[node.args[0]]
 
     converters = {
@@ -132,7 +142,16 @@ def import_program(program: ExportedProgram) -> Imported:
             f"TVM cannot import the model: {reason[0] if reason else type(error).__name__}. "
             "Rewrite that operation with ones that TVM's torch frontend knows"
         ) from error
-    return Imported(module, marks)
+    return Imported(module, marks, _sites(program))
+
+
+def _sites(program: ExportedProgram) -> tuple[str, ...]:
+    names = []
+    for node in program.graph.nodes:
+        if node.op == "call_function" and getattr(node.target, "__name__", "") in _PRODUCTS:
+            stack = node.meta.get("nn_module_stack") or {}
+            names.append(str(list(stack.values())[-1][0]) if stack else "")
+    return tuple(names)
 
 
 def _tensors(program: ExportedProgram) -> dict[str, Any]:

@@ -19,6 +19,7 @@ Array = NDArray[Any]
 
 _UNARY = {"relax.nn.relu": "relu", "relax.sigmoid": "sigmoid", "relax.nn.silu": "silu", "relax.tanh": "tanh"}
 _MARKED_UNARY = ("hardswish", "hardsigmoid")
+_PRODUCTS = ("relax.nn.conv1d", "relax.nn.conv2d", "relax.nn.conv3d", "relax.matmul", "qconv2d", "qlinear")
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,10 @@ class Graph:
         for binding in function.body.blocks[0].bindings:
             self._add(binding.var, binding.value, imported.marks)
         self.output = self.resolve(self.output)
+        products = [node for node in self.nodes if node.op in _PRODUCTS]
+        # Where an operator was translated into more than one product the names would be wrong: then there are none.
+        whole = len(products) == len(imported.sites)
+        self.sites = {n.index: site for n, site in zip(products, imported.sites, strict=True)} if whole else {}
 
     def resolve(self, var: Any) -> Any:
         """The variable that this one only renames."""
@@ -228,10 +233,11 @@ def _as_step(graph: Graph, head: Node, var: Any, user: Node) -> ChainStep | None
     array = graph.array(other)
     if array is not None:
         return _affine(head, user.op, array, first)
-    if user.op in ("relax.add", "relax.multiply") and head.op in ("qconv2d", "relax.nn.conv2d"):
-        if static_shape(other) == head.shape and str(other.ty.dtype) == "float32":
-            return ChainStep(Step("add" if user.op == "relax.add" else "mul"), operand=other)
-    return None
+    if user.op not in ("relax.add", "relax.multiply") or head.op not in ("qconv2d", "relax.nn.conv2d"):
+        return None
+    if static_shape(other) != head.shape or str(other.ty.dtype) != "float32":
+        return None
+    return ChainStep(Step("add" if user.op == "relax.add" else "mul"), operand=other)
 
 
 def _affine(head: Node, op: str, array: Array, first: bool) -> ChainStep | None:
@@ -248,7 +254,9 @@ def _affine(head: Node, op: str, array: Array, first: bool) -> ChainStep | None:
         return ChainStep(Step("scale"), array=values)
     if not first:  # array - value and array / value are no steps
         return None
-    return ChainStep(Step("bias"), array=-values) if op == "relax.subtract" else ChainStep(Step("scale"), array=1 / values)
+    if op == "relax.subtract":
+        return ChainStep(Step("bias"), array=-values)
+    return ChainStep(Step("scale"), array=1 / values)
 
 
 def _number(expr: Any) -> float:

@@ -50,9 +50,10 @@ class CpuTarget:
     threads: int
 
 
-def lower(graph: Graph, target: CpuTarget) -> tvm.IRModule:
-    """The module with `main` and the kernels it calls."""
-    return _Lowering(graph, target).run()
+def lower(graph: Graph, target: CpuTarget) -> tuple[tvm.IRModule, list[tuple[str, str]]]:
+    """The module with `main` and the kernels it calls; and (kernel, site) of every call of a kernel, in order."""
+    lowering = _Lowering(graph, target)
+    return lowering.run(), lowering.calls
 
 
 class _Lowering:
@@ -64,6 +65,7 @@ class _Lowering:
         self.plain: dict[Any, Any] = {}
         self.blocked: dict[Any, Any] = {}
         self.kernels: dict[object, Any] = {}
+        self.calls: list[tuple[str, str]] = []
         self.chains = chains(graph)
         self.inside = {i: chain for chain in self.chains.values() for i in range_of(graph, chain)}
 
@@ -126,7 +128,7 @@ class _Lowering:
         else:
             weight, groups, zero_point = self.graph.array(head.args[1]), int(head.expr.attrs.groups), 0
             stride, dilation = _pair(head.expr.attrs.strides), _pair(head.expr.attrs.dilation)
-            padding = tuple(int(v) for v in head.expr.attrs.padding)
+            padding = _frame(head.expr.attrs.padding)
         assert weight is not None
         o = weight.shape[0]
         depthwise = groups == c == o and groups > 1
@@ -160,7 +162,7 @@ class _Lowering:
             _conv_name(spec),
         )
         out = relax.TensorType((n, spec.out_blocks, spec.oh, spec.ow, self.lanes), spec.out_dtype)
-        self.blocked[chain.last.var] = self.builder.emit(relax.call_tir(kernel, arguments, out))
+        self.blocked[chain.last.var] = self._call(kernel, arguments, out, head)
 
     def _dense(self, chain: Chain) -> None:
         head, int8 = chain.head, chain.head.op == "qlinear"
@@ -201,7 +203,7 @@ class _Lowering:
         name = f"{'q' if int8 else ''}dense_{m}x{k}_{o}"
         kernel = self._kernel(spec, lambda: dense(spec, vnni=self.target.vnni), name)
         dtype = "uint8" if any(step.op == "quantize" for step in spec.steps) else "float32"
-        value = self.builder.emit(relax.call_tir(kernel, arguments, relax.TensorType((m, o), dtype)))
+        value = self._call(kernel, arguments, relax.TensorType((m, o), dtype), head)
         if len(shape) != 2:
             value = self.builder.emit(relax.op.reshape(value, (*shape[:-1], o)))
         self.plain[chain.last.var] = value
@@ -232,9 +234,7 @@ class _Lowering:
             kernel = self._kernel(
                 ("mean", n, c, h, w), lambda: global_mean(n, c, h, w, self.lanes), f"mean_{c}x{h}x{w}"
             )
-            value = self.builder.emit(
-                relax.call_tir(kernel, [self.blocked[node.args[0]]], relax.TensorType((n, c), "float32"))
-            )
+            value = self._call(kernel, [self.blocked[node.args[0]]], relax.TensorType((n, c), "float32"), node)
             keep = bool(node.expr.attrs.keepdims)
             self.plain[node.var] = self.builder.emit(relax.op.reshape(value, (n, c, 1, 1))) if keep else value
             return True
@@ -253,20 +253,19 @@ class _Lowering:
             if any(int(d) != 1 for d in attrs.dilation):
                 return False
             kernel_size, stride = _pair(attrs.pool_size), _pair(attrs.strides)
-            padding = tuple(int(v) for v in attrs.padding)
+            padding = _frame(attrs.padding)
             # A window that ceil_mode hangs over the edge counts neither way in torch: leave that to the fallback.
             include = bool(attrs.count_include_pad)
             if node.op == "relax.nn.avg_pool2d" and bool(attrs.ceil_mode):
                 return False
         spec = PoolSpec(
-            n, ceil(c / self.lanes), h, w, kernel_size, stride, padding, (out[0], out[1]),  # type: ignore[arg-type]
-            node.op == "relax.nn.max_pool2d", include, self.lanes, self.target.threads if n * c * h * w > 300_000 else 1,
+            n, ceil(c / self.lanes), h, w, kernel_size, stride, padding, (out[0], out[1]),
+            node.op == "relax.nn.max_pool2d", include, self.lanes,
+            self.target.threads if n * c * h * w > 300_000 else 1,
         )  # fmt: skip
         kernel = self._kernel(spec, lambda: pool(spec), f"pool_{c}x{h}x{w}")
         shape = relax.TensorType((n, spec.blocks, *out, self.lanes), "float32")
-        self.blocked[node.var] = self.builder.emit(
-            relax.call_tir(kernel, [self._as_blocked(node.args[0])], shape)
-        )
+        self.blocked[node.var] = self._call(kernel, [self._as_blocked(node.args[0])], shape, node)
         return True
 
     def _activation(self, node: Node) -> None:
@@ -365,6 +364,10 @@ class _Lowering:
             primfunc_name_hint=name,
         )
 
+    def _call(self, kernel: Any, arguments: list[Any], out: Any, node: Node) -> Any:
+        self.calls.append((str(kernel.name_hint), self.graph.sites.get(node.index, "")))
+        return self.builder.emit(relax.call_tir(kernel, arguments, out))
+
     def _kernel(self, key: object, build: Callable[[], Any], name: str) -> Any:
         if key not in self.kernels:
             # The pattern "opaque" keeps the fusion passes and the fallback schedule away from it.
@@ -392,6 +395,11 @@ class _Substitute(PyExprMutator):  # type: ignore[misc]
 def _pair(values: Any) -> tuple[int, int]:
     first, second = (int(v) for v in values)
     return first, second
+
+
+def _frame(values: Any) -> tuple[int, int, int, int]:
+    top, left, bottom, right = (int(v) for v in values)
+    return top, left, bottom, right
 
 
 def _with_threads(spec: ConvSpec, threads: int) -> ConvSpec:

@@ -16,7 +16,8 @@ except ModuleNotFoundError:  # Python 3.10
     import tomli as tomllib  # type: ignore[no-redef,import-not-found,unused-ignore]
 
 KINDS = ("cpu", "cuda", "fpga")
-_KEYS = ("kind", "title", "target", "lanes", "features", "threads", "macs_per_s", "bytes_per_s", "memory_bytes", "source")
+_NEEDED = ("kind", "target", "lanes", "macs_per_s", "bytes_per_s", "memory_bytes")
+_KEYS = (*_NEEDED, "title", "features", "threads", "source")
 
 
 class DeviceError(ValueError):
@@ -80,7 +81,7 @@ def described() -> dict[str, Device]:
 
 def host() -> Device:
     """This machine's CPU with one thread."""
-    flags, hertz = _cpu_flags(), _cpu_hertz()
+    flags, hertz = cpu_flags(), _cpu_hertz()
     lanes = 16 if "avx512f" in flags else 8 if "avx2" in flags else 4
     features = tuple(f for f in ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "asimd", "asimddp") if f in flags)
     # One fused multiply-add of a whole vector in a cycle: what one core keeps up with certainty; more is a bonus.
@@ -151,7 +152,7 @@ def _from_table(name: str, table: Mapping[str, Any], where: str) -> Device:
         if key not in _KEYS:
             near = get_close_matches(key, _KEYS, n=1)
             raise DeviceError(f"{where}: device {name!r} has the unknown key {key!r}; did you mean {near or _KEYS}?")
-    missing = [k for k in ("kind", "target", "lanes", "macs_per_s", "bytes_per_s", "memory_bytes") if k not in table]
+    missing = [key for key in _NEEDED if key not in table]
     if missing:
         raise DeviceError(f"{where}: device {name!r} lacks {', '.join(missing)}")
     try:
@@ -175,7 +176,8 @@ def _from_table(name: str, table: Mapping[str, Any], where: str) -> Device:
         raise DeviceError(f"{where}: device {name!r} has a value of the wrong type: {error}") from None
 
 
-def _cpu_flags() -> frozenset[str]:
+def cpu_flags() -> frozenset[str]:
+    """What this CPU can do, as `/proc/cpuinfo` names it; empty where the operating system does not say."""
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:

@@ -54,7 +54,8 @@ def status(arguments: argparse.Namespace, command: str) -> Output:
     from .status import status as status_of
 
     state = status_of(arguments.run)
-    lines = [f"{state['run']}: phase {state['phase']}, {state['done']} of {state['total']} done"]
+    place = "finished" if state["phase"] == "done" else f"{state['phase']}, {state['done']} of {state['total']} done"
+    lines = [f"{state['run']}: {place}"]
     if state["controller"]:
         lines.append(f"working: {state['controller']}")
         left = state["eta_s"]
@@ -84,9 +85,10 @@ def report(arguments: argparse.Namespace, command: str) -> Output:
 def export(arguments: argparse.Namespace, command: str) -> Output:
     """`planish export`."""
     from .export import export_run
+    from .export_text import export_text
 
     result = export_run(arguments.run, arguments.pick, arguments.trial, arguments.out)
-    return Output(result, text_of(result))
+    return Output(result, export_text(result))
 
 
 def profile(arguments: argparse.Namespace, command: str) -> Output:
@@ -113,9 +115,10 @@ def devices(arguments: argparse.Namespace, command: str) -> Output:
 def bench(arguments: argparse.Namespace, command: str) -> Output:
     """`planish bench`."""
     from .bench import bench as bench_of
+    from .bench import bench_text
 
     result = bench_of(arguments.folder, arguments.runs)
-    return Output(result, text_of(result))
+    return Output(result, bench_text(result))
 
 
 COMMANDS: Mapping[str, Callable[[argparse.Namespace, str], Output]] = {

@@ -7,6 +7,7 @@ carries on with what is missing. Nothing is evaluated while something is timed.
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import shutil
 from collections.abc import Mapping, Sequence
@@ -15,7 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..compilers.runner import site_times
+from ..hwmodels.measurement import MeasureProtocol
 from ..spaces.space import Candidate
+from .atomic import write_json
 from .config import Spec
 from .errors import UserError
 from .front import Entry, front_document, improves
@@ -29,6 +33,8 @@ from .run import Run
 from .rundir import RunDirectory
 from .rungs import promote, run_rung
 from .sampler import Proposer, strongest
+from .task_note import write_task
+from .slow_sites import slow_sites
 from .trial import State, Trial
 from .workers import Failure, Pool, cluster
 
@@ -74,6 +80,8 @@ def resume_run(path: Path, progress: Progress, workers: int | None = None, task:
         spec = replace(spec, workers=workers)
     return search_run(spec, path, progress, f"planish resume {path.name}", task)
 
+_SLOW_SITES = "slow_sites.json"
+
 
 class _Search:
     def __init__(self, evaluator: Evaluator, folder: RunDirectory, progress: Progress, task: Task | None) -> None:
@@ -85,6 +93,7 @@ class _Search:
 
     def run(self) -> Run:
         self.folder.write_space(self.space)
+        write_task(self.folder.path, self.evaluator.task)
         self._reload()
         if self._finished():
             return Run(self.folder.path)
@@ -213,6 +222,7 @@ class _Search:
         finally:
             pool.close()
         latencies = self._time(list(finished), "artifact")
+        self._explain([n for n, result in latencies.items() if not isinstance(result, Failure)])
         for number in finished:
             result = latencies[number]
             if isinstance(result, Failure):
@@ -297,7 +307,25 @@ class _Search:
             self.folder.trial_folder(0),
             name,
             final=name == "artifact",
+            original_s=self._original_s(),
         )
+
+    def _original_s(self) -> dict[str, float] | None:
+        known = self._base().get("latency_s") if 0 in self.records else None
+        return {label: float(entry["value"]) for label, entry in known.items()} if isinstance(known, Mapping) else None
+
+    def _explain(self, numbers: Sequence[int]) -> None:
+        """Writes `slow_sites.json` of every trial: which compressed sites did not get faster, and why."""
+        label, device = next(iter(self.evaluator.devices.items()))
+        protocol = MeasureProtocol(time_limit_s=self.spec.measure.time_limit_s)
+
+        folders = {
+            str(n): self.evaluator.artifact_folder(self.folder.trial_folder(n), label, "artifact") for n in (0, *numbers)
+        }
+        calls = site_times(folders, device, protocol)
+        for number in numbers:
+            reasons = slow_sites(self.records[number].trial.candidate, calls[str(number)], calls["0"])
+            write_json(self.folder.trial_folder(number) / _SLOW_SITES, reasons)
 
     # -- what is known ------------------------------------------------------------------------------------------------
 
@@ -385,7 +413,7 @@ class _Search:
         A pure function of what was recorded before the rung, so that a resumed run promotes the same.
         """
         base = self._base()
-        rows = [self._before(number, rung) for number in alive]
+        rows = [self.records[number].before(rung) for number in alive]
         losses = np.array([[o.loss(o.value(row)) for o in self.objectives] for row in rows])
         losses = losses.reshape(len(alive), len(self.objectives))
         costs = [o for o in self.objectives if o.goal == "minimize"]
@@ -397,19 +425,6 @@ class _Search:
         first = promote(np.where(keeping[:, None], losses, np.nan), cost, count) if len(alive) else []
         rest = promote(np.where(keeping[:, None], np.nan, losses), cost, count - len(first)) if len(alive) else []
         return sorted(alive[row] for row in {*first, *rest})
-
-    def _before(self, number: int, rung: int) -> Mapping[str, object]:
-        """A trial's metrics as they were before a rung."""
-        record = self.records[number]
-        metrics: dict[str, object] = {**(record.score or {})}
-        for measured in record.measures.values():
-            for name, value in measured.items():
-                before = metrics.get(name)
-                metrics[name] = {**before, **value} if isinstance(before, dict) and isinstance(value, dict) else value
-        for earlier in range(rung):
-            if earlier in record.rungs:
-                metrics |= record.rungs[earlier].metrics
-        return metrics
 
     def _as_complete(self, number: int, metrics: Mapping[str, object]) -> Trial:
         trial = self.records[number].trial
@@ -435,7 +450,9 @@ class _Search:
         )
         artifact = f"trials/{number:04d}/artifact" if len(self.evaluator.devices) == 1 else f"trials/{number:04d}"
         recipe = {**self._recipe(), "seed": trial.seed} if number else None
-        return Entry(whole, measured=True, recipe=recipe, artifact=artifact)
+        reasons = self.folder.trial_folder(number) / _SLOW_SITES
+        slow = json.loads(reasons.read_text(encoding="utf-8")) if reasons.exists() else None
+        return Entry(whole, measured=True, recipe=recipe, artifact=artifact, slow_sites=slow)
 
     def _show_best(self, front: Mapping[str, object] | None = None) -> None:
         from .front import choose

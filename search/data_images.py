@@ -49,7 +49,7 @@ def _split_folders(folder: Path, classes: tuple[str, ...], size: int, normalise:
     for split, names in _SPLITS.items():
         found = next((folder / name for name in names if (folder / name).is_dir()), None)
         if found is not None:
-            unknown = sorted(set(_classes(found)) - set(classes))
+            unknown = sorted(set(_folders(found)) - set(classes))
             if unknown:
                 raise TaskError(f"{found} has the class {unknown[0]!r}, which {folder / 'train'} does not have")
             loaded[split] = _read(found, classes, size)
@@ -67,8 +67,15 @@ def _size(text: str) -> int:
     return int(text)
 
 
+def _folders(folder: Path) -> tuple[str, ...]:
+    return tuple(sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")))
+
+
 def _classes(folder: Path) -> tuple[str, ...]:
-    names = tuple(sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")))
+    names = _folders(folder)
+    splits = sorted(set(names) & {name for known in _SPLITS.values() for name in known})
+    if splits:
+        raise TaskError(f"{folder} has {splits[0]} and no train folder; add train, or one folder for every class only")
     if len(names) < 2:
         raise TaskError(f"{folder} has {len(names)} folder(s); it needs one for every class, at least 2")
     return names
@@ -78,11 +85,16 @@ def _read(folder: Path, classes: tuple[str, ...], size: int) -> tuple[Tensor, Te
     paths: list[Path] = []
     targets: list[int] = []
     for label, name in enumerate(classes):
+        # A test or validation folder may lack a class.
+        if not (folder / name).is_dir():
+            continue
         members = sorted(path for path in (folder / name).glob("**/*") if path.suffix.lower() in _SUFFIXES)
         if not members:
             raise TaskError(f"{folder / name} holds no images ({' '.join(sorted(_SUFFIXES))}); add some or remove it")
         paths += members
         targets += [label] * len(members)
+    if not paths:
+        raise TaskError(f"{folder} holds no images; add some, or remove it and a part of train is taken")
     _check_memory(folder, len(paths), size)
     inputs = torch.empty(len(paths), 3, size, size, dtype=torch.uint8)
     for index, path in enumerate(paths):

@@ -19,9 +19,9 @@ def load_user_data(name: str) -> Data:
     The factory returns one of
 
     - a `Data`;
-    - `(train, validation, test)` or `(train, validation, test, metric)`, each set being a `Split`, a pair
-      `(inputs, targets)` of arrays or tensors, or a torch `Dataset` with a length whose items are
-      `(input, class)`.
+    - `(train, validation, test)` or `(train, validation, test, metric)`, each set being a `Split`, a tuple
+      `(inputs, targets)` of arrays or tensors, or a torch `Dataset` (or list) with a length whose items
+      are `(input, class)`.
 
     Inputs are (samples, ...) with classes 0, 1, ... as targets. Float inputs go to the model as they are, uint8
     inputs divided by 255, any other type as float. The metric takes (outputs (n, ...), targets (n,)) and
@@ -45,20 +45,25 @@ def load_user_data(name: str) -> Data:
         raise TaskError(f"data {name!r} returned the metric {metric!r}; it needs to be callable")
     names = ("train", "validation", "test")
     train, validation, test = (_split(f"{name} {part}", made[i], metric) for i, part in enumerate(names))
-    count = 1 + max(int(split.targets.max()) if len(split) else 0 for split in (train, validation, test))
+    count = 1 + max(int(split.targets.max()) for split in (train, validation, test))
     return Data(train, validation, test, tuple(str(label) for label in range(count)))
 
 
 def _split(name: str, given: Any, metric: Metric) -> Split:
     if isinstance(given, Split):
         return Split(given.inputs, given.targets, given.normalise, given.augment, metric)
-    if isinstance(given, tuple | list) and len(given) == 2:
+    if isinstance(given, tuple) and len(given) == 2:
         inputs, targets = _tensor(name, "inputs", given[0]), _tensor(name, "targets", given[1])
     elif hasattr(given, "__getitem__") and hasattr(given, "__len__") and not isinstance(given, Tensor):
         inputs, targets = _dataset(name, given)
     else:
         raise TaskError(
             f"data {name} is a {type(given).__name__}; it needs to be (inputs, targets), a Split, or a Dataset"
+        )
+    if len(inputs.shape) == 0 or len(inputs) == 0 or len(targets.shape) != 1 or len(targets) == 0:
+        raise TaskError(
+            f"data {name} has inputs of shape {tuple(inputs.shape)} and targets of shape {tuple(targets.shape)}; "
+            "they need to be (samples, ...) and (samples,), with at least 1 sample"
         )
     if targets.is_floating_point() or targets.dtype == torch.bool:
         raise TaskError(f"data {name} has targets of {targets.dtype}; they need to be whole numbers, the classes")

@@ -21,6 +21,7 @@ from ..spaces.quantize import deploy
 from ..spaces.size import count_macs, stored_bytes
 from ..spaces.space import Candidate, Kind
 from ..spaces.trace import TracedModel, trace
+from .artifact_path import artifact_path
 from .atomic import write_json
 from .config import Spec
 from .distill import distill
@@ -176,9 +177,7 @@ class Evaluator:
 
     def artifact_folder(self, folder: Path, label: str, name: str) -> Path:
         """Where a trial's artifact for a device is."""
-        if len(self.devices) == 1:
-            return folder / name
-        return folder / f"{name}-{''.join(c if c.isalnum() else '-' for c in label)}"
+        return artifact_path(folder, tuple(self.devices), label, name)
 
     def _accuracy(self, module: nn.Module, limit: int | None) -> Metrics:
         result = accuracy(module, self.task.data.validation, limit)

@@ -91,8 +91,8 @@ def improves(objectives: Sequence[Objective], trial: Trial, original: Mapping[st
     costs = [objective for objective in objectives if objective.goal == "minimize"]
     latencies = [objective for objective in costs if objective.metric.startswith("latency[")]
     if latencies:
-        return all(o.value(trial.metrics) < o.value(original) for o in latencies)
-    return any(o.value(trial.metrics) < o.value(original) for o in costs)
+        return all(o.ratio(trial.metrics, original) < 1 for o in latencies)
+    return any(o.ratio(trial.metrics, original) < 1 for o in costs)
 
 
 def keeps(bounds: Sequence[Objective], metrics: Mapping[str, object]) -> bool:

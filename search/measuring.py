@@ -20,9 +20,18 @@ _ORIGINAL = "original"
 
 
 def measure_trials(
-    evaluator: Evaluator, folders: Mapping[int, Path], original: Path, name: str, *, final: bool
+    evaluator: Evaluator,
+    folders: Mapping[int, Path],
+    original: Path,
+    name: str,
+    *,
+    final: bool,
+    original_s: Mapping[str, float] | None = None,
 ) -> dict[int, Metrics | Failure]:
     """Latency (median, 95 % interval) and its ratio to the original of every trial, on every device.
+
+    A machine's speed moves between measurements; the ratio within one does not. So the seconds are the ratio times what
+    the original took when it was measured, and comparisons by seconds and by ratio agree.
 
     Args:
         evaluator: Knows devices, compilers and the protocol.
@@ -30,6 +39,7 @@ def measure_trials(
         original: The original's folder, whose artifact is `artifact`.
         name: Which artifact of the trials.
         final: Time in as many fresh processes as the specification says; else in one.
+        original_s: The original's recorded latency by device; None while it is what is being measured.
     """
     keys = evaluator.spec.measure
     protocol = MeasureProtocol(
@@ -44,7 +54,9 @@ def measure_trials(
     for label, device in evaluator.devices.items():
         reference = evaluator.artifact_folder(original, label, "artifact")
         paths = {number: evaluator.artifact_folder(folder, label, name) for number, folder in folders.items()}
-        for number, measured in _on_device(evaluator, label, device, paths, reference, protocol).items():
+        for number, measured in _on_device(
+            evaluator, label, device, paths, reference, protocol, (original_s or {}).get(label)
+        ).items():
             before = results[number]
             if isinstance(before, Failure) or isinstance(measured, Failure):
                 results[number] = before if isinstance(before, Failure) else measured
@@ -63,6 +75,7 @@ def _on_device(
     paths: Mapping[int, Path],
     reference: Path,
     protocol: MeasureProtocol,
+    original_s: float | None,
 ) -> dict[int, Metrics | Failure]:
     compiler = evaluator.compilers[label]
     results: dict[int, Metrics | Failure] = {}
@@ -85,15 +98,16 @@ def _on_device(
             base = measured[_ORIGINAL]
             for number in group:
                 own = base if paths[number] == reference else measured[str(number)]
-                results[number] = _latency(label, own, base)
+                results[number] = _latency(label, own, base, original_s)
             break
     return results
 
 
-def _latency(label: str, own: Measurement, base: Measurement) -> dict[str, object]:
+def _latency(label: str, own: Measurement, base: Measurement, original_s: float | None) -> dict[str, object]:
+    scale = original_s / base.latency_s if original_s else 1.0
     low, high = own.ci95
     return {
-        "latency_s": {label: {"value": own.latency_s, "ci95": [low, high]}},
+        "latency_s": {label: {"value": own.latency_s * scale, "ci95": [low * scale, high * scale]}},
         "latency_ratio": {label: own.latency_s / base.latency_s},
         **({"drifted": True} if own.drifted else {}),
     }

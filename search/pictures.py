@@ -10,14 +10,15 @@ from .objective import METRIC_KEYS, Objective, goal_of, split_metric
 from .svg import Picture, drawing, padded
 from .trial import Trial
 
-_FRONT, _ORIGINAL, _OTHER, _BUDGET = "#0b6bcb", "#c43d00", "#b8b8b8", "#2a7d2a"
+_FRONT, _BORDER, _ORIGINAL, _OTHER, _BUDGET = "#0b6bcb", "#a9cdf0", "#c43d00", "#b8b8b8", "#2a7d2a"
 _ACCURACY = Objective("accuracy", "maximize")
 
 
 def front_svg(front: Mapping[str, object], trials: Sequence[Trial] = ()) -> str:
     """Accuracy against the first cost relative to the original, as an SVG document that stands alone.
 
-    The original is a square, the front blue with 95 % intervals, other trials grey, a budget on the cost dashed.
+    The original is a square, the front blue with 95 % intervals, other trials grey, a budget on the cost dashed. The
+    axes show the front well; how many other trials lie outside is told.
 
     Args:
         front: front.json.
@@ -38,12 +39,16 @@ def front_svg(front: Mapping[str, object], trials: Sequence[Trial] = ()) -> str:
         for number, point in grey
         if picture.holds(*point)
     ]
+    outside = sum(_drawable(point) and not picture.holds(*point) for _, point in grey)
+    if outside:
+        corner = (picture.x_range[1], picture.y_range[0])
+        dots.append(picture.label(*corner, f"trials not shown: {outside}", "#777777", "end"))
     dots += _bound_line(picture, bound)
     staircase = _staircase([point for point in points if _drawable(point)], picture.x_range[1])
-    dots += [picture.line(staircase, _FRONT, width=1)] if staircase else []
+    dots += [picture.line(staircase, _BORDER)] if staircase else []
     for entry, point in zip(entries, points, strict=True):
         if _drawable(point):
-            dots += _whiskers(picture, cost, point, _metrics(entry), original)
+            dots += _whiskers(picture, cost, point, _metrics(entry))
             dots.append(picture.dot(*point, _FRONT, f"trial {entry.get('trial')}: {_where(point)}"))
     base = _point(cost, original, original)
     if _drawable(base):
@@ -59,7 +64,7 @@ def history_svg(hypervolumes: Sequence[tuple[int, float]]) -> str:
     """Hypervolume against the number of trials evaluated, as an SVG document that stands alone."""
     counts = [float(count) for count, _ in hypervolumes] or [0.0, 1.0]
     values = [value for _, value in hypervolumes] or [0.0, 1.0]
-    picture = Picture((0.0, max(counts[-1], 1.0)), padded([0.0, *values], least=0.01))
+    picture = Picture((0.0, max(counts[-1], 1.0)), (0.0, padded([0.0, *values], least=0.01)[1]))
     lines = [picture.line([(float(count), value) for count, value in hypervolumes], _FRONT)] if hypervolumes else []
     name = "hypervolume (1 - cost ratio by accuracy)"
     return drawing(picture, lines, "Search history", "trials", name, lambda x: f"{x:.4g}", lambda y: f"{y:.3g}")
@@ -121,9 +126,7 @@ def _staircase(points: Sequence[Point], right: float) -> list[Point]:
     return [*border, (right, border[-1][1])] if border else []
 
 
-def _whiskers(
-    picture: Picture, cost: Objective, point: Point, metrics: Mapping[str, object], original: Mapping[str, object]
-) -> list[str]:
+def _whiskers(picture: Picture, cost: Objective, point: Point, metrics: Mapping[str, object]) -> list[str]:
     lines = []
     accuracy = metrics.get("accuracy_ci95")
     if _is_interval(accuracy):
@@ -132,9 +135,11 @@ def _whiskers(
     by_device = metrics.get(METRIC_KEYS[name])
     entry = by_device.get(device) if isinstance(by_device, Mapping) else None
     interval = entry.get("ci95") if isinstance(entry, Mapping) else None
-    base = cost.value(original)
-    if _is_interval(interval) and base:
-        lines.append(picture.line([(interval[0] / base, point[1]), (interval[1] / base, point[1])], _FRONT, width=1))
+    value = cost.value(metrics)
+    if _is_interval(interval) and value:
+        # Around the ratio that is drawn, which may come from another measurement than the quotient of the medians.
+        low, high = (point[0] * end / value for end in interval)
+        lines.append(picture.line([(low, point[1]), (high, point[1])], _FRONT, width=1))
     return lines
 
 

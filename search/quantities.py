@@ -35,7 +35,8 @@ def metric_names(metrics: Sequence[Mapping[str, object]]) -> list[str]:
     """The columns that at least one of the metrics fills."""
     devices = list(dict.fromkeys(name for entry in metrics for name in _mapping(entry.get("latency_s"))))
     costs = [name for name, key, _ in _COSTS if any(entry.get(key) is not None for entry in metrics)]
-    return ["accuracy", *(f"latency {device}" for device in devices), *costs]
+    tested = ["test accuracy"] if any(entry.get("test_accuracy") is not None for entry in metrics) else []
+    return ["accuracy", *tested, *(f"latency {device}" for device in devices), *costs]
 
 
 def metric_cells(metrics: Mapping[str, object], original: Mapping[str, object], names: Sequence[str]) -> list[str]:
@@ -43,8 +44,9 @@ def metric_cells(metrics: Mapping[str, object], original: Mapping[str, object], 
     keys = {name: (key, unit) for name, key, unit in _COSTS}
     cells = []
     for name in names:
-        if name == "accuracy":
-            cells.append(_accuracy(metrics, original))
+        if name.endswith("accuracy"):
+            key = name.replace(" ", "_")
+            cells.append(_accuracy(metrics.get(key), original.get(key)))
         elif name in keys:
             key, unit = keys[name]
             cells.append(quantity(metrics.get(key), unit) + _ratio(metrics.get(key), original.get(key)))
@@ -57,11 +59,10 @@ def metric_cells(metrics: Mapping[str, object], original: Mapping[str, object], 
     return cells
 
 
-def _accuracy(metrics: Mapping[str, object], original: Mapping[str, object]) -> str:
-    value, base = metrics.get("accuracy"), original.get("accuracy")
+def _accuracy(value: object, base: object) -> str:
     if not isinstance(value, (int, float)):
         return "-"
-    change = f" ({100 * (value - base):+.2f})" if isinstance(base, (int, float)) and metrics is not original else ""
+    change = f" ({100 * (value - base):+.2f})" if isinstance(base, (int, float)) else ""
     return f"{100 * value:.2f} %{change}"
 
 

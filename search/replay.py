@@ -41,6 +41,15 @@ class Record:
     measured_s: Sequence[float]
     ended_s: float | None
 
+    def before(self, rung: int) -> Metrics:
+        """The metrics as they were before a rung: the one-shot score, what was measured, and the rungs before it."""
+        metrics: Metrics = self.score or {}
+        for measured in self.measures.values():
+            metrics = _merged(metrics, measured)
+        for number in sorted(self.rungs):
+            metrics = _merged(metrics, self.rungs[number].metrics) if number < rung else metrics
+        return metrics
+
 
 @dataclass(frozen=True)
 class Phase:
@@ -54,10 +63,11 @@ class Phase:
 
 @dataclass(frozen=True)
 class History:
-    """A journal's content: records by trial number, and the phases in the order in which they began."""
+    """A journal's content: records by trial number, phases in the order of their beginning, and when sessions began."""
 
     records: Mapping[int, Record]
     phases: Sequence[Phase]
+    sessions: Sequence[float]
 
     def trials(self) -> list[Trial]:
         """Every trial by number, those still running included."""
@@ -76,16 +86,19 @@ def replay(events: Sequence[Event], path: Path) -> History:
     """
     drafts: dict[int, _Draft] = {}
     phases: list[Phase] = []
+    sessions: list[float] = []
     for event in events:
         try:
             if event.data.get("event") == "phase":
                 phases.append(_phase(event.data))
+            elif event.data.get("event") == "session":
+                sessions.append(_number(event.data, "time"))
             elif event.data.get("event") in ("start", "score", "measure", "rung", "end"):
                 _apply(event.data, drafts)
         except ValueError as error:
             advice = "restore the file from a copy, or delete that line"
             raise UserError(f"{path}:{event.line}: {error}; {advice}") from error
-    return History({number: draft.record() for number, draft in sorted(drafts.items())}, phases)
+    return History({number: draft.record() for number, draft in sorted(drafts.items())}, phases, sessions)
 
 
 @dataclass

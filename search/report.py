@@ -54,9 +54,7 @@ def report_html(run: RunDirectory) -> str:
         front_table=_front_table(front),
         choices_table=_choices_table(front),
         slow_table=_slow_table(front),
-        left_out_table=table(["layer", "reason"], [[name, reason] for name, reason in left_out.items()])
-        if left_out
-        else "<p>Every layer is in the space.</p>",
+        left_out_table=_left_out_table(left_out),
         history_picture=history_svg(volumes),
         history_note=escape(
             f"Of the candidates as they were scored before fine-tuning. Trials: {len(history.records)}"
@@ -71,9 +69,9 @@ def report_html(run: RunDirectory) -> str:
 def hypervolume_history(
     objectives: Sequence[Objective], history: History, original: Mapping[str, object]
 ) -> list[tuple[int, float]]:
-    """(number of trials scored, hypervolume of their one-shot scores), in the order in which they were scored.
+    """(number of trials scored, hypervolume of what they were before fine-tuning), in the order of their scores.
 
-    A trial that was never scored alone counts with its final metrics, a failed one with nothing.
+    A trial that was never scored alone counts with its final metrics.
     """
     if not original:
         return []
@@ -81,7 +79,7 @@ def hypervolume_history(
     for record in history.records.values():
         moment = record.scored_s if record.scored_s is not None else record.ended_s
         if moment is not None:
-            moments.append((moment, record.trial.number, record.score or record.trial.metrics))
+            moments.append((moment, record.trial.number, record.before(0) or record.trial.metrics))
     moments.sort(key=lambda item: item[:2])
     scored = [Trial(n, history.records[n].trial.candidate, State.COMPLETE, m, None, 0) for _, n, m in moments]
     counts = sorted({round(i * len(scored) / _HISTORY_POINTS) for i in range(1, _HISTORY_POINTS + 1)} - {0})
@@ -124,7 +122,7 @@ def _front_table(front: Mapping[str, object]) -> str:
     for entry in entries:
         cells = metric_cells(_mapping(entry.get("metrics")), _mapping(base.get("metrics")), names)
         label = "original" if entry is base else str(entry.get("trial"))
-        ending = [_yes(entry.get("measured")), _yes(entry.get("meets_budget")), entry.get("artifact") or ""]
+        ending = [_measured(entry), _yes(entry.get("meets_budget")), entry.get("artifact") or ""]
         rows.append([label, *cells, *ending])
         classes.append(["", *("number" for _ in cells), "", "", ""])
     return table(header, rows, classes)
@@ -135,12 +133,21 @@ def _choices_table(front: Mapping[str, object]) -> str:
     base = original if isinstance(original, Mapping) else {}
     entries = [entry for entry in _entries(front, "front") if entry.get("trial") != base.get("trial")]
     unchanged = _mapping(base.get("options"))
-    rows, classes = [], []
+    names_by_site: dict[str, list[str]] = {}
     for name in unchanged:
-        options = [_mapping(entry.get("options")).get(name) for entry in entries]
-        rows.append([name, *("as it is" if option == unchanged[name] else str(option) for option in options)])
-        classes.append(["", *("same" if option == unchanged[name] else "" for option in options)])
+        names_by_site.setdefault(name.rpartition(":")[0], []).append(name)
+    rows, classes = [], []
+    for site, names in names_by_site.items():
+        cells = [_changes(_mapping(entry.get("options")), unchanged, names) for entry in entries]
+        rows.append([site, *(cell or "as it is" for cell in cells)])
+        classes.append(["", *("" if cell else "same" for cell in cells)])
     return table(["site", *(f"trial {entry.get('trial')}" for entry in entries)], rows, classes)
+
+
+def _changes(options: Mapping[str, object], unchanged: Mapping[str, object], names: Sequence[str]) -> str:
+    """What a trial changes at a site: `prune 0.5, bits 8`; empty where it leaves the site as it is."""
+    changed = [name for name in names if options.get(name) != unchanged[name]]
+    return ", ".join(f"{name.rpartition(':')[2]} {options.get(name)}" for name in changed)
 
 
 def _slow_table(front: Mapping[str, object]) -> str:
@@ -150,6 +157,16 @@ def _slow_table(front: Mapping[str, object]) -> str:
         for site, reason in _mapping(entry.get("slow_sites")).items()
     ]
     return table(["", "site", "reason"], rows) if rows else "<p>None.</p>"
+
+
+def _left_out_table(left_out: Mapping[str, str]) -> str:
+    layers: dict[str, list[str]] = {}
+    for layer, reason in left_out.items():
+        layers.setdefault(reason, []).append(layer)
+    rows = [[", ".join(names), reason] for reason, names in layers.items()]
+    return (
+        table(["layers", "reason"], rows) if rows else "<p>Every layer is in the space, with every kind of choice.</p>"
+    )
 
 
 def _failures(trials: Sequence[Trial]) -> str:
@@ -175,6 +192,11 @@ def _entries(front: Mapping[str, object], key: str) -> list[Mapping[str, object]
 
 def _mapping(value: object) -> Mapping[str, object]:
     return value if isinstance(value, Mapping) else {}
+
+
+def _measured(entry: Mapping[str, object]) -> str:
+    drifted = _mapping(entry.get("metrics")).get("drifted")
+    return _yes(entry.get("measured")) + (", the machine was not quiet" if drifted else "")
 
 
 def _yes(value: object) -> str:

@@ -30,6 +30,7 @@ class RunDirectory:
         self._lock = lock
         self._journal = Journal(self._trials_path) if lock else None
         self._known = {t.number: t.state for t in self.trials()} if lock else {}
+        self._new_session = True
 
     @staticmethod
     def open(path: Path) -> RunDirectory:
@@ -101,7 +102,7 @@ class RunDirectory:
     def history(self) -> History:
         """Everything the journal tells; empty before the first event."""
         path = self._trials_path
-        return replay(read_events(path), path) if path.exists() else History({}, [])
+        return replay(read_events(path), path) if path.exists() else History({}, [], [])
 
     def trials(self) -> list[Trial]:
         """Every trial by number, those still running included."""
@@ -205,6 +206,10 @@ class RunDirectory:
 
     def _record(self, event: Mapping[str, object]) -> None:
         assert self._journal is not None, "the run was opened for reading"
+        if self._new_session:
+            # With the first event, so that opening a run and doing nothing leaves it as it was.
+            self._journal.append({"event": "session"})
+            self._new_session = False
         self._journal.append(event)
 
     def _started(self, number: int) -> int:

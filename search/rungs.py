@@ -38,6 +38,8 @@ def promote(losses: Array, cost: Array, count: int) -> list[int]:
         Row numbers in ascending order.
     """
     able = np.flatnonzero(~np.isnan(losses).any(axis=1) & ~np.isnan(cost))
+    if count <= 0:
+        return []
     if len(able) <= count:
         return [int(row) for row in able]
     ranks, crowding = nondominated_rank(losses[able]), crowding_distance(losses[able])

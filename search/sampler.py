@@ -121,10 +121,9 @@ def uniform_policies(space: SearchSpace) -> list[Candidate]:
     levels: list[dict[Kind, int]] = []
     bits = range(kinds[Kind.BITS])
     prune = range(kinds[Kind.PRUNE])
-    levels += [{Kind.BITS: b, Kind.PRUNE: p} for p in prune for b in list(bits)[:2]]
+    levels += [{Kind.BITS: b, Kind.PRUNE: p} for b in bits for p in prune]
     for kind in (Kind.RANK, Kind.BLOCK, Kind.CLUSTER):
-        levels += [{kind: level, Kind.BITS: b} for level in range(1, kinds[kind]) for b in list(bits)[:2]]
-    levels += [{Kind.BITS: b, Kind.PRUNE: p} for p in prune for b in list(bits)[2:]]
+        levels += [{kind: level, Kind.BITS: b} for b in reversed(bits) for level in range(1, kinds[kind])]
     levels += [
         {kind: level, Kind.PRUNE: p, Kind.BITS: 1}
         for kind in (Kind.RANK, Kind.BLOCK)

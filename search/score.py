@@ -120,7 +120,7 @@ def recalibrate(module: nn.Module, inputs: Tensor, batch: int = 256) -> None:
     nothing of the old is left). Momentum and modes are restored; a module without batch norm is not run.
 
     Args:
-        inputs: Normalised, shape (n, ...).
+        inputs: Normalised, shape (n, ...); for a model that was trained with augmentation, `Split.calibration`.
         batch: The n inputs are cut into equal batches of at most this size, so that none weighs more.
     """
     norms = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]

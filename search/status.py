@@ -14,8 +14,6 @@ from .replay import History, Phase, Record
 from .rundir import RunDirectory
 from .trial import State, Trial
 
-DONE = "done"
-
 
 def status(path: Path) -> dict[str, object]:
     """The state of a run.
@@ -31,7 +29,7 @@ def status(path: Path) -> dict[str, object]:
     run = RunDirectory.open(path)
     history, controller = run.history(), holder(path)
     phase = history.phases[-1] if history.phases else Phase("new", 0, "end", 0.0)
-    times = done_times(history, phase.unit)
+    times = done_times(history, phase)
     front = run.front() if (path / "front.json").exists() else {}
     listed = front.get("front")
     return {
@@ -39,7 +37,7 @@ def status(path: Path) -> dict[str, object]:
         "phase": phase.name,
         "done": min(len(times), phase.total),
         "total": phase.total,
-        "eta_s": _eta_s(phase, times) if controller else None,
+        "eta_s": _eta_s(history, phase, times) if controller else None,
         "controller": controller,
         "trials": dict(Counter(trial.state.value for trial in history.trials())),
         "best": _best_of_front(front) or _best_of_scores(run, history),
@@ -49,10 +47,11 @@ def status(path: Path) -> dict[str, object]:
     }
 
 
-def done_times(history: History, unit: str) -> list[float]:
-    """When every item that a phase counts by `unit` was done, in order of time (seconds since 1970)."""
-    times = [time for record in history.records.values() for time in _times(record, unit)]
-    return sorted(times)
+def done_times(history: History, phase: Phase) -> list[float]:
+    """When every item of a phase was done, in order of time (seconds since 1970), earlier sessions included."""
+    begun_s = min((p.time_s for p in history.phases if p.name == phase.name), default=0.0)
+    times = [time for record in history.records.values() for time in _times(record, phase.unit)]
+    return sorted(time for time in times if time >= begun_s)
 
 
 def original_metrics(run: RunDirectory, history: History) -> Mapping[str, object]:
@@ -64,24 +63,25 @@ def original_metrics(run: RunDirectory, history: History) -> Mapping[str, object
 
 
 def _times(record: Record, unit: str) -> list[float]:
+    # A candidate that fails is done with, whatever it was counted by.
+    failed = [record.ended_s] if record.ended_s is not None and record.trial.state is State.FAILED else []
     if unit == "rung":
-        return [rung.time_s for rung in record.rungs.values()]
+        return [rung.time_s for rung in record.rungs.values()] + failed
     if unit == "score":
-        # A candidate that fails before it has a score is done with too.
-        moment = record.scored_s if record.scored_s is not None else record.ended_s
-        return [] if moment is None else [moment]
+        return failed if record.scored_s is None else [record.scored_s]
     if unit == "measure":
-        return list(record.measured_s)
+        return list(record.measured_s) or failed
     return [] if record.ended_s is None else [record.ended_s]
 
 
-def _eta_s(phase: Phase, times: list[float]) -> float | None:
-    """From the pace since the phase began or was resumed: the time that a run stood still does not count."""
-    session = [time for time in times if time >= phase.time_s]
+def _eta_s(history: History, phase: Phase, times: list[float]) -> float | None:
+    """From the pace since the phase began or the run was resumed: the time that a run stood still does not count."""
+    begun_s = max([phase.time_s, *history.sessions])
+    session = [time for time in times if time >= begun_s]
     left = phase.total - len(times)
     if not session or left <= 0:
         return 0.0 if left <= 0 else None
-    return (session[-1] - phase.time_s) / len(session) * left
+    return (session[-1] - begun_s) / len(session) * left
 
 
 def _best_of_front(front: Mapping[str, object]) -> dict[str, object] | None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from html import escape
 
 WIDTH, HEIGHT = 720, 400
-_LEFT, _RIGHT, _TOP, _BOTTOM = 72, 20, 20, 56
+_LEFT, _RIGHT, _TOP, _BOTTOM = 84, 20, 20, 56
 _FONT = 'font-family="system-ui, sans-serif" font-size="13"'
 
 Points = Sequence[tuple[float, float]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,7 +72,9 @@ def load_task(
         data = builtin.data
     if builtin is None or weights is not None:
         module = load_model(model, weights, seed)
-        return Task(module, load_data(data), model)
+        task = Task(module, load_data(data), model)
+        _warn_of_other_constants(model, module, task.data)
+        return task
     if builtin.plan is None:
         raise TaskError(f"model {model!r} comes without weights; give a file with its state dict as weights")
     own = builtin.data.partition(":")[0]
@@ -79,6 +82,18 @@ def load_task(
         raise TaskError(f"model {model!r} is trained on {own}, not {data!r}; give weights, or data {builtin.data}")
     loaded = load_data(data)
     return Task(trained(model, builtin.make, loaded, builtin.plan, cache or cache_folder()), loaded, model)
+
+
+def _warn_of_other_constants(name: str, model: nn.Module, data: Data) -> None:
+    """timm's models carry the mean and std they were trained with; with others they quietly lose accuracy."""
+    config = getattr(model, "pretrained_cfg", None)
+    if not isinstance(config, Mapping) or not config.get("mean") or not config.get("std"):
+        return
+    given = data.train.normalise
+    wanted = tuple(tuple(round(float(number), 4) for number in config[key]) for key in ("mean", "std"))
+    if wanted != tuple(tuple(round(number, 4) for number in numbers) for numbers in (given.mean, given.std)):
+        mean, std = (",".join(map(str, numbers)) for numbers in wanted)
+        _log.warning("%s was trained with mean %s and std %s; give data ...?mean=%s&std=%s", name, mean, std, mean, std)
 
 
 def _check_fit(name: str, model: nn.Module, data: Data) -> None:

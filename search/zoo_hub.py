@@ -71,6 +71,8 @@ def _library(name: str, model: str) -> Any:
         return importlib.import_module(name)
     except ImportError as error:
         raise TaskError(f"model {model!r} needs {name} ({_line(error)}); pip install {name}") from None
+    except Exception as error:  # such as a torchvision that was built for another torch
+        raise TaskError(f"model {model!r} needs {name}, which does not start here: {_line(error)}") from error
 
 
 def _line(error: Exception) -> str:

@@ -16,12 +16,11 @@ from torch import nn
 
 from .data import Data
 from .distill import Epoch, Recipe, distill
-from .errors import file_mistakes
 from .score import accuracy
+from .task_error import TaskError
 from .tensor_file import TensorFileError, read_tensors, write_tensors
 
 _log = logging.getLogger(__name__)
-_ADVICE = "set PLANISH_CACHE to a folder that can be written"
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,7 @@ def trained(name: str, make: Callable[[], nn.Module], data: Data, plan: Plan, ca
         make: Returns the untrained network.
 
     Raises:
-        UserError: the cache folder cannot be written.
+        TaskError: the cache folder cannot be written.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -110,9 +109,13 @@ def _load(module: nn.Module, path: Path) -> bool:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    with file_mistakes(str(path), _ADVICE):
+    try:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = path.open("w")
+    except OSError as error:
+        raise TaskError(
+            f"the cache {path.parent} cannot be written ({error.strerror}); set PLANISH_CACHE to a folder that can"
+        ) from error
     with file:
         fcntl.flock(file, fcntl.LOCK_EX)  # the end of the process releases it, however it ends
         yield

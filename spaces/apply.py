@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
-from .blocks import Grouped, Separable, build_block
-from .cluster import SharedConv2d, SharedLinear, share, worth_sharing
-from .lowrank import Extent, LowRank, Rank, factorise, fit_rank
-from .moments import Moments, layer_moments, restate_batch_norms
+from .moments import Moments, correct_batch_norms, fit, forget_batch_norms, remember_batch_norms
 from .propose import Proposal, extent_of
-from .prune import Group, choose_channels, kept_channels, narrow, read_channels
-from .quantize import Quantized, Range, input_ranges
+from .prune import read_channels
 from .space import Candidate, Kind, Option
+from .stages import Remark, factorise_site, prune_sites, quantise_sites, replace_site, share_site
 from .trace import TracedModel, reason_of
-
-Kept = Sequence[tuple[Group, Tensor]]
 
 
 class ApplyError(ValueError):
@@ -89,36 +84,51 @@ def restore(module: nn.Module, saved: Mapping[str, Tensor]) -> None:
 
 def notes(module: nn.Module) -> tuple[str, ...]:
     """What `apply` did otherwise than the candidate's options say, as `site: reason`."""
-    return tuple(getattr(module, "planish_notes", ()))
+    return tuple(f"{remark.site}: {remark.text}" for remark in _remarks(module))
+
+
+def simplify(candidate: Candidate, traced: TracedModel, proposal: Proposal) -> Candidate:
+    """The candidate with None for every option that `apply` ignores next to the others; it gives the same model."""
+    module = _build(candidate, traced, proposal, None)
+    ignored = {f"{remark.site}:{remark.kind.value}" for remark in _remarks(module) if remark.ignored}
+    return Candidate({name: None if name in ignored else option for name, option in candidate.options.items()})
 
 
 def _build(candidate: Candidate, traced: TracedModel, proposal: Proposal, calibration: Tensor | None) -> nn.Module:
     chosen = _chosen(candidate, proposal)
     module = copy.deepcopy(traced.module).eval()
     extents = {layer.name: extent_of(layer) for layer in traced.layers if layer.op in ("conv2d", "linear")}
-    structural = [kind for kind in chosen if kind is not Kind.BITS]
     moments: Mapping[str, Moments] = {}
-    if calibration is not None and {Kind.PRUNE, Kind.BLOCK, Kind.RANK} & set(structural):
-        moments = layer_moments(traced, proposal.pixels, calibration)
-    remarks: list[str] = []
-    kept = _prune(module, chosen.get(Kind.PRUNE, {}), proposal, moments)
+    if calibration is not None and chosen:
+        seen = fit(traced, proposal.pixels, calibration)
+        moments = seen.moments
+        remember_batch_norms(module, seen)
+    remarks: list[Remark] = []
+    kept = prune_sites(module, chosen.get(Kind.PRUNE, {}), proposal.groups, moments)
     if kept:
         moments = {name: m.select(read_channels(kept, name, len(m.mean))) for name, m in moments.items()}
     for site, option in chosen.get(Kind.BLOCK, {}).items():
-        _replace_block(module, site, str(option), proposal.lanes, kept, moments.get(site), remarks)
+        remarks += replace_site(module, site, str(option), proposal.lanes, kept, moments.get(site))
     for site, option in chosen.get(Kind.RANK, {}).items():
-        _factorise(module, site, Rank.parse(str(option)), extents[site], moments.get(site), remarks)
+        remarks += factorise_site(module, site, str(option), extents[site], moments.get(site))
     for site, option in chosen.get(Kind.CLUSTER, {}).items():
-        _share(module, site, int(option or 0), remarks)
+        remarks += share_site(module, site, int(option or 0))
     _check(module, traced)
-    if calibration is not None and structural:
-        restate_batch_norms(module, calibration)
+    if calibration is not None and chosen.keys() - {Kind.BITS}:
+        correct_batch_norms(module, calibration)
     if Kind.BITS in chosen:
-        _quantise(module, chosen[Kind.BITS], calibration, remarks)
+        remarks += quantise_sites(module, chosen[Kind.BITS], calibration)
+        if calibration is not None:
+            correct_batch_norms(module, calibration)
+    forget_batch_norms(module)
     module.eval()
-    module.planish_notes = tuple(remarks)  # type: ignore[assignment]
+    module.planish_remarks = tuple(remarks)  # type: ignore[assignment]
     _check(module, traced)
     return module
+
+
+def _remarks(module: nn.Module) -> tuple[Remark, ...]:
+    return tuple(getattr(module, "planish_remarks", ()))
 
 
 def _chosen(candidate: Candidate, proposal: Proposal) -> dict[Kind, dict[str, Option]]:
@@ -130,94 +140,6 @@ def _chosen(candidate: Candidate, proposal: Proposal) -> dict[Kind, dict[str, Op
         if option is not None:
             chosen.setdefault(choice.kind, {})[choice.site] = option
     return chosen
-
-
-def _prune(
-    module: nn.Module, options: Mapping[str, Option], proposal: Proposal, moments: Mapping[str, Moments]
-) -> Kept:
-    kept = []
-    for site, fraction in options.items():
-        group = proposal.groups[site]
-        keep = kept_channels(group.width, float(fraction or 0))
-        kept.append((group, choose_channels(module, group, keep, moments)))
-    narrow(module, kept, moments)
-    return kept
-
-
-def _replace_block(
-    module: nn.Module, site: str, option: str, lanes: int, kept: Kept, moments: Moments | None, remarks: list[str]
-) -> None:
-    conv = module.get_submodule(site)
-    assert isinstance(conv, nn.Conv2d)
-    block, remark = build_block(conv, option, lanes, _same_channels(site, kept), moments)
-    module.set_submodule(site, block)
-    if remark:
-        remarks.append(f"{site}: {remark}")
-
-
-def _same_channels(site: str, kept: Kept) -> bool:
-    """Whether a layer's input and output lost the same channels, whichever those were."""
-    sides: dict[str, list[tuple[int, tuple[tuple[int, ...], ...]]]] = {"in": [], "out": []}
-    for number, (group, _) in enumerate(kept):
-        for member in group.members:
-            if member.name == site:
-                sides[member.role].append((number, member.indices))
-    return sides["in"] == sides["out"]
-
-
-def _factorise(
-    module: nn.Module, site: str, rank: Rank, extent: Extent, moments: Moments | None, remarks: list[str]
-) -> None:
-    layer = module.get_submodule(site)
-    target = site
-    if isinstance(layer, Separable):
-        target, moments, extent = f"{site}.pointwise", None, Extent(extent.writes, extent.writes)
-        layer = module.get_submodule(target)
-    if not isinstance(layer, nn.Conv2d | nn.Linear):
-        kind = "grouped" if isinstance(layer, Grouped) else "identity"
-        remarks.append(f"{site}: rank {rank} is ignored, the {kind} block has nothing to factorise")
-        return
-    fitted = fit_rank(rank, layer, extent)
-    if fitted is None:
-        remarks.append(f"{site}: rank {rank} is ignored, it would not save MACs in what is left")
-        return
-    if fitted != rank:
-        remarks.append(f"{site}: rank {rank} became {fitted} in what is left")
-    module.set_submodule(target, factorise(layer, fitted, moments))
-
-
-def _share(module: nn.Module, site: str, entries: int, remarks: list[str]) -> None:
-    names = _layers_at(module, site)
-    for name in names:
-        layer = module.get_submodule(name)
-        assert isinstance(layer, nn.Conv2d | nn.Linear)
-        if worth_sharing(layer.weight.numel(), entries):
-            module.set_submodule(name, share(layer, entries))
-        else:
-            remarks.append(f"{site}: {entries} shared values would not save storage in {name}")
-    if not names:
-        remarks.append(f"{site}: there is no weight left to share")
-
-
-def _quantise(module: nn.Module, options: Mapping[str, Option], calibration: Tensor | None, remarks: list[str]) -> None:
-    bits = {name: int(option or 0) for site, option in options.items() for name in _layers_at(module, site)}
-    remarks.extend(f"{site}: there is no weight left to quantise" for site in options if not _layers_at(module, site))
-    ranges: Mapping[str, Range] = {} if calibration is None else input_ranges(module, bits, calibration)
-    for name, width in bits.items():
-        layer = module.get_submodule(name)
-        assert isinstance(layer, nn.Conv2d | nn.Linear)
-        module.set_submodule(name, Quantized(layer, width, ranges.get(name, Range(0.0, 1.0))))
-
-
-def _layers_at(module: nn.Module, site: str) -> list[str]:
-    """The convolutions and linear layers that stand at the site, by full name."""
-    found = [
-        f"{site}.{name}".rstrip(".")
-        for name, layer in module.get_submodule(site).named_modules()
-        if isinstance(layer, nn.Conv2d | nn.Linear)
-    ]
-    assert found or not isinstance(module.get_submodule(site), LowRank | SharedConv2d | SharedLinear)
-    return found
 
 
 def _check(module: nn.Module, traced: TracedModel) -> None:

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-ITERATIONS = 100  # of Lloyd's algorithm; each costs O(k log n) on sorted weights
-Layer = TypeVar("Layer", nn.Conv2d, nn.Linear)
+MOVES = 64  # of a centre to another place in k-means
 
 
 class SharedWeight(nn.Module):
@@ -48,7 +45,8 @@ class SharedConv2d(nn.Conv2d):
         self.shared = shared
 
     def forward(self, input: Tensor) -> Tensor:
-        return self._conv_forward(input, weight_of(self), self.bias)
+        output: Tensor = self._conv_forward(input, weight_of(self), self.bias)
+        return output
 
 
 class SharedLinear(nn.Linear):
@@ -120,27 +118,64 @@ def worth_sharing(weights: int, entries: int) -> bool:
 def kmeans(values: Tensor, entries: int) -> Tensor:
     """The ascending centres (entries,) of the values (n,), by Lloyd's algorithm in one dimension.
 
-    It starts from evenly spaced values, which keeps the rare large weights, and from quantiles, which serves the many
-    small ones; the centres with the smaller squared error are returned. Nothing is random.
+    It starts from quantiles, which serves the many small weights, and from evenly spaced values, which keeps the rare
+    large ones, and returns the better result. Nothing is random.
     """
     ordered = values.double().sort().values
     sums = torch.cat([ordered.new_zeros(1), ordered.cumsum(0)])
-    squares = torch.cat([ordered.new_zeros(1), ordered.square().cumsum(0)])
-    spread = torch.linspace(float(ordered[0]), float(ordered[-1]), entries, dtype=torch.float64)
     ranks = ((torch.arange(entries, dtype=torch.float64) + 0.5) / entries * len(ordered)).long()
-    fits = [_lloyd(ordered, sums, squares, start) for start in (spread, ordered[ranks])]
-    return min(fits, key=lambda fit: fit[1])[0].to(values.dtype)
+    even = torch.linspace(float(ordered[0]), float(ordered[-1]), entries, dtype=torch.float64)
+    fits = [_improved(ordered, sums, *_lloyd(ordered, sums, start)) for start in (ordered[ranks], even)]
+    return max(fits, key=lambda fit: _explained(*fit))[0].to(values.dtype)
 
 
-def _lloyd(ordered: Tensor, sums: Tensor, squares: Tensor, centres: Tensor) -> tuple[Tensor, float]:
-    ends = torch.tensor([len(ordered)])
-    for _ in range(ITERATIONS):
-        cuts = torch.searchsorted(ordered, (centres[1:] + centres[:-1]) / 2)
-        edges = torch.cat([torch.zeros(1, dtype=torch.int64), cuts, ends])
-        counts, totals = edges.diff(), sums[edges].diff()
-        new = torch.where(counts > 0, totals / counts.clamp_min(1), centres)  # an empty cluster stays where it is
-        if torch.equal(new, centres):
+def _improved(ordered: Tensor, sums: Tensor, centres: Tensor, edges: Tensor) -> tuple[Tensor, Tensor]:
+    """Centres after up to `MOVES` moves of a centre to where it helps more, as long as the squared error falls."""
+    for _ in range(MOVES):
+        moved = _move(ordered, sums, centres, edges)
+        if moved is None:
             break
+        other = _lloyd(ordered, sums, moved)
+        if _explained(*other) <= _explained(centres, edges):
+            break
+        centres, edges = other
+    return centres, edges
+
+
+def _lloyd(ordered: Tensor, sums: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:
+    """Ascending centres that are the means of the sorted values nearest to them, and where each one's values begin."""
+    first, last = torch.tensor([0]), torch.tensor([len(ordered)])
+    while True:
+        centres = centres.sort().values
+        edges = torch.cat([first, torch.searchsorted(ordered, (centres[1:] + centres[:-1]) / 2), last])
+        counts = edges.diff()
+        new = torch.where(counts > 0, sums[edges].diff() / counts.clamp_min(1), centres)  # an empty one stays
+        if torch.allclose(new, centres, rtol=1e-12, atol=0):
+            return new, edges
         centres = new
-    error = squares[edges].diff() - 2 * centres * totals + counts * centres.square()
-    return centres.sort().values, float(error.sum())
+
+
+def _move(ordered: Tensor, sums: Tensor, centres: Tensor, edges: Tensor) -> Tensor | None:
+    """Merges the two neighbours that cost least and splits the cluster that gains most; None if that does not pay."""
+    counts = edges.diff().double()
+    merged = counts[1:] * counts[:-1] / (counts[1:] + counts[:-1]).clamp_min(1) * centres.diff().square()
+    pair = int(merged.argmin())
+    middle = torch.searchsorted(ordered, centres).clamp(edges[:-1], edges[1:])
+    below, above = (middle - edges[:-1]).double(), (edges[1:] - middle).double()
+    low = (sums[middle] - sums[edges[:-1]]) / below.clamp_min(1)
+    high = (sums[edges[1:]] - sums[middle]) / above.clamp_min(1)
+    gained = below * above / counts.clamp_min(1) * (high - low).square()
+    gained[pair : pair + 2] = 0
+    split = int(gained.argmax())
+    if not float(gained[split]) > float(merged[pair]):
+        return None
+    total = counts[pair] + counts[pair + 1]
+    both = (sums[edges[pair + 2]] - sums[edges[pair]]) / total if total > 0 else centres[pair]
+    moved = centres.clone()
+    moved[pair], moved[split], moved[pair + 1] = both, low[split], high[split]
+    return moved
+
+
+def _explained(centres: Tensor, edges: Tensor) -> float:
+    """The part of the sum of squares that the centres explain; the squared error is the rest."""
+    return float((edges.diff() * centres.square()).sum())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -14,7 +15,8 @@ from torch import Tensor, nn
 from .trace import TracedModel
 
 BATCH = 64
-ROWS = 16384  # positions of one batch that enter a covariance: enough for thousands of channels, and cheap
+_REMEMBERED = ("own_mean", "own_variance", "seen_mean", "seen_variance")
+ROWS = 16384  # positions that enter a covariance, over all batches: enough for a thousand channels, and cheap
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,53 +42,113 @@ class Moments:
         return self.covariance + level * torch.eye(size, dtype=self.covariance.dtype)
 
 
-_cache: WeakKeyDictionary[TracedModel, tuple[str, Mapping[str, Moments]]] = WeakKeyDictionary()
+@dataclass(frozen=True, eq=False)
+class Fit:
+    """What the inputs of a traced model look like inside it.
+
+    `moments` are those of the inputs of layers, `norms` the (mean, variance) that every batch norm sees if all of them
+    normalise by the statistics of the batch.
+    """
+
+    moments: Mapping[str, Moments]
+    norms: Mapping[str, tuple[Tensor, Tensor]]
 
 
-def layer_moments(traced: TracedModel, names: Mapping[str, int], inputs: Tensor) -> Mapping[str, Moments]:
-    """Moments of every named layer's input when the traced model runs on `inputs`, shape (n, ...).
+_cache: WeakKeyDictionary[TracedModel, tuple[str, Fit]] = WeakKeyDictionary()
+
+
+def fit(traced: TracedModel, names: Mapping[str, int], inputs: Tensor) -> Fit:
+    """Runs the traced model on `inputs`, shape (n, ...), and looks.
 
     The last result of a traced model is kept, because a search asks for the same one at every candidate.
 
     Args:
-        names: The layers (convolutions or linear), and for each how many input features make one channel (1, or the
-            number of pixels for a linear layer that follows a flatten).
+        names: The layers (convolutions or linear) whose moments are asked for, and for each how many input features
+            make one channel (1, or the number of pixels for a linear layer that follows a flatten).
     """
     digest = hashlib.sha256(repr(sorted(names.items())).encode())
     digest.update(inputs.detach().contiguous().numpy().tobytes())
     known = _cache.get(traced)
     if known is None or known[0] != digest.hexdigest():
-        known = (digest.hexdigest(), _measure(traced.module, names, inputs))
+        module = copy.deepcopy(traced.module)
+        known = (digest.hexdigest(), Fit(_measure(module, names, inputs), _batch_statistics(module, inputs)))
         _cache[traced] = known
     return known[1]
 
 
-def restate_batch_norms(module: nn.Module, inputs: Tensor) -> None:
-    """Replaces the statistics of every batch norm by those of `inputs`, shape (n, ...), in place.
+def remember_batch_norms(module: nn.Module, seen: Fit) -> None:
+    """Lays each batch norm's statistics, and what it saw in the original, beside them: pruning narrows all alike."""
+    for name, (mean, variance) in seen.norms.items():
+        norm = module.get_submodule(name)
+        own = (norm.get_buffer("running_mean"), norm.get_buffer("running_var"))
+        for key, value in zip(_REMEMBERED, (*own, mean, variance), strict=True):
+            norm.register_buffer(key, value.clone())
 
-    The statistics are averaged over batches with equal weights. The momentum and the mode of every module stay.
+
+def correct_batch_norms(module: nn.Module, inputs: Tensor) -> None:
+    """Moves the statistics of every remembered batch norm by what compression changed, in place.
+
+    The mean moves by the difference and the variance by the ratio of what the norm sees now and what it saw in the
+    original on the same inputs; doing it again after another change is right too. The inputs are far fewer than those
+    that the statistics were trained on, but their sampling error cancels: a module that computes what the original
+    computes keeps its statistics.
     """
-    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    for name, (mean, variance) in _batch_statistics(module, inputs).items():
+        norm = module.get_submodule(name)
+        if hasattr(norm, _REMEMBERED[0]):
+            own_mean, own_variance, seen_mean, seen_variance = (norm.get_buffer(key) for key in _REMEMBERED)
+            assert isinstance(norm, nn.modules.batchnorm._BatchNorm)
+            norm.get_buffer("running_mean").copy_(own_mean + mean - seen_mean)
+            ratio = (variance + norm.eps) / (seen_variance + norm.eps)
+            norm.get_buffer("running_var").copy_(own_variance * ratio)
+
+
+def forget_batch_norms(module: nn.Module) -> None:
+    """Undoes `remember_batch_norms`."""
+    for norm in module.modules():
+        if hasattr(norm, _REMEMBERED[0]):
+            for key in _REMEMBERED:
+                delattr(norm, key)
+
+
+def _batch_statistics(module: nn.Module, inputs: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    """The mean and variance (c,) that every batch norm with statistics sees when all normalise by those of the batch.
+
+    Averaged over batches. The module's own statistics, momenta and modes are as before afterwards.
+    """
+    norms = {
+        name: layer
+        for name, layer in module.named_modules()
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.track_running_stats
+    }
     if not norms or len(inputs) < 2:
-        return
-    momenta = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None
-        norm.training = True
+        return {}
+    before = {name: (norm.momentum, {k: v.clone() for k, v in norm.named_buffers()}) for name, norm in norms.items()}
+    found: dict[str, tuple[Tensor, Tensor]] = {}
     try:
+        for norm in norms.values():
+            norm.reset_running_stats()
+            norm.momentum, norm.training = None, True  # None: a cumulative average
         run(module, inputs)
+        for name, norm in norms.items():
+            found[name] = (norm.get_buffer("running_mean").clone(), norm.get_buffer("running_var").clone())
     finally:
-        for norm, momentum in zip(norms, momenta, strict=True):
-            norm.momentum = momentum
-            norm.training = False
+        for name, norm in norms.items():
+            norm.momentum, norm.training = before[name][0], False
+            for key, value in before[name][1].items():
+                norm.get_buffer(key).copy_(value)
+    return found
 
 
 def run(module: nn.Module, inputs: Tensor) -> None:
     """Runs the module on all inputs in batches of nearly equal size, without gradients, for what its hooks see."""
     with torch.no_grad():
-        for batch in inputs.chunk(max(1, -(-len(inputs) // BATCH))):
+        for batch in _batches(inputs):
             module(batch)
+
+
+def _batches(inputs: Tensor) -> tuple[Tensor, ...]:
+    return inputs.chunk(max(1, -(-len(inputs) // BATCH)))
 
 
 @contextmanager
@@ -106,27 +168,31 @@ def watching(module: nn.Module, names: Iterable[str], see: Callable[[str, Tensor
 
 def _measure(module: nn.Module, names: Mapping[str, int], inputs: Tensor) -> Mapping[str, Moments]:
     sums: dict[str, list[Tensor]] = {}
+    share = ROWS // len(_batches(inputs))
 
     def see(name: str, value: Tensor) -> None:
         layer = module.get_submodule(name)
         pixels = value if isinstance(layer, nn.Conv2d) else _as_pixels(value, names[name])
         rows = pixels.transpose(0, 1).flatten(1)  # (channels, positions)
-        rows = rows[:, :: max(1, rows.shape[1] // ROWS)].double()
+        rows = rows[:, :: max(1, rows.shape[1] // share)]
+        known = sums.get(name)
+        shift = rows.mean(1) if known is None else known[0].float()  # float32 holds the squares of what is left
+        rows = rows - shift[:, None]
         shape = layer.kernel_size if isinstance(layer, nn.Conv2d) else (1, 1)
         dilation = layer.dilation if isinstance(layer, nn.Conv2d) else (1, 1)
-        count = torch.tensor(float(rows.shape[1]), dtype=torch.float64)
-        new = [count, rows.sum(1), rows @ rows.T, _lagged(pixels, shape, dilation)]
-        known = sums.get(name)
-        sums[name] = new if known is None else [a + b for a, b in zip(known, new, strict=True)]
+        count = torch.tensor(float(rows.shape[1]))
+        new = [part.double() for part in (count, rows.sum(1), rows @ rows.T, _lagged(pixels, shape, dilation))]
+        sums[name] = [shift.double(), *(new if known is None else map(torch.add, known[1:], new))]
 
     with watching(module, names, see):
         run(module, inputs)
     return {name: _moments(*parts) for name, parts in sums.items()}
 
 
-def _moments(count: Tensor, total: Tensor, squares: Tensor, lagged: Tensor) -> Moments:
+def _moments(shift: Tensor, count: Tensor, total: Tensor, squares: Tensor, lagged: Tensor) -> Moments:
     mean = total / count
     covariance = squares / count - torch.outer(mean, mean)
+    mean = mean + shift
     centre = lagged[lagged.shape[0] // 2, lagged.shape[1] // 2].clamp_min(1e-12)
     return Moments(mean.float(), covariance.float(), (lagged / centre).float())
 
@@ -148,5 +214,5 @@ def _lagged(pixels: Tensor, kernel: tuple[int, ...], dilation: tuple[int, ...]) 
             down, right = abs(row - kernel[0] // 2) * dilation[0], abs(column - kernel[1] // 2) * dilation[1]
             if down < height and right < width:
                 first, second = centred[:, :, down:, right:], centred[:, :, : height - down, : width - right]
-                result[row, column] = (first * second).double().mean()
+                result[row, column] = (first * second).mean(dtype=torch.float64)
     return result

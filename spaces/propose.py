@@ -22,7 +22,7 @@ CODEBOOKS = (256, 64, 16)
 WIDTHS = (8, 4)
 FEW_CHANNELS = 8  # a convolution that reads fewer is an image's first layer: cheap, and the rest depends on it
 _CHOSEN = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)  # what loses channels by itself or can be replaced
-WIDEST_COVARIANCE = 4096  # channels; more would take minutes to invert
+WIDEST_COVARIANCE = 1024  # channels; more would take minutes to decompose
 
 
 @dataclass(frozen=True)

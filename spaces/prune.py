@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .moments import Moments
 
+STEPS = 64  # in which channels are chosen for removal: one at a time up to so many
 Role = Literal["out", "in", "both", "parameter"]
 
 
@@ -67,9 +68,7 @@ def choose_channels(module: nn.Module, group: Group, keep: int, moments: Mapping
     """
     pixels = consumer_pixels([group])
     if all(member.name in moments and member.name in pixels for member in group.consumers()):
-        mask = torch.ones(group.width, dtype=torch.bool)
-        mask[_removal_order(module, group, moments, group.width - keep)] = False
-        return mask.nonzero().flatten()
+        return _least_needed(module, group, moments, group.width - keep).logical_not().nonzero().flatten()
     ranking = torch.argsort(_group_norm(module, group), descending=True, stable=True)
     return ranking[:keep].sort().values
 
@@ -140,11 +139,12 @@ def _compensate(layer: nn.Module, gone: list[int], moments: Moments, pixels: int
         bias += missing
 
 
-def _removal_order(module: nn.Module, group: Group, moments: Mapping[str, Moments], count: int) -> Tensor:
-    """The first `count` channels to remove, by the least error of all consumers after each has been refitted.
+def _least_needed(module: nn.Module, group: Group, moments: Mapping[str, Moments], count: int) -> Tensor:
+    """Marks (bool, (width,)) the `count` channels whose removal costs all consumers least after each is refitted.
 
-    For one consumer with Gram matrix G = W^T W of its weights and P = C^-1, removing channel k costs G_kk / P_kk; then
-    W loses W_k P_k / P_kk, which changes G, and P loses P_k P_k^T / P_kk.
+    For one consumer with Gram matrix G = W^T W of its weights and P = C^-1, removing channel k costs G_kk / P_kk. When
+    a set S goes, W loses W_S A with A = P_SS^-1 P_S, which changes G, and P loses P_S^T A. More than `STEPS` channels
+    go several at a time.
     """
     pixels = consumer_pixels([group])
     grams, inverses = [], []
@@ -159,19 +159,18 @@ def _removal_order(module: nn.Module, group: Group, moments: Mapping[str, Moment
         grams.append(gram / (gram * covariance).sum().abs().clamp_min(1e-30))  # every consumer's output counts alike
         inverses.append(torch.linalg.inv(covariance))
     alive = torch.ones(group.width, dtype=torch.bool)
-    order = []
-    for _ in range(count):
+    while (left := count - int((~alive).sum())) > 0:
         cost = torch.stack([g.diagonal() / p.diagonal().clamp_min(1e-30) for g, p in zip(grams, inverses, strict=True)])
-        k = int(cost.sum(0).masked_fill(~alive, torch.inf).argmin())
-        order.append(k)
-        alive[k] = False
+        order = torch.argsort(cost.sum(0).masked_fill(~alive, torch.inf), stable=True)
+        gone = order[: min(left, -(-count // STEPS))]
+        alive[gone] = False
         for gram, inverse in zip(grams, inverses, strict=True):
-            row = inverse[k] / inverse[k, k].clamp_min(1e-30)
-            crossed = torch.outer(gram[:, k], row)
-            gram += gram[k, k] * torch.outer(row, row) - crossed - crossed.T
-            inverse -= torch.outer(inverse[k], row)
-            inverse[k, k] = 1.0  # the row is zero from now on; keeps the cost of what is gone finite
-    return torch.tensor(order, dtype=torch.int64)
+            ratio = torch.linalg.solve(inverse[gone][:, gone], inverse[gone])
+            crossed = gram[:, gone] @ ratio
+            gram += ratio.T @ gram[gone][:, gone] @ ratio - crossed - crossed.T
+            inverse -= inverse[gone].T @ ratio
+            inverse[gone, gone] = 1.0  # their rows are zero from now on; keeps the cost of what is gone finite
+    return alive.logical_not()
 
 
 def _group_norm(module: nn.Module, group: Group) -> Tensor:

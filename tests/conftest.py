@@ -6,12 +6,17 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMESPACE = ROOT / ".namespace"
 
 # Ray workers and other child processes do not see pytest's `pythonpath`.
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(NAMESPACE), os.environ.get("PYTHONPATH")]))
+
+# A slow or busy machine is no failure.
+settings.register_profile("planish", deadline=None)
+settings.load_profile("planish")
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,8 @@ activation, requantisation) runs while the tile is still there. Nothing is tuned
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import tvm
 from tvm import te
@@ -31,7 +32,7 @@ def convolution(spec: ConvSpec, tile: Tile, *, vnni: bool = False) -> tvm.tirx.P
 
 def epilogue(
     steps: Sequence[Step], lanes_shape: tuple[int, int], out_shape: tuple[int, ...], out_dtype: str
-) -> tuple[list[te.Tensor], object]:
+) -> tuple[list[te.Tensor], Callable[..., Any]]:
     """Placeholders of the steps that need a buffer, and a function (value, indices) -> value that applies them."""
     buffers: list[te.Tensor] = []
     for number, step in enumerate(steps):
@@ -40,7 +41,7 @@ def epilogue(
         elif step.op in BUFFER_STEPS:
             buffers.append(te.placeholder(out_shape, name=f"{step.op}{number}"))
 
-    def apply(value: object, n: object, block: object, y: object, x: object, lane: object) -> object:
+    def apply(value: Any, n: Any, block: Any, y: Any, x: Any, lane: Any) -> Any:
         remaining = iter(buffers)
         for step in steps:
             if step.op == "scale":
@@ -58,37 +59,39 @@ def epilogue(
     return buffers, apply
 
 
-def activation(step: Step, value: object) -> object:
+def activation(step: Step, value: Any) -> Any:
     """The elementwise steps that need no buffer."""
-    const = lambda number: tvm.tirx.const(number, "float32")  # noqa: E731
     if step.op == "relu":
-        return te.max(value, const(0))
+        return te.max(value, _const(0))
     if step.op == "clip":
-        return te.min(te.max(value, const(step.values[0])), const(step.values[1]))
+        return te.min(te.max(value, _const(step.values[0])), _const(step.values[1]))
     if step.op == "sigmoid":
-        return const(1) / (const(1) + te.exp(-value))
+        return _const(1) / (_const(1) + te.exp(-value))
     if step.op == "silu":
-        return value / (const(1) + te.exp(-value))
+        return value / (_const(1) + te.exp(-value))
     if step.op == "tanh":
         return te.tanh(value)
     if step.op == "hardsigmoid":
-        return te.min(te.max(value + const(3), const(0)), const(6)) * const(1 / 6)
+        return te.min(te.max(value + _const(3), _const(0)), _const(6)) * _const(1 / 6)
     if step.op == "hardswish":
-        return value * (te.min(te.max(value + const(3), const(0)), const(6)) * const(1 / 6))
+        return value * (te.min(te.max(value + _const(3), _const(0)), _const(6)) * _const(1 / 6))
     if step.op == "quantize":
         return quantized(value, step.values[0], int(step.values[1]))
     raise ValueError(f"step {step.op!r} is not known to the CPU kernels")
 
 
-def quantized(value: object, scale: float, zero_point: int) -> object:
+def quantized(value: Any, scale: float, zero_point: int) -> Any:
     """clamp(round(value / scale) + zero point, 0, 255) as uint8; rounds half to even, as torch does.
 
     The clamp comes first, in float: a saturating conversion of a huge value would be undefined.
     """
-    const = lambda number: tvm.tirx.const(number, "float32")  # noqa: E731
-    steps = te.nearbyint(value / const(scale)) + const(zero_point)
+    steps = te.nearbyint(value / _const(scale)) + _const(zero_point)
     # Through int32: LLVM converts a whole vector of float32 to int32 in one instruction, but not to uint8.
-    return te.min(te.max(steps, const(0)), const(255)).astype("int32").astype("uint8")
+    return te.min(te.max(steps, _const(0)), _const(255)).astype("int32").astype("uint8")
+
+
+def _const(number: float) -> Any:
+    return tvm.tirx.const(number, "float32")
 
 
 def _compute(spec: ConvSpec, tile: Tile) -> list[te.Tensor]:
@@ -106,7 +109,7 @@ def _compute(spec: ConvSpec, tile: Tile) -> list[te.Tensor]:
         weight = te.placeholder((spec.out_blocks, kh, kw, spec.lanes), name="weight")
         zero = tvm.tirx.const(spec.zero_point if spec.int8 else 0, "float32")
 
-        def term(n: object, b: object, y: object, x: object, o: object) -> object:
+        def term(n: Any, b: Any, y: Any, x: Any, o: Any) -> Any:
             value = data[n, b, y * sh + ky * dh, x * sw + kx * dw, o]
             if spec.int8:  # exact in float32: at most kh * kw * 255 * 127 < 2**24
                 value = value.astype("int32").astype("float32") - zero
@@ -149,11 +152,11 @@ def _compute(spec: ConvSpec, tile: Tile) -> list[te.Tensor]:
         )
     buffers, finish = epilogue(spec.steps, lanes_shape, out_shape, spec.out_dtype)
 
-    def last(n: object, b: object, y: object, x: object, o: object) -> object:
+    def last(n: Any, b: Any, y: Any, x: Any, o: Any) -> Any:
         value = total[n, b, y, x, o]
         if extra:
             value = (value + extra[0][b, o]).astype("float32")
-        return finish(value, n, b, y, x, o)  # type: ignore[operator]
+        return finish(value, n, b, y, x, o)
 
     out = te.compute(out_shape, last, name="out")
     return [source, weight, *extra, *buffers, out]
@@ -179,7 +182,7 @@ def _padded(spec: ConvSpec, source: te.Tensor, rows: int, columns: int) -> te.Te
     top, left = spec.padding[0], spec.padding[1]
     zero = tvm.tirx.const(spec.zero_point if spec.int8 else 0, "uint8" if spec.int8 else "float32")
 
-    def value(n: object, b: object, y: object, x: object, i: object) -> object:
+    def value(n: Any, b: Any, y: Any, x: Any, i: Any) -> Any:
         channel = b * spec.in_lanes + i
         inside = source[n, channel, y - top, x - left] if plain else source[n, b, y - top, x - left, i]
         if spec.quantize is not None:

@@ -57,16 +57,14 @@ class ConvSpec:
     @property
     def oh(self) -> int:
         """Rows of the output."""
-        return (self.h + self.padding[0] + self.padding[2] - self.dilation[0] * (self.kernel[0] - 1) - 1) // self.stride[
-            0
-        ] + 1
+        framed, reach = self.h + self.padding[0] + self.padding[2], self.dilation[0] * (self.kernel[0] - 1) + 1
+        return (framed - reach) // self.stride[0] + 1
 
     @property
     def ow(self) -> int:
         """Columns of the output."""
-        return (self.w + self.padding[1] + self.padding[3] - self.dilation[1] * (self.kernel[1] - 1) - 1) // self.stride[
-            1
-        ] + 1
+        framed, reach = self.w + self.padding[1] + self.padding[3], self.dilation[1] * (self.kernel[1] - 1) + 1
+        return (framed - reach) // self.stride[1] + 1
 
     @property
     def in_blocks(self) -> int:

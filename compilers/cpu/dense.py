@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import ceil
+from typing import Any
 
 import tvm
 from tvm import te
@@ -110,12 +111,12 @@ def _compute(spec: DenseSpec) -> list[te.Tensor]:
     # Steps see (n, block, y, x, lane); tensors added to a dense layer are plain (m, o).
     buffers, finish = epilogue(spec.steps, lanes_shape, (spec.m, spec.out_blocks, 1, 1, spec.lanes), out_dtype)
 
-    def last(m: object, o: object) -> object:
+    def last(m: Any, o: Any) -> Any:
         block, lane = te.indexdiv(o, spec.lanes), te.indexmod(o, spec.lanes)
         value = total[m, block, lane]
         if extra:
             value = (value + extra[0][block, lane]).astype("float32")
-        return finish(value, m, block, 0, 0, lane)  # type: ignore[operator]
+        return finish(value, m, block, 0, 0, lane)
 
     out = te.compute((spec.m, spec.o), last, name="out")
     return [source, weight, *extra, *buffers, out]
@@ -126,10 +127,10 @@ def _quantized_rows(spec: DenseSpec, source: te.Tensor) -> te.Tensor:
         return source
     zero = tvm.tirx.const(spec.zero_point, "uint8")
 
-    def value(m: object, k: object) -> object:
+    def value(m: Any, k: Any) -> Any:
         inside = source[m, k]
         if spec.quantize is not None:
             inside = quantized(inside, spec.quantize[0], spec.quantize[1])
-        return te.if_then_else(k < spec.k, inside, zero) if spec.k % 4 else inside  # type: ignore[operator]
+        return te.if_then_else(k < spec.k, inside, zero) if spec.k % 4 else inside
 
     return te.compute((spec.m, _depth(spec)), value, name="pad")

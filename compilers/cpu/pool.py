@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import tvm
 from tvm import te
@@ -40,8 +41,8 @@ def pool(spec: PoolSpec) -> tvm.tirx.PrimFunc:
         (spec.out[0] - 1) * sh + spec.kernel[0] > spec.h or (spec.out[1] - 1) * sw + spec.kernel[1] > spec.w
     )
 
-    def window(n: object, b: object, y: object, x: object, i: object) -> object:
-        row, column = y * sh + ky - top, x * sw + kx - left  # type: ignore[operator]
+    def window(n: Any, b: Any, y: Any, x: Any, i: Any) -> Any:
+        row, column = y * sh + ky - top, x * sw + kx - left
         if not framed:
             return data[n, b, row, column, i]
         inside = te.all(row >= 0, row < spec.h, column >= 0, column < spec.w)
@@ -51,14 +52,14 @@ def pool(spec: PoolSpec) -> tvm.tirx.PrimFunc:
     shape = (spec.n, spec.blocks, *spec.out, spec.lanes)
     total = te.compute(shape, lambda n, b, y, x, i: reduce(window(n, b, y, x, i), axis=[ky, kx]), name="pool")
 
-    def divided(n: object, b: object, y: object, x: object, i: object) -> object:
+    def divided(n: Any, b: Any, y: Any, x: Any, i: Any) -> Any:
         value = total[n, b, y, x, i]
         if spec.maximum:
             return value
         if spec.count_include_pad or not framed:
             return value * tvm.tirx.const(1.0 / (spec.kernel[0] * spec.kernel[1]), "float32")
-        rows = te.min(y * sh - top + spec.kernel[0], spec.h) - te.max(y * sh - top, 0)  # type: ignore[operator]
-        columns = te.min(x * sw - left + spec.kernel[1], spec.w) - te.max(x * sw - left, 0)  # type: ignore[operator]
+        rows = te.min(y * sh - top + spec.kernel[0], spec.h) - te.max(y * sh - top, 0)
+        columns = te.min(x * sw - left + spec.kernel[1], spec.w) - te.max(x * sw - left, 0)
         return value / (rows * columns).astype("float32")
 
     out = te.compute(shape, divided, name="out")

@@ -121,7 +121,7 @@ def test_families_are_those_of_the_space() -> None:
 )
 def test_a_mistake_is_told_in_one_line_with_the_file_and_what_is_allowed(tmp_path: Path, text: str, told: str) -> None:
     with pytest.raises(UserError, match=told) as error:
-        _load(tmp_path, text + "\n" + LEAST if "[" != text[0] else LEAST + text)
+        _load(tmp_path, LEAST + text if text.startswith("[") else f"{text}\n{LEAST}")
     assert "\n" not in str(error.value)
     assert "mine.toml" in str(error.value) or "weights" in text
 
@@ -151,7 +151,9 @@ def test_paths_are_found_in_the_current_folder_first_then_beside_the_file(
     (there / "images").mkdir()
     (there / "board.toml").touch()
     monkeypatch.chdir(here)
-    text = 'model = "net.py:make"\nweights = "both.pt"\ndata = "images:images?size=64"\ndevice = ["cpu", "board.toml"]\n'
+    text = (
+        'model = "net.py:make"\nweights = "both.pt"\ndata = "images:images?size=64"\ndevice = ["cpu", "board.toml"]\n'
+    )
     (there / "s.toml").write_text(text)
     spec = load_spec(there / "s.toml")
     assert spec.model == f"{there / 'net.py'}:make"
@@ -184,6 +186,11 @@ _SCALAR = st.one_of(
     st.floats(allow_nan=False),
     st.text(st.characters(exclude_categories=["Cs"])),
 )
+
+
+@pytest.mark.parametrize("text", ["\x7f", "\\", '"', "\n", "\t\b\x00\x1f", "ä\u2028\U0001f600", "'"])
+def test_every_character_survives_toml(text: str) -> None:
+    assert read_toml(write_toml({"key": text})) == {"key": text}
 
 
 @given(st.dictionaries(st.from_regex(r"[a-z_]{1,8}(\.[a-z_]{1,8})?", fullmatch=True), st.lists(_SCALAR) | _SCALAR))

@@ -4,10 +4,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.nn import functional
+
 from planish.search.data import Data, Normalise, Split
 from planish.search.data_augment import Augment
 from planish.search.data_split import stratified
-from torch.nn import functional
 
 
 def split(n: int = 6, shape: tuple[int, ...] = (2, 3, 3), classes: int = 3) -> Split:
@@ -86,7 +87,7 @@ def test_data_that_cannot_be_used_is_refused(changes: dict[str, Split], message:
 def test_a_nan_is_found_and_its_sample_named() -> None:
     inputs = torch.zeros(4, 2, 3, 3)
     inputs[2, 1, 0, 0] = torch.nan
-    with pytest.raises(ValueError, match="validation inputs hold NaN.*1 samples.*index 2"):
+    with pytest.raises(ValueError, match=r"validation inputs hold NaN.*1 samples.*index 2"):
         data(validation=Split(inputs, torch.tensor([0, 1, 2, 0])))
 
 
@@ -96,7 +97,8 @@ def test_one_class_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [(1.0, (0.0,), (0.0,)), (1.0, (0.0,), (1.0, 1.0)), (0.0, (0.0,), (1.0,)), (1.0, (float("nan"),), (1.0,))]
+    "arguments",
+    [(1.0, (0.0,), (0.0,)), (1.0, (0.0,), (1.0, 1.0)), (0.0, (0.0,), (1.0,)), (1.0, (float("nan"),), (1.0,))],
 )
 def test_a_normalisation_that_divides_by_zero_or_does_not_fit_is_refused(
     arguments: tuple[float, tuple[float, ...], tuple[float, ...]],
@@ -132,6 +134,19 @@ def test_augmentation_depends_on_the_generator_only() -> None:
     torch.rand(5)
     assert torch.equal(first, part.training_batch(torch.arange(6), torch.Generator().manual_seed(3)))
     assert torch.equal(part.batch(torch.arange(6)), part.inputs.to(torch.float32))
+
+
+def test_calibration_inputs_are_moved_training_inputs_each_at_most_once() -> None:
+    images = torch.zeros(20, 1, 3, 3, dtype=torch.uint8)
+    images[:, 0, 1, 1] = torch.arange(1, 21)
+    part = replace(Split(images, torch.arange(20) % 2), augment=Augment(shift=1))
+    inputs = part.calibration(15)
+    brightest = inputs.flatten(1).max(1).values
+    assert len(set(brightest.tolist())) == 15
+    assert (inputs[:, 0, 1, 1] != brightest).any()
+    assert torch.equal(inputs, part.calibration(15))
+    assert not torch.equal(inputs, part.calibration(15, seed=1))
+    assert len(part.calibration(100)) == 20
 
 
 def test_a_stratified_split_gives_every_class_its_share_and_every_sample_once() -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+
 from planish.search.data_pickle import PickleError, load_arrays
 from planish.search.data_sources import load_data
 
@@ -86,7 +87,9 @@ def test_the_unpacked_archive_folder_is_found_inside_the_folder(tmp_path: Path) 
 def test_batches_pickled_again_by_python_3_are_read(tmp_path: Path, protocol: int) -> None:
     images, labels = images_and_labels(3)
     file = tmp_path / "batch"
-    file.write_bytes(pickle.dumps({"data": images.reshape(3, -1), "labels": labels, "f": np.float32([1.5])}, protocol))
+    file.write_bytes(
+        pickle.dumps({"data": images.reshape(3, -1), "labels": labels, "f": np.ones(1, np.float32)}, protocol)
+    )
     batch = load_arrays(file)
     assert isinstance(batch, dict)
     named = {k.decode() if isinstance(k, bytes) else k: v for k, v in batch.items()}
@@ -109,7 +112,9 @@ def test_code_in_a_pickle_is_named_and_not_run(tmp_path: Path, protocol: int) ->
     official(tmp_path, *images_and_labels())
     trace = tmp_path / "it-ran"
     (tmp_path / "data_batch_3").write_bytes(pickle.dumps({b"labels": [Evil(Path.touch, trace)]}, protocol))
-    with pytest.raises(ValueError, match=r"data_batch_3 is not a CIFAR-10 batch: it names .*only numpy arrays") as error:
+    with pytest.raises(
+        ValueError, match=r"data_batch_3 is not a CIFAR-10 batch: it names .*only numpy arrays"
+    ) as error:
         load_data(f"cifar10:{tmp_path}")
     assert "\n" not in str(error.value)
     assert not trace.exists()
@@ -142,7 +147,7 @@ def test_a_batch_cut_short_is_named(tmp_path: Path, keep: int) -> None:
     official(tmp_path, *images_and_labels())
     batch = tmp_path / "data_batch_2"
     batch.write_bytes(batch.read_bytes()[:keep])
-    with pytest.raises(ValueError, match="data_batch_2.*damaged"):
+    with pytest.raises(ValueError, match=r"data_batch_2.*damaged"):
         load_data(f"cifar10:{tmp_path}")
 
 
@@ -195,7 +200,7 @@ def test_a_damaged_packed_file_is_named(tmp_path: Path) -> None:
     packed(tmp_path, "cifar10_test.npz", images, labels)
     file = tmp_path / "cifar10_train.npz"
     file.write_bytes(file.read_bytes()[:2000])
-    with pytest.raises(ValueError, match="cifar10_train.npz cannot be read"):
+    with pytest.raises(ValueError, match=r"cifar10_train\.npz cannot be read"):
         load_data(f"cifar10:{tmp_path}")
 
 
@@ -210,7 +215,7 @@ def test_objects_in_a_packed_file_are_not_unpickled(tmp_path: Path) -> None:
     trace = tmp_path / "it-ran"
     np.savez(tmp_path / "cifar10_train.npz", labels=np.array([Evil(Path.touch, trace)], dtype=object))
     np.savez(tmp_path / "cifar10_test.npz", labels=np.zeros(1))
-    with pytest.raises(ValueError, match="cifar10_train.npz cannot be read"):
+    with pytest.raises(ValueError, match=r"cifar10_train\.npz cannot be read"):
         load_data(f"cifar10:{tmp_path}")
     assert not trace.exists()
 

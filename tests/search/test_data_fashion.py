@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+
 from planish.search.data_sources import load_data
 
 NAMES = {
@@ -70,7 +71,7 @@ def test_a_file_cut_short_is_named(tmp_path: Path) -> None:
     write(tmp_path)
     file = tmp_path / NAMES["train_images"]
     file.write_bytes(file.read_bytes()[:-5])
-    with pytest.raises(ValueError, match="train-images-idx3-ubyte has 31355 values.*cut short"):
+    with pytest.raises(ValueError, match=r"train-images-idx3-ubyte has 31355 values.*cut short"):
         load_data(f"fashion-mnist:{tmp_path}")
 
 
@@ -79,7 +80,7 @@ def test_a_packed_official_file_cut_short_is_named(tmp_path: Path, keep: int) ->
     write(tmp_path, packed=True)
     file = tmp_path / (NAMES["test_labels"] + ".gz")
     file.write_bytes(file.read_bytes()[: min(keep, file.stat().st_size - 4)])
-    with pytest.raises(ValueError, match="t10k-labels-idx1-ubyte.gz cannot be unpacked"):
+    with pytest.raises(ValueError, match=r"t10k-labels-idx1-ubyte\.gz cannot be unpacked"):
         load_data(f"fashion-mnist:{tmp_path}")
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+
 from planish.search.data_sources import load_data
 
 
@@ -27,7 +28,7 @@ def test_every_image_gets_the_class_of_its_folder(tmp_path: Path) -> None:
     assert [len(part) for part in data.splits().values()] == [16, 2, 2]
     seen = []
     for part in data.splits().values():
-        values = part.inputs[:, 0, 0, 0].to(int)
+        values = part.inputs[:, 0, 0, 0].long()
         assert ((values >= 100).long() == part.targets).all()
         seen += values.tolist()
     assert sorted(seen) == [*range(10), *range(100, 110)]
@@ -68,7 +69,7 @@ def test_grey_transparent_and_jpeg_images_become_rgb(tmp_path: Path, mode: str, 
             image(tmp_path / name / f"{i}.{suffix}", 90, mode=mode)
     data = load_data(f"images:{tmp_path}?size=8")
     # A flat image of quality 75 is off by at most one grey level.
-    assert (data.train.inputs.to(int) - 90).abs().max() <= 1
+    assert (data.train.inputs.long() - 90).abs().max() <= 1
 
 
 @pytest.mark.parametrize("content", [b"", b"not an image", b"\x89PNG\r\n\x1a\n\x00\x00"])
@@ -101,6 +102,13 @@ def test_a_class_without_images_is_named(tmp_path: Path) -> None:
 def test_one_class_is_refused(tmp_path: Path) -> None:
     image(tmp_path / "only" / "1.png", 3)
     with pytest.raises(ValueError, match=r"has 1 folder\(s\); it needs one for every class"):
+        load_data(f"images:{tmp_path}")
+
+
+def test_a_test_folder_without_train_is_not_a_class(tmp_path: Path) -> None:
+    folder_per_class(tmp_path / "test")
+    folder_per_class(tmp_path / "val")
+    with pytest.raises(ValueError, match="has test and no train folder"):
         load_data(f"images:{tmp_path}")
 
 

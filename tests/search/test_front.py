@@ -53,6 +53,13 @@ def test_what_is_not_faster_is_no_improvement_however_accurate_or_small(latency_
     assert not improves(with_size, trial, ORIGINAL.trial.metrics)
 
 
+def test_a_ratio_measured_in_turns_goes_before_the_quotient_of_two_measurements() -> None:
+    trial = _entry(1, 0.9, 0.9).trial
+    slower = Trial(1, trial.candidate, trial.state, {**trial.metrics, "latency_ratio": {"cpu": 1.01}}, None, 0)
+    assert improves(OBJECTIVES, trial, ORIGINAL.trial.metrics)
+    assert not improves(OBJECTIVES, slower, ORIGINAL.trial.metrics)
+
+
 def test_where_size_is_the_objective_smaller_is_an_improvement_and_faster_is_none() -> None:
     objectives = objectives_of(["accuracy", "size"], ["cpu"])
     assert improves(objectives, _entry(1, 0.8, 2.0, size=99).trial, ORIGINAL.trial.metrics)
@@ -76,6 +83,11 @@ def test_within_a_budget_only_what_keeps_it_is_returned() -> None:
     document = front_document(OBJECTIVES, _bounds("latency<=0.5x", "accuracy>=0.75"), ORIGINAL, entries)
     assert _numbers(document) == [2]
     assert document["nearest_miss"] is None
+
+
+def test_a_budget_that_the_original_keeps_leaves_out_what_does_not() -> None:
+    entries = [_entry(1, 0.8, 0.5), _entry(2, 0.5, 0.1)]
+    assert _numbers(front_document(OBJECTIVES, _bounds("accuracy>=0.75"), ORIGINAL, entries)) == [0, 1]
 
 
 def test_an_infeasible_budget_gives_the_best_so_far_and_the_nearest_miss() -> None:

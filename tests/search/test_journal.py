@@ -95,6 +95,13 @@ def test_a_corrupt_line_in_the_middle_is_named_by_file_and_line(tmp_path: Path, 
     assert path.read_bytes() == before
 
 
+def test_a_corrupt_line_before_a_torn_one_is_corrupt_and_not_torn(tmp_path: Path) -> None:
+    path = tmp_path / "trials.jsonl"
+    path.write_bytes(b'{"event":"x"}\ngarbage\n{"to')
+    with pytest.raises(UserError, match=r"trials\.jsonl:2: "):
+        read_events(path)
+
+
 def test_what_append_returned_from_is_there_after_a_kill(tmp_path: Path) -> None:
     path = tmp_path / "j"
     code = f"""
@@ -172,6 +179,8 @@ def test_replay_joins_scores_measures_rungs_and_the_end(tmp_path: Path) -> None:
     assert {number: rung.epochs for number, rung in record.rungs.items()} == {0: 1, 1: 3}
     assert record.score is not None
     assert record.score["accuracy"] == 0.5
+    assert [record.before(rung)["accuracy"] for rung in (0, 1, 2)] == [0.5, 0.7, 0.8]
+    assert record.before(0)["latency_s"] == {"cpu": {"value": 1.5}, "cuda": {"value": 2.0}}
     assert (record.started_s, record.ended_s) == (1.0, 9.0)
 
 

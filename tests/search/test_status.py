@@ -83,10 +83,27 @@ def test_time_left_is_at_the_pace_of_this_session_alone() -> None:
     for number, moment in enumerate(moments):
         if number == 2:
             # Resumed after a long rest: 10 s an item since.
-            events.append({**events[0], "time": 9_990.0})
+            events.append({"event": "session", "time": 9_990.0})
         start = {"event": "start", "trial": number, "batch": 0, "seed": 0, "options": {}, "time": 0.0}
         end = {"event": "end", "trial": number, "state": "complete", "metrics": {}, "error": None, "time": moment}
         events += [start, end]
     history = replay([Event(line, data) for line, data in enumerate(events, start=1)], Path("trials.jsonl"))
     # Two items in 30 s, six to go.
-    assert _eta_s(history.phases[-1], done_times(history, "end")) == pytest.approx(90)
+    phase = history.phases[-1]
+    assert _eta_s(history, phase, done_times(history, phase)) == pytest.approx(90)
+
+
+def test_a_phase_counts_its_own_items_and_those_that_failed_in_it(run: RunDirectory) -> None:
+    for number in range(3):
+        run.append(_trial(number, State.RUNNING, {}))
+    run.phase("distill to epoch 1", 3, "rung")
+    run._journal._clock = lambda: 4e9  # type: ignore[union-attr]
+    for number in range(3):
+        run.rung(number, 0, 1, {})
+    run._journal._clock = lambda: 5e9  # type: ignore[union-attr]
+    run.phase("distill to epoch 3", 3, "rung")
+    assert status(run.path)["done"] == 0
+    run.rung(0, 1, 3, {})
+    run.append(_trial(1, State.FAILED, {}))
+    run.append(_trial(2, State.STOPPED, {}))
+    assert status(run.path)["done"] == 2

@@ -39,9 +39,17 @@ def test_finite_turns_tuples_into_lists_and_keeps_the_rest() -> None:
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("trial", "7"), ("trial", True), ("options", [1]), ("options", {"a": [1]}), ("options", {"a": True})]
-    + [("metrics", None), ("seed", 1.5), ("state", "pruned")],
+    [
+        ("trial", "7"),
+        ("trial", True),
+        ("options", [1]),
+        ("options", {"a": [1]}),
+        ("options", {"a": True}),
+        ("metrics", None),
+        ("seed", 1.5),
+        ("state", "pruned"),
+    ],
 )
 def test_a_wrong_type_is_told_as_value_error_naming_the_value(key: str, value: object) -> None:
-    with pytest.raises(ValueError, match="must be|is not"):
+    with pytest.raises(ValueError, match=r"must be|is not"):
         Trial.from_json({**TRIAL.to_json(), key: value})

@@ -1,0 +1,37 @@
+"""Which instructions a compiled model may hold, so that it is refused where they are missing instead of crashing there.
+
+Needs the standard library only. Code for the CPU that compiles it may use anything that this CPU has, so all of what a
+compiler makes of numeric code is recorded; the names are those of `/proc/cpuinfo`.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+
+from ..hwmodels.device import cpu_flags
+
+_USED = frozenset(
+    # x86: vectors, fused multiply-add, bit manipulation (`abm` is lzcnt)
+    "pni ssse3 sse4_1 sse4_2 movbe popcnt f16c fma abm bmi1 bmi2 avx avx2 avx_vnni fma4 xop gfni "
+    "avx512f avx512dq avx512cd avx512bw avx512vl avx512ifma avx512vbmi avx512_vbmi2 avx512_vnni avx512_bitalg "
+    "avx512_vpopcntdq avx512_bf16 avx512_fp16 "
+    # Arm
+    "asimd fphp asimdhp asimdrdm asimddp atomics sve sve2 i8mm bf16 svei8mm svebf16".split()
+)
+
+
+def instruction_set() -> dict[str, str]:
+    """What code for this CPU may use, as a manifest's target records it: `machine` and `features`."""
+    return {"machine": platform.machine(), "features": " ".join(sorted(cpu_flags() & _USED))}
+
+
+def lacking(target: Mapping[str, str]) -> str | None:
+    """What this CPU lacks of a recorded instruction set, None where it lacks nothing or nothing is recorded."""
+    here = instruction_set()
+    machine = target.get("machine", here["machine"])
+    if machine != here["machine"]:
+        return f"a CPU of the kind {machine} (this one is {here['machine']})"
+    # An operating system that lists no features may have them all: only the run can tell.
+    absent = set(target.get("features", "").split()) - set(here["features"].split()) if here["features"] else set()
+    return ", ".join(sorted(absent)) or None

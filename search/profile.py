@@ -1,0 +1,118 @@
+"""`planish profile`: what every layer costs on the device, what is reachable, and what has no options and why."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+from ..hwmodels.device import Device
+from .config import Spec
+from .measuring import measure_trials
+from .peaks import with_measured_peaks
+from .progress import Progress
+from .slow_sites import LayerCost, layer_costs
+from .workers import Failure
+
+
+def profile(spec: Spec, progress: Progress) -> dict[str, object]:
+    """Compiles and times the original and the cheapest corners of its space.
+
+    Returns:
+        By device: the original's latency, a row a layer (MACs, bytes, measured seconds, share, the roofline's bound and
+        what binds), and the reachable range of every cost; also the space's size, its options a site, and what was
+        left out with its reason.
+
+    Raises:
+        ValueError: the task or a device is not usable.
+    """
+    import torch
+
+    from ..compilers.runner import site_times
+    from ..hwmodels.measurement import MeasureProtocol
+    from .evaluate import Evaluator, Job
+    from .sampler import strongest
+
+    torch.set_num_threads(1)
+    progress.begin("load and trace", 1)
+    evaluator = Evaluator(spec)
+    progress.advance()
+    space = evaluator.proposal.space
+    candidates = [space.original(), *(strongest(space) if space.choices else [])]
+    with tempfile.TemporaryDirectory(prefix="planish-profile-") as folder:
+        jobs = [Job(n, candidate, spec.seed, Path(folder, str(n))) for n, candidate in enumerate(candidates)]
+        progress.begin("compile", len(jobs))
+        metrics: dict[int, dict[str, object]] = {}
+        for job in jobs:
+            module = evaluator.build(job.candidate)
+            metrics[job.number] = evaluator.costs(module) | evaluator.compile(module, job, "artifact")
+            progress.advance()
+        progress.begin("time", 1)
+        timed = measure_trials(evaluator, {job.number: job.folder for job in jobs}, jobs[0].folder, "artifact", final=True)
+        for number, result in timed.items():
+            metrics[number] |= {} if isinstance(result, Failure) else result
+        devices = {}
+        for label, device in evaluator.devices.items():
+            artifact = evaluator.artifact_folder(jobs[0].folder, label, "artifact")
+            protocol = MeasureProtocol(time_limit_s=spec.measure.time_limit_s)
+            calls = site_times({"original": artifact}, device, protocol)["original"]
+            peaks = with_measured_peaks(device, evaluator.compilers[label])
+            rows = layer_costs(evaluator.traced, peaks, calls)
+            devices[label] = _device(label, peaks, rows, calls, metrics)
+        progress.advance()
+    return {
+        "model": spec.model,
+        "devices": devices,
+        "candidates": float(space.size()),
+        "options": {f"{c.site}:{c.kind.value}": list(c.options) for c in space.choices},
+        "left_out": dict(space.left_out),
+    }
+
+
+def _device(
+    label: str,
+    device: Device,
+    rows: list[LayerCost],
+    calls: list[tuple[str, str, float]],
+    metrics: Mapping[int, Mapping[str, object]],
+) -> dict[str, object]:
+    total = sum(seconds for _, _, seconds in calls)
+    return {
+        "title": device.title,
+        "threads": device.threads,
+        "peaks": {
+            "macs_per_s": {str(bits): rate for bits, rate in device.macs_per_s.items()},
+            "bytes_per_s": device.bytes_per_s,
+            "source": device.source,
+        },
+        "latency_s": _value(metrics[0], "latency_s", label),
+        "layers": [
+            {
+                "site": row.site,
+                "macs": row.macs,
+                "moved_bytes": row.moved_bytes,
+                "time_s": row.time_s,
+                "share": row.time_s / total if total else None,
+                "roofline_share": row.bound_s / row.time_s if row.time_s else None,
+                "bound_by": row.bound_by,
+            }
+            for row in rows
+        ],
+        "other_time_s": total - sum(row.time_s for row in rows),
+        "reachable": {
+            name: [min(values), max(values)]
+            for name, values in {
+                "latency_s": [_value(m, "latency_s", label) for m in metrics.values()],
+                **{
+                    key: [float(str(m[key])) for m in metrics.values()]
+                    for key in ("size_bytes", "macs", "peak_memory_bytes")
+                },
+            }.items()
+        },
+    }
+
+
+def _value(metrics: Mapping[str, object], name: str, label: str) -> float:
+    by_device = metrics.get(name)
+    entry = by_device.get(label) if isinstance(by_device, Mapping) else None
+    return float(entry["value"]) if isinstance(entry, Mapping) else float("nan")

@@ -1,0 +1,67 @@
+"""`task.json` in a run's folder: what an exported model must say of its inputs and classes, without the data at hand."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .atomic import write_json
+from .errors import UserError
+
+if TYPE_CHECKING:
+    from .config import Spec
+    from .data import Data
+    from .tasks import Task
+
+NAME = "task.json"
+
+
+@dataclass(frozen=True)
+class TaskNote:
+    """A task by name, what turns a sample into the model's input (`Data.preprocessing`), and the classes in order."""
+
+    name: str
+    metric: str
+    preprocessing: Mapping[str, object]
+    classes: tuple[str, ...]
+
+
+def write_task(run: Path, task: Task) -> None:
+    """Writes `task.json`, unless it is there."""
+    if not (run / NAME).exists():
+        write_json(run / NAME, {"name": task.name, "metric": task.metric, **_data_note(task.data)})
+
+
+def read_task(run: Path, spec: Spec) -> TaskNote:
+    """The note of a run; a run that has none has its data loaded as the specification says.
+
+    Raises:
+        UserError: the file is not such a note.
+        TaskError: there is none, and the data is not to be had.
+    """
+    path = run / NAME
+    try:
+        found = json.loads(path.read_bytes()) if path.exists() else _from_data(spec)
+        return TaskNote(
+            str(found["name"]), str(found["metric"]), dict(found["preprocessing"]), tuple(map(str, found["classes"]))
+        )
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is not a task's note: {error}; delete it to have it read from the data again") from None
+
+
+def _from_data(spec: Spec) -> dict[str, object]:
+    from .data_sources import load_data
+    from .models import BUILTIN
+
+    builtin = BUILTIN.get(spec.model)
+    data = load_data(spec.data or (builtin.data if builtin else ""))
+    metric = getattr(data.train.metric, "__name__", "metric")
+    return {"name": spec.model, "metric": metric, **_data_note(data)}
+
+
+def _data_note(data: Data) -> dict[str, object]:
+    rest = {key: value for key, value in data.preprocessing.items() if key != "classes"}
+    return {"preprocessing": rest, "classes": list(data.classes)}

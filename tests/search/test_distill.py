@@ -1,0 +1,330 @@
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from planish.search.data import Split
+from planish.search.data_augment import Augment
+from planish.search.distill import DistillError, Epoch, Recipe, distill
+from planish.search.distill_loss import losses, softened_kl
+from planish.search.distill_recipe import learning_rate
+from planish.search.distill_state import CheckpointError
+from planish.search.distill_teacher import Targets
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+class Network(nn.Module):
+    def __init__(self, width: int, seed: int) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            self._fill(width)
+
+    def _fill(self, width: int) -> None:
+        self.first = nn.Conv2d(1, width, 3, padding=1)
+        self.norm = nn.BatchNorm2d(width)
+        self.second = nn.Conv2d(width, 2 * width, 3, stride=2, padding=1)
+        self.drop = nn.Dropout(0.2)
+        self.last = nn.Linear(2 * width, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.first(x)).relu()
+        return self.last(self.drop(self.second(x).relu().mean((2, 3))))  # type: ignore[no-any-return]
+
+
+def train_split(n: int = 21, augment: Augment | None = None) -> Split:
+    """Three classes that differ in which third of the image is bright."""
+    generator = torch.Generator().manual_seed(0)
+    targets = torch.arange(n) % 3
+    inputs = torch.randn(n, 1, 6, 6, generator=generator) / 2
+    for i, label in enumerate(targets.tolist()):
+        inputs[i, 0, 2 * label : 2 * label + 2] += 2
+    return Split(inputs, targets, augment=augment or Augment())
+
+
+SMALL = Recipe(batch=8, learning_rate=0.05)
+
+
+def train(student: nn.Module, to_epoch: int, checkpoint: Path | None = None, **changes: object) -> tuple[Epoch, ...]:
+    recipe = replace(SMALL, **changes)  # type: ignore[arg-type]
+    split = train_split(augment=Augment(shift=1, flip=True))
+    teacher = Network(4, seed=1)
+    return distill(
+        student, teacher, split, to_epoch=to_epoch, total_epochs=4, seed=5, recipe=recipe, checkpoint=checkpoint
+    ).epochs
+
+
+def equal(a: nn.Module, b: nn.Module) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
+@pytest.mark.parametrize("optimiser", ["sgd", "adamw"])
+@pytest.mark.parametrize("augment", [True, False])
+@pytest.mark.parametrize("stops", [(1,), (2,), (1, 2, 3)])
+def test_a_restart_gives_bit_for_bit_the_uninterrupted_student(
+    tmp_path: Path, optimiser: str, augment: bool, stops: tuple[int, ...]
+) -> None:
+    whole = Network(2, seed=2)
+    history = train(whole, 4, optimiser=optimiser, augment=augment)
+    for number, stop in enumerate((*stops, 4)):
+        student = Network(2, seed=100 + number) if number else Network(2, seed=2)  # a new process remembers nothing
+        torch.rand(number)
+        resumed = train(student, stop, tmp_path / "c.safetensors", optimiser=optimiser, augment=augment)
+    assert equal(student, whole)
+    assert resumed == history
+
+
+def test_training_is_the_same_whatever_was_drawn_before_and_leaves_the_generator_alone() -> None:
+    first, second = Network(2, seed=2), Network(2, seed=2)
+    torch.manual_seed(11)
+    train(first, 2)
+    torch.manual_seed(12)
+    expected = torch.rand(3)
+    torch.manual_seed(12)
+    train(second, 2)
+    assert equal(first, second)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_every_epoch_has_its_own_randomness_and_seed() -> None:
+    first, second = Network(2, seed=2), Network(2, seed=2)
+    split, teacher = train_split(), Network(4, seed=1)
+    for student, seed in ((first, 0), (second, 1)):
+        distill(student, teacher, split, to_epoch=1, total_epochs=1, seed=seed, recipe=SMALL)
+    assert not equal(first, second)
+
+
+def test_a_student_learns_what_the_teacher_knows_without_labels() -> None:
+    split = train_split(60)
+    teacher = Network(8, seed=1)
+    distill(teacher, None, split, to_epoch=12, total_epochs=12, seed=0, recipe=replace(SMALL, alpha=0, attention=0))
+    wrong = replace(split, targets=torch.zeros_like(split.targets))
+    student = Network(4, seed=3)
+    before = copy.deepcopy(teacher)
+    distill(student, teacher, wrong, to_epoch=12, total_epochs=12, seed=0, recipe=replace(SMALL, alpha=1))
+    with torch.no_grad():
+        right = student(split.batch(slice(0, 60))).argmax(1) == split.targets
+    assert right.double().mean() > 0.9
+    assert equal(teacher, before)
+    assert not student.training
+
+
+def test_the_teacher_stays_in_its_mode_and_without_gradients() -> None:
+    teacher = Network(4, seed=1).train()
+    distill(Network(2, seed=2), teacher, train_split(), to_epoch=1, total_epochs=1, seed=0, recipe=SMALL)
+    assert teacher.training
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+
+
+def test_targets_that_are_remembered_are_those_of_the_moment() -> None:
+    students = [Network(2, seed=2), Network(2, seed=2)]
+    teacher = Network(4, seed=1).eval()
+    # A flip that is declared but never changes a symmetric image: the same inputs without the shortcut.
+    plain = train_split()
+    symmetric = plain.inputs + plain.inputs.flip(3)
+    for student, augment in zip(students, (Augment(), Augment(flip=True)), strict=True):
+        split = replace(plain, inputs=symmetric, augment=augment)
+        recipe = replace(SMALL, attention=2.0)
+        distill(student, teacher, split, to_epoch=1, total_epochs=1, seed=0, recipe=recipe)
+    # Batches of another size round differently.
+    for a, b in zip(students[0].parameters(), students[1].parameters(), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+def test_the_loss_is_the_weighted_sum_of_its_definition() -> None:
+    torch.manual_seed(0)
+    logits, teacher, targets = torch.randn(5, 3), torch.randn(5, 3), torch.tensor([0, 2, 1, 1, 0])
+    ours, theirs = torch.rand(5, 4), torch.rand(5, 4)
+    recipe = Recipe(alpha=0.7, temperature=3.0, attention=0.5)
+    loss, ce, kl, attention = losses(recipe, logits, (ours,), targets, Targets(teacher, (theirs,))).tolist()
+    p, q = (teacher / 3).softmax(1), (logits / 3).softmax(1)
+    expected_kl = 9 * float((p * (p / q).log()).sum(1).mean())
+    expected_ce = -float(logits.softmax(1)[torch.arange(5), targets].log().mean())
+    expected_attention = float(((ours - theirs) ** 2).sum(1).mean())
+    assert (ce, kl, attention) == pytest.approx((expected_ce, expected_kl, expected_attention), rel=1e-5)
+    assert loss == pytest.approx(0.3 * expected_ce + 0.7 * expected_kl + 0.5 * expected_attention, rel=1e-5)
+
+
+def test_softened_kl_is_zero_for_the_teacher_itself_and_falls_with_distance() -> None:
+    logits = torch.randn(4, 5)
+    assert float(softened_kl(logits, logits, 4.0)) == pytest.approx(0, abs=1e-6)
+    assert softened_kl(logits + torch.eye(4, 5), logits, 4.0) > 0
+
+
+def test_the_learning_rate_rises_then_falls_to_nearly_zero() -> None:
+    rates = [learning_rate(Recipe(learning_rate=0.1, warmup=0.2), step, 50) for step in range(50)]
+    assert rates[:11] == sorted(rates[:11])
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert max(rates) == rates[10] == 0.1
+    assert rates[30] == pytest.approx(0.05)  # half way down the cosine
+    assert 0 < rates[-1] < 0.001
+    assert rates[0] > 0
+
+
+def test_a_loss_that_is_not_finite_stops_the_training() -> None:
+    student = Network(2, seed=2)
+    with torch.no_grad():
+        student.last.weight[0, 0] = torch.nan
+    with pytest.raises(DistillError, match="loss is nan in epoch 1, step 1"):
+        train(student, 2)
+    assert not student.training
+
+
+def test_a_gradient_that_is_not_finite_stops_the_training() -> None:
+    class Root(Network):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) + (self.last.bias * 0).sqrt().sum()  # its slope at 0 is infinite
+
+    with pytest.raises(DistillError, match="gradient is nan in epoch 1, step 1"):
+        train(Root(2, seed=2), 2)
+
+
+def test_frozen_parameters_stay_as_they_are_and_fake_quantisation_trains() -> None:
+    class Rounded(nn.Module):
+        def forward(self, weight: Tensor) -> Tensor:
+            return weight + ((weight * 8).round() / 8 - weight).detach()
+
+    student = Network(2, seed=2)
+    student.first.weight.requires_grad_(False)
+    parametrize.register_parametrization(student.second, "weight", Rounded())
+    frozen = student.first.weight.clone()
+    latent = student.second.parametrizations.weight.original.detach().clone()  # type: ignore[union-attr,operator]
+    train(student, 1)
+    assert torch.equal(student.first.weight, frozen)
+    assert not torch.equal(student.second.parametrizations.weight.original, latent)  # type: ignore[union-attr,arg-type]
+    assert torch.equal((student.second.weight * 8).round(), student.second.weight * 8)
+
+
+def test_after_every_epoch_the_checkpoint_is_there_before_the_caller_hears_of_it(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "c.safetensors"
+    seen: list[int] = []
+
+    class Stop(Exception):
+        pass
+
+    def stop_after_two(epoch: Epoch) -> None:
+        seen.append(epoch.number)
+        assert path.exists()
+        if epoch.number == 2:
+            raise Stop
+
+    student = Network(2, seed=2)
+    split, teacher = train_split(), Network(4, seed=1)
+    with pytest.raises(Stop):
+        distill(
+            student,
+            teacher,
+            split,
+            to_epoch=4,
+            total_epochs=4,
+            seed=5,
+            recipe=SMALL,
+            checkpoint=path,
+            on_epoch=stop_after_two,
+        )
+    other = Network(2, seed=9)
+    distill(
+        other,
+        teacher,
+        split,
+        to_epoch=4,
+        total_epochs=4,
+        seed=5,
+        recipe=SMALL,
+        checkpoint=path,
+        on_epoch=lambda epoch: seen.append(epoch.number),
+    )
+    assert seen == [1, 2, 3, 4]
+
+
+def test_a_finished_training_is_only_read_back(tmp_path: Path) -> None:
+    path = tmp_path / "c.safetensors"
+    first, second = Network(2, seed=2), Network(2, seed=9)
+    history = train(first, 3, path)
+    written = path.read_bytes()
+    assert train(second, 3, path) == history
+    assert equal(first, second)
+    assert path.read_bytes() == written
+
+
+@pytest.mark.parametrize(
+    "change", [{"learning_rate": 0.01}, {"alpha": 0.5}, {"batch": 4}, {"augment": False}, {"optimiser": "adamw"}]
+)
+def test_a_checkpoint_of_another_recipe_is_refused(tmp_path: Path, change: dict[str, object]) -> None:
+    train(Network(2, seed=2), 1, tmp_path / "c.safetensors")
+    with pytest.raises(CheckpointError, match="of another training"):
+        train(Network(2, seed=2), 2, tmp_path / "c.safetensors", **change)
+
+
+def test_a_checkpoint_of_another_student_is_refused(tmp_path: Path) -> None:
+    train(Network(2, seed=2), 1, tmp_path / "c.safetensors")
+    student = Network(3, seed=2)
+    before = copy.deepcopy(student)
+    with pytest.raises(CheckpointError, match=r"of another student: first\.weight differs"):
+        train(student, 2, tmp_path / "c.safetensors")
+    assert equal(student, before)
+
+
+def test_a_checkpoint_that_is_missing_or_too_far_on_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "c.safetensors"
+    split, teacher = train_split(), Network(4, seed=1)
+    with pytest.raises(CheckpointError, match="from epoch 1 and there is no checkpoint"):
+        distill(Network(2, 2), teacher, split, from_epoch=1, to_epoch=2, total_epochs=4, seed=5, checkpoint=path)
+    train(Network(2, seed=2), 3, path)
+    with pytest.raises(CheckpointError, match=r"of epoch 3, outside 0\.\.2"):
+        train(Network(2, seed=2), 2, path)
+
+
+@pytest.mark.parametrize(("start", "end", "total"), [(2, 1, 4), (0, 5, 4), (-1, 1, 4), (0, 0, 0)])
+def test_epochs_out_of_order_are_refused(start: int, end: int, total: int) -> None:
+    with pytest.raises(ValueError, match="out of order"):
+        distill(Network(2, 2), None, train_split(), from_epoch=start, to_epoch=end, total_epochs=total, seed=0)
+
+
+def test_a_teacher_is_needed_to_imitate_and_must_not_be_the_student() -> None:
+    student = Network(2, 2)
+    with pytest.raises(ValueError, match="need a teacher"):
+        distill(student, None, train_split(), to_epoch=1, total_epochs=1, seed=0)
+    with pytest.raises(ValueError, match="teacher itself"):
+        distill(student, student, train_split(), to_epoch=1, total_epochs=1, seed=0)
+
+
+def test_a_teacher_with_other_classes_is_refused() -> None:
+    teacher = Network(4, seed=1)
+    teacher.last = nn.Linear(8, 5)
+    with pytest.raises(ValueError, match=r"\(7, 3\) and the teacher \(7, 5\)"):
+        distill(Network(2, 2), teacher, train_split(), to_epoch=1, total_epochs=1, seed=0, recipe=SMALL)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"alpha": 1.1},
+        {"alpha": float("nan")},
+        {"temperature": 0.0},
+        {"attention": -1.0},
+        {"optimiser": "sgdd"},
+        {"learning_rate": 0.0},
+        {"warmup": 1.0},
+        {"weight_decay": -1.0},
+        {"batch": 1},
+        {"clip": 0.0},
+    ],
+)
+def test_a_recipe_that_makes_no_sense_is_refused_by_name(change: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match=f"recipe {next(iter(change))} is"):
+        Recipe(**change)  # type: ignore[arg-type]

@@ -1,0 +1,84 @@
+"""Statistics of inputs against their definitions."""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from planish.spaces.moments import correct_batch_norms, fit, forget_batch_norms, remember_batch_norms
+from planish.spaces.trace import trace
+
+if TYPE_CHECKING:
+    from tests.spaces.conftest import Net
+
+
+def test_moments_of_a_convolution_are_those_of_its_input_pixels() -> None:
+    inputs = torch.randn(70, 5, 6, 6, generator=torch.Generator().manual_seed(0)) * 3 + 100
+    traced = trace(nn.Sequential(nn.Conv2d(5, 4, 3, padding=1), nn.Flatten(), nn.Linear(144, 2)), inputs)
+    found = fit(traced, {"0": 1}, inputs).moments["0"]
+    rows = inputs.transpose(0, 1).flatten(1).double()
+    assert torch.allclose(found.mean.double(), rows.mean(1), atol=1e-4)
+    assert torch.allclose(found.covariance.double(), torch.cov(rows, correction=0), atol=1e-3)
+    assert found.taps.shape == (3, 3)
+    assert abs(float(found.taps[0, 1])) < 0.1  # independent pixels
+
+
+def test_taps_are_the_correlation_of_a_pixel_with_its_neighbours() -> None:
+    rows = torch.randn(64, 3, 8, 1, generator=torch.Generator().manual_seed(0)).expand(64, 3, 8, 8)
+    traced = trace(nn.Sequential(nn.Conv2d(3, 2, 3, padding=1)), rows)
+    taps = fit(traced, {"0": 1}, rows).moments["0"].taps
+    assert torch.allclose(taps[1], torch.ones(3), atol=1e-4)  # a row repeats one value
+    assert float(taps[0].abs().max()) < 0.15
+
+
+def test_moments_behind_a_flatten_are_those_of_channels(nets: dict[str, Net]) -> None:
+    net = nets["mobile"]
+    seen = []
+    handle = net.model.get_submodule("fc1").register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    with torch.no_grad():
+        net.model(net.calibration)
+    handle.remove()
+    rows = seen[0].reshape(48, 64, 4).transpose(0, 1).flatten(1)
+    found = fit(net.traced, {"fc1": 4}, net.calibration).moments["fc1"]
+    assert torch.allclose(found.mean, rows.mean(1), atol=1e-5)
+    assert torch.allclose(found.covariance, torch.cov(rows, correction=0), atol=1e-5)
+
+
+def test_other_inputs_are_looked_at_again_and_the_same_ones_are_not(nets: dict[str, Net]) -> None:
+    net = nets["mlp"]
+    first = fit(net.traced, {"3": 1}, net.calibration)
+    assert fit(net.traced, {"3": 1}, net.calibration.clone()) is first
+    assert fit(net.traced, {"3": 1}, net.calibration + 1) is not first
+
+
+def test_a_model_that_did_not_change_keeps_its_batch_norms(net: Net) -> None:
+    module = copy.deepcopy(net.traced.module)
+    remember_batch_norms(module, fit(net.traced, {}, net.calibration))
+    correct_batch_norms(module, net.calibration)
+    forget_batch_norms(module)
+    before, after = net.traced.module.state_dict(), module.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.allclose(after[name], before[name], atol=1e-5) for name in before)
+
+
+def test_a_batch_norm_behind_a_scaled_and_shifted_layer_is_corrected_exactly() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+    model[1].running_var = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    inputs = torch.randn(64, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 10
+    traced = trace(model, inputs)
+    module = copy.deepcopy(traced.module)
+    remember_batch_norms(module, fit(traced, {}, inputs))
+    with torch.no_grad():
+        module.get_parameter("0.weight").mul_(2)
+        module.get_parameter("0.bias").mul_(2).add_(5)
+    for _ in range(2):  # correcting twice is correcting once
+        correct_batch_norms(module, inputs)
+    mean, variance = module.get_buffer("1.running_mean"), module.get_buffer("1.running_var")
+    seen_mean, _ = fit(traced, {}, inputs).norms["1"]
+    assert torch.allclose(mean, seen_mean * 2 + 5 - seen_mean, atol=1e-3)
+    assert torch.allclose(variance, 4 * torch.tensor([1.0, 2.0, 3.0, 4.0]), rtol=1e-3)
+    assert module.get_submodule("1").momentum == 0.1
+    assert not module.get_submodule("1").training
