@@ -95,6 +95,8 @@ def _difference(run: Callable[[NDArray[Any]], NDArray[Any]], x: NDArray[Any], ex
     output = run(x)
     if output.shape != expected.shape:
         raise WrongOutput(f"the output has the shape {output.shape}; {expected.shape} was stored")
+    # In float64, because differences of unsigned integers wrap around.
+    output, expected = output.astype(np.float64), expected.astype(np.float64)
     if not np.isfinite(output).all():
         return float("inf")
     return float(np.abs(output - expected).max() / max(float(np.abs(expected).max()), 1e-12))

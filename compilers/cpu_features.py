@@ -11,14 +11,14 @@ from collections.abc import Mapping
 
 from ..hwmodels.device import cpu_flags
 
-_USED = frozenset(
-    # x86: vectors, fused multiply-add, bit manipulation (`abm` is lzcnt)
-    "pni ssse3 sse4_1 sse4_2 movbe popcnt f16c fma abm bmi1 bmi2 avx avx2 avx_vnni fma4 xop gfni "
-    "avx512f avx512dq avx512cd avx512bw avx512vl avx512ifma avx512vbmi avx512_vbmi2 avx512_vnni avx512_bitalg "
-    "avx512_vpopcntdq avx512_bf16 avx512_fp16 "
-    # Arm
-    "asimd fphp asimdhp asimdrdm asimddp atomics sve sve2 i8mm bf16 svei8mm svebf16".split()
-)
+# Vectors, fused multiply-add, bit manipulation (`abm` is lzcnt).
+_X86 = """
+    pni ssse3 sse4_1 sse4_2 movbe popcnt f16c fma abm bmi1 bmi2 avx avx2 avx_vnni fma4 xop gfni
+    avx512f avx512dq avx512cd avx512bw avx512vl avx512ifma avx512vbmi avx512_vbmi2 avx512_vnni avx512_bitalg
+    avx512_vpopcntdq avx512_bf16 avx512_fp16
+"""
+_ARM = "asimd fphp asimdhp asimdrdm asimddp atomics sve sve2 i8mm bf16 svei8mm svebf16"
+_USED = frozenset(_X86.split()) | frozenset(_ARM.split())
 
 
 def instruction_set() -> dict[str, str]:

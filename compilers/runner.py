@@ -52,7 +52,8 @@ def check(artifact: Path, device: Device, *, time_limit_s: float = 60.0) -> floa
     Raises:
         RunError: it crashed, failed, took too long or gave other outputs.
     """
-    return run_child({"artifact": artifact}, device, MeasureProtocol(time_limit_s=time_limit_s), runs=0).error["artifact"]
+    protocol = MeasureProtocol(time_limit_s=time_limit_s)
+    return run_child({"artifact": artifact}, device, protocol, runs=0).error["artifact"]
 
 
 @dataclass(frozen=True)

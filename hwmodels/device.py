@@ -7,6 +7,7 @@ import platform
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib import resources
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,16 @@ except ModuleNotFoundError:  # Python 3.10
     import tomli as tomllib  # type: ignore[no-redef,import-not-found,unused-ignore]
 
 KINDS = ("cpu", "cuda", "fpga")
-_NEEDED = ("kind", "target", "lanes", "macs_per_s", "bytes_per_s", "memory_bytes")
-_KEYS = (*_NEEDED, "title", "features", "threads", "source")
+_NUMBER = (int, float)
+_NEEDED: Mapping[str, tuple[type, ...]] = {
+    "kind": (str,),
+    "target": (dict,),
+    "lanes": (int,),
+    "macs_per_s": (dict,),
+    "bytes_per_s": _NUMBER,
+    "memory_bytes": _NUMBER,
+}
+_KEYS = {**_NEEDED, "title": (str,), "features": (list,), "threads": (int,), "source": (str,)}
 
 
 class DeviceError(ValueError):
@@ -48,10 +57,11 @@ class Device:
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise DeviceError(f"device {self.name!r} has the kind {self.kind!r}; allowed are {', '.join(KINDS)}")
-        for label, value in (("lanes", self.lanes), ("threads", self.threads), ("bytes_per_s", self.bytes_per_s)):
-            if value <= 0:
+        for label in ("lanes", "threads", "bytes_per_s", "memory_bytes"):
+            value = getattr(self, label)
+            if not 0 < value < inf:
                 raise DeviceError(f"device {self.name!r} has {label} {value}; it must be positive")
-        if not self.macs_per_s or any(v <= 0 for v in self.macs_per_s.values()):
+        if not self.macs_per_s or not all(b > 0 and 0 < rate < inf for b, rate in self.macs_per_s.items()):
             raise DeviceError(f"device {self.name!r} needs macs_per_s: positive rates by bits, such as {{ 32 = 1e11 }}")
 
 
@@ -109,16 +119,14 @@ def _with_options(device: Device, text: str, query: str) -> Device:
     if key != "threads" or device.kind != "cpu":
         raise DeviceError(f"device {text!r} has the option {key!r}; allowed is threads=N, of a CPU")
     most = (os.cpu_count() or 1) if device.here else 1024
-    if not value.isdigit() or not 1 <= int(value) <= most:
+    if not value.isdecimal() or not 1 <= int(value) <= most:
         raise DeviceError(f"device {text!r} asks for {value or 'no'} threads; allowed are 1 to {most}")
     threads = int(value)
     if threads == device.threads:
         return device
     scale = threads / device.threads
     rates = {bits: rate * scale for bits, rate in device.macs_per_s.items()}
-    base = text.partition("?")[0]
-    name = base if threads == 1 else f"{base}?threads={threads}"
-    return replace(device, name=name, threads=threads, macs_per_s=rates)
+    return replace(device, name=f"{device.name}?threads={threads}", threads=threads, macs_per_s=rates)
 
 
 def _described(name: str) -> Device:
@@ -148,29 +156,33 @@ def _from_file(path: Path) -> Device:
 def _from_table(name: str, table: Mapping[str, Any], where: str) -> Device:
     from difflib import get_close_matches
 
-    for key in table:
+    for key, value in table.items():
         if key not in _KEYS:
             near = get_close_matches(key, _KEYS, n=1)
-            raise DeviceError(f"{where}: device {name!r} has the unknown key {key!r}; did you mean {near or _KEYS}?")
+            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(_KEYS)}"
+            raise DeviceError(f"{where}: device {name!r} has the unknown key {key!r}; {hint}")
+        if type(value) not in _KEYS[key]:
+            allowed = " or ".join(kind.__name__ for kind in _KEYS[key])
+            raise DeviceError(f"{where}: device {name!r} has {key} = {value!r}; its type must be {allowed}")
     missing = [key for key in _NEEDED if key not in table]
     if missing:
         raise DeviceError(f"{where}: device {name!r} lacks {', '.join(missing)}")
     try:
         return Device(
             name=name,
-            kind=str(table["kind"]),
-            title=str(table.get("title", name)),
+            kind=table["kind"],
+            title=table.get("title", name),
             target={str(k): str(v) for k, v in table["target"].items()},
-            lanes=int(table["lanes"]),
+            lanes=table["lanes"],
             features=tuple(str(f) for f in table.get("features", ())),
-            threads=int(table.get("threads", 1)),
+            threads=table.get("threads", 1),
             macs_per_s={int(bits): float(rate) for bits, rate in table["macs_per_s"].items()},
             bytes_per_s=float(table["bytes_per_s"]),
             memory_bytes=int(table["memory_bytes"]),
             here=False,
-            source=str(table.get("source", "")),
+            source=table.get("source", ""),
         )
-    except (TypeError, ValueError, AttributeError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         if isinstance(error, DeviceError):
             raise
         raise DeviceError(f"{where}: device {name!r} has a value of the wrong type: {error}") from None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import sqrt
+from math import comb
 
 import numpy as np
 
@@ -29,8 +29,11 @@ class MeasureProtocol:
         for name, least in (("runs", 3), ("processes", 1), ("retries", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)}; at least {least} is needed")
-        if self.time_limit_s <= 0:
+        if not self.time_limit_s > 0:
             raise ValueError(f"time_limit_s is {self.time_limit_s}; it must be positive")
+        for name in ("warmup_s", "drift"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be 0 or more")
 
 
 @dataclass(frozen=True)
@@ -52,16 +55,23 @@ class Measurement:
 
     @property
     def ci95(self) -> tuple[float, float]:
-        """The 95 % interval of the median, from order statistics (binomial, normal approximation; Conover 1999)."""
+        """The 95 % interval of the median; see `median_interval`."""
         return median_interval(self.run_s)
 
 
 def median_interval(values: Sequence[float]) -> tuple[float, float]:
-    """The 95 % interval of the median of independent values; of fewer than six values their whole range."""
+    """The 95 % interval of the median of independent values; of fewer than six values their whole range.
+
+    From the k-th smallest to the k-th largest value, k the largest rank with 2 P(B < k) <= 5 %, where B, the number of
+    values below the median, is binomial (n, 1/2) (Conover 1999).
+    """
     ordered = sorted(values)
     n = len(ordered)
     if n == 0:
         raise ValueError("the median of no values was asked for")
-    half = 1.96 * sqrt(n) / 2
-    low, high = int(np.floor(n / 2 - half)), int(np.ceil(n / 2 + half))
-    return float(ordered[max(low, 0)]), float(ordered[min(high, n - 1)])
+    rank, below = 0, 1  # below / 2**n is P(B <= rank)
+    while 40 * below <= 2**n:
+        rank += 1
+        below += comb(n, rank)
+    k = max(rank, 1)
+    return float(ordered[k - 1]), float(ordered[n - k])

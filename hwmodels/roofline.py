@@ -28,7 +28,7 @@ class Roofline:
         sites: dict[str, float] = {}
         for work in workloads:
             sites[work.site] = sites.get(work.site, 0.0) + self.factor * max(self.bounds(work)) + self.launch_s
-        total = sum(sites.values())
+        total = sum(sites.values(), 0.0)
         return Prediction(total, self.error * total, sites)
 
     def bounds(self, work: Workload) -> tuple[float, float]:
@@ -36,6 +36,6 @@ class Roofline:
         return work.macs / self._rate(work.bits), work.moved_bytes / self.device.bytes_per_s
 
     def _rate(self, bits: int) -> float:
-        """The rate of the narrowest kernels that hold operands of so many bits."""
-        usable = [b for b in self.device.macs_per_s if b >= bits]
-        return self.device.macs_per_s[min(usable)] if usable else max(self.device.macs_per_s.values())
+        """The best rate of kernels that hold operands of so many bits; of the widest where none do."""
+        rates = self.device.macs_per_s
+        return max((rate for width, rate in rates.items() if width >= bits), default=rates[max(rates)])

@@ -20,6 +20,7 @@ ORIGINAL = "original"
 _MODEL = "exported"
 _RUNS = 30
 _PROCESSES = 3
+_RETRIES = 1
 
 
 def bench(path: Path, runs: int | None) -> dict[str, object]:
@@ -44,7 +45,7 @@ def bench(path: Path, runs: int | None) -> dict[str, object]:
         DeviceError: its device is not usable here.
         ValueError: too few runs.
     """
-    protocol = MeasureProtocol(runs=_RUNS if runs is None else runs, processes=_PROCESSES)
+    protocol = MeasureProtocol(runs=_RUNS if runs is None else runs, processes=_PROCESSES, retries=_RETRIES)
     manifest = _read(path)
     artifacts = {_MODEL: path}
     if (path / ORIGINAL / MANIFEST).is_file():
@@ -88,13 +89,16 @@ def bench_text(result: Mapping[str, object]) -> str:
         speedup = f"{result['speedup']:.3g}x as fast as the original"
         lines.append(f"original  {quantity(result['original_latency_s'], 's')}, in turns with it: {speedup}")
     if result["drifted"]:
-        lines.append("the machine was not quiet: times moved more than 3 % between the first and the last third of the runs")
+        share = f"{MeasureProtocol().drift:.0%}"
+        lines.append(f"the machine was not quiet: from its first to its last third the timing moved more than {share}")
     return "\n".join(lines)
 
 
 def error_text(result: Mapping[str, object]) -> str:
     """How far outputs are from the stored ones, and may be, relative to the largest output."""
-    return f"differs by {_number(result['max_error'])} of the largest output, allowed are {_number(result['tolerance'])}"
+    return (
+        f"differs by {_number(result['max_error'])} of the largest output, allowed are {_number(result['tolerance'])}"
+    )
 
 
 def _read(path: Path) -> Manifest:

@@ -57,6 +57,10 @@ def search_run(
     if lacking:
         raise UserError(f"objective {lacking!r} has no model yet; allowed are accuracy, latency, size, memory, macs")
     spec.budgets()  # before any work: a budget that cannot be read
+    if task is None and spec.model.startswith(PYTHON_MODEL):
+        raise UserError(
+            f"the run in {out} was launched from Python; carry on with planish.search.resume({str(out)!r}, task=...)"
+        )
     evaluator = Evaluator(spec, task)
     described = [{"name": label, "title": d.title, "threads": d.threads} for label, d in evaluator.devices.items()]
     known = out.joinpath("spec.toml").exists()
@@ -81,6 +85,8 @@ def resume_run(path: Path, progress: Progress, workers: int | None = None, task:
     return search_run(spec, path, progress, f"planish resume {path.name}", task)
 
 _SLOW_SITES = "slow_sites.json"
+# The model's name in the specification of a run that was launched from Python, with a task that has no name to load by.
+PYTHON_MODEL = "python:"
 
 
 class _Search:

@@ -77,9 +77,9 @@ class Evaluator:
 
     @cached_property
     def calibration(self) -> Tensor:
-        """Normalised training inputs, shape (n, ...)."""
+        """Normalised training inputs, augmented as training sees them, shape (n, ...)."""
         train = self.task.data.train
-        return train.sample(min(_CALIBRATION, len(train))).batch(slice(None))
+        return train.calibration(min(_CALIBRATION, len(train)))
 
     def build(self, candidate: Candidate) -> nn.Module:
         """The compressed model before any training, its batch-norm statistics estimated anew."""

@@ -96,9 +96,7 @@ def _trial(folder: RunDirectory, number: int) -> Mapping[str, object]:
     if number not in complete:
         state = f"trial {number} is {trials[number].state.value}" if number in trials else f"there is no trial {number}"
         known = ", ".join(map(str, complete))
-        raise UserError(
-            f"{state} in {folder.path}; " + (f"complete are {known}" if known else "none is complete yet")
-        )
+        raise UserError(f"{state} in {folder.path}; " + (f"complete are {known}" if known else "none is complete yet"))
     for entry in _listed(folder):
         if entry.get("trial") == number:
             return entry
@@ -144,9 +142,7 @@ def _check_weights(path: Path, number: int) -> None:
         ) from None
 
 
-def _write(
-    place: Path, source: _Source, weights: Path, entry: Mapping[str, object], note: TaskNote
-) -> Manifest:
+def _write(place: Path, source: _Source, weights: Path, entry: Mapping[str, object], note: TaskNote) -> Manifest:
     """Fills a folder; the manifest comes last."""
     if source.original is not None:
         base = read(source.original)
@@ -212,7 +208,9 @@ def _check(place: Path, manifest: Manifest) -> dict[str, object]:
     try:
         return {"tolerance": manifest.tolerance, "max_error": check(place, device)}
     except RunError as error:
-        raise UserError(f"the model does not run as it did when it was compiled: {error}; nothing was exported") from None
+        raise UserError(
+            f"the model does not run as it did when it was compiled: {error}; nothing was exported"
+        ) from None
 
 
 def _mapping(value: object) -> Mapping[str, object]:

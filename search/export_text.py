@@ -15,8 +15,9 @@ def export_text(result: Mapping[str, object]) -> str:
     assert isinstance(metrics, Mapping)
     names = metric_names([metrics])
     cells = ", ".join(f"{name} {cell}" for name, cell in zip(names, metric_cells(metrics, {}, names), strict=True))
-    keeps = {True: ", keeps the run's budget", False: ", does not keep the run's budget"}.get(result["keeps_budget"], "")
-    lines = [f"{result['folder']}: {_name(result['trial'])} of {result['run']}{keeps}", cells]
+    keeps = result["keeps_budget"]
+    budget = "" if keeps is None else f", {'keeps' if keeps else 'does not keep'} the run's budget"
+    lines = [f"{result['folder']}: {_name(result['trial'])} of {result['run']}{budget}", cells]
     models = result["models"]
     assert isinstance(models, Sequence)
     for model in models:

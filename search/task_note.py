@@ -1,4 +1,4 @@
-"""`task.json` in a run's folder: what an exported model must say of its inputs and classes, without the data at hand."""
+"""`task.json` in a run's folder: what an exported model says of its inputs and classes, without the data at hand."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .atomic import write_json
 from .errors import UserError
@@ -43,16 +43,20 @@ def read_task(run: Path, spec: Spec) -> TaskNote:
         TaskError: there is none, and the data is not to be had.
     """
     path = run / NAME
+    if not path.exists():
+        return _note(_from_data(spec))
     try:
-        found = json.loads(path.read_bytes()) if path.exists() else _from_data(spec)
-        return TaskNote(
-            str(found["name"]), str(found["metric"]), dict(found["preprocessing"]), tuple(map(str, found["classes"]))
-        )
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is not a task's note: {error}; delete it to have it read from the data again") from None
+        return _note(json.loads(path.read_bytes()))
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is no task's note: {error}; delete it to have it made from the data again") from None
 
 
-def _from_data(spec: Spec) -> dict[str, object]:
+def _note(found: Mapping[str, Any]) -> TaskNote:
+    classes = tuple(str(name) for name in found["classes"])
+    return TaskNote(str(found["name"]), str(found["metric"]), dict(found["preprocessing"]), classes)
+
+
+def _from_data(spec: Spec) -> dict[str, Any]:
     from .data_sources import load_data
     from .models import BUILTIN
 

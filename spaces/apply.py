@@ -8,11 +8,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from .moments import Moments, correct_batch_norms, fit, forget_batch_norms, remember_batch_norms
+from .moments import Moments, NormMemory, correct_batch_norms, fit
 from .propose import Proposal, extent_of
-from .prune import read_channels
+from .prune import left_channels
 from .space import Candidate, Kind, Option
-from .stages import Remark, factorise_site, prune_sites, quantise_sites, replace_site, share_site
+from .stages import Kept, Remark, factorise_site, prune_sites, quantise_sites, replace_site, share_site
 from .trace import TracedModel, reason_of
 
 
@@ -98,15 +98,12 @@ def _build(candidate: Candidate, traced: TracedModel, proposal: Proposal, calibr
     chosen = _chosen(candidate, proposal)
     module = copy.deepcopy(traced.module).eval()
     extents = {layer.name: extent_of(layer) for layer in traced.layers if layer.op in ("conv2d", "linear")}
-    moments: Mapping[str, Moments] = {}
-    if calibration is not None and chosen:
-        seen = fit(traced, proposal.pixels, calibration)
-        moments = seen.moments
-        remember_batch_norms(module, seen)
+    seen = fit(traced, proposal.pixels, calibration) if calibration is not None and chosen else None
+    moments: Mapping[str, Moments] = {} if seen is None else seen.moments
     remarks: list[Remark] = []
     kept = prune_sites(module, chosen.get(Kind.PRUNE, {}), proposal.groups, moments)
-    if kept:
-        moments = {name: m.select(read_channels(kept, name, len(m.mean))) for name, m in moments.items()}
+    moments = {name: m.select(left_channels(kept, name, "in", len(m.mean))) for name, m in moments.items()}
+    memory = {} if seen is None else _remember(module, seen.norms, kept)
     for site, option in chosen.get(Kind.BLOCK, {}).items():
         remarks += replace_site(module, site, str(option), proposal.lanes, kept, moments.get(site))
     for site, option in chosen.get(Kind.RANK, {}).items():
@@ -115,16 +112,25 @@ def _build(candidate: Candidate, traced: TracedModel, proposal: Proposal, calibr
         remarks += share_site(module, site, int(option or 0))
     _check(module, traced)
     if calibration is not None and chosen.keys() - {Kind.BITS}:
-        correct_batch_norms(module, calibration)
+        correct_batch_norms(module, calibration, memory)
     if Kind.BITS in chosen:
         remarks += quantise_sites(module, chosen[Kind.BITS], calibration)
         if calibration is not None:
-            correct_batch_norms(module, calibration)
-    forget_batch_norms(module)
+            correct_batch_norms(module, calibration, memory)
     module.eval()
     module.planish_remarks = tuple(remarks)  # type: ignore[assignment]
     _check(module, traced)
     return module
+
+
+def _remember(module: nn.Module, seen: Mapping[str, tuple[Tensor, Tensor]], kept: Kept) -> dict[str, NormMemory]:
+    """What the batch norms of a pruned module were in the original, for the channels that are left."""
+    memory = {}
+    for name, (means, variances) in seen.items():
+        left = left_channels(kept, name, "both", means.shape[1])
+        own = [module.get_submodule(name).get_buffer(key).clone() for key in ("running_mean", "running_var")]
+        memory[name] = NormMemory(own[0], own[1], means[:, left], variances[:, left])
+    return memory
 
 
 def _remarks(module: nn.Module) -> tuple[Remark, ...]:

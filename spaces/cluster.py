@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-MOVES = 64  # of a centre to another place in k-means
+MOVES = 16  # of a centre to another place in k-means
+ITERATIONS = 50  # of Lloyd's algorithm after each; large layers gain nothing from more
 
 
 class SharedWeight(nn.Module):
@@ -145,14 +146,15 @@ def _improved(ordered: Tensor, sums: Tensor, centres: Tensor, edges: Tensor) -> 
 def _lloyd(ordered: Tensor, sums: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:
     """Ascending centres that are the means of the sorted values nearest to them, and where each one's values begin."""
     first, last = torch.tensor([0]), torch.tensor([len(ordered)])
-    while True:
+    for _ in range(ITERATIONS):
         centres = centres.sort().values
         edges = torch.cat([first, torch.searchsorted(ordered, (centres[1:] + centres[:-1]) / 2), last])
         counts = edges.diff()
         new = torch.where(counts > 0, sums[edges].diff() / counts.clamp_min(1), centres)  # an empty one stays
         if torch.allclose(new, centres, rtol=1e-12, atol=0):
-            return new, edges
+            break
         centres = new
+    return new, edges
 
 
 def _move(ordered: Tensor, sums: Tensor, centres: Tensor, edges: Tensor) -> Tensor | None:

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from .trace import TracedModel
 
 BATCH = 64
-_REMEMBERED = ("own_mean", "own_variance", "seen_mean", "seen_variance")
 ROWS = 16384  # positions that enter a covariance, over all batches: enough for a thousand channels, and cheap
 
 
@@ -46,8 +45,8 @@ class Moments:
 class Fit:
     """What the inputs of a traced model look like inside it.
 
-    `moments` are those of the inputs of layers, `norms` the (mean, variance) that every batch norm sees if all of them
-    normalise by the statistics of the batch.
+    `moments` are those of the inputs of layers; `norms` the means and variances, each (calls, c), of what every batch
+    norm reads in each of its calls.
     """
 
     moments: Mapping[str, Moments]
@@ -71,73 +70,72 @@ def fit(traced: TracedModel, names: Mapping[str, int], inputs: Tensor) -> Fit:
     known = _cache.get(traced)
     if known is None or known[0] != digest.hexdigest():
         module = copy.deepcopy(traced.module)
-        known = (digest.hexdigest(), Fit(_measure(module, names, inputs), _batch_statistics(module, inputs)))
+        known = (digest.hexdigest(), Fit(_measure(module, names, inputs), _norms_read(module, inputs)))
         _cache[traced] = known
     return known[1]
 
 
-def remember_batch_norms(module: nn.Module, seen: Fit) -> None:
-    """Lays each batch norm's statistics, and what it saw in the original, beside them: pruning narrows all alike."""
-    for name, (mean, variance) in seen.norms.items():
-        norm = module.get_submodule(name)
-        own = (norm.get_buffer("running_mean"), norm.get_buffer("running_var"))
-        for key, value in zip(_REMEMBERED, (*own, mean, variance), strict=True):
-            norm.register_buffer(key, value.clone())
+@dataclass(frozen=True, eq=False)
+class NormMemory:
+    """A batch norm's statistics (c,) and what it reads in each call (calls, c), both in the original."""
+
+    mean: Tensor
+    variance: Tensor
+    seen_means: Tensor
+    seen_variances: Tensor
+
+    def correct(self, norm: nn.modules.batchnorm._BatchNorm, call: int, value: Tensor) -> tuple[Tensor, Tensor]:
+        """The statistics that treat `value` as the original's treated what it read in this call."""
+        mean, variance = _channel_statistics(value)
+        ratio = (variance + norm.eps) / (self.seen_variances[call] + norm.eps)
+        return self.mean + mean - self.seen_means[call], self.variance * ratio
 
 
-def correct_batch_norms(module: nn.Module, inputs: Tensor) -> None:
+def correct_batch_norms(module: nn.Module, inputs: Tensor, memory: Mapping[str, NormMemory]) -> None:
     """Moves the statistics of every remembered batch norm by what compression changed, in place.
 
-    The mean moves by the difference and the variance by the ratio of what the norm sees now and what it saw in the
-    original on the same inputs; doing it again after another change is right too. The inputs are far fewer than those
-    that the statistics were trained on, but their sampling error cancels: a module that computes what the original
-    computes keeps its statistics.
+    The mean moves by the difference and the variance by the ratio of what the norm reads now and what it read in the
+    original on the same inputs, first layers first, so that each norm sees the others corrected. The inputs are far
+    fewer than those that the statistics were trained on, but their sampling error cancels: a module that computes what
+    the original computes keeps its statistics.
     """
-    for name, (mean, variance) in _batch_statistics(module, inputs).items():
+    found: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in memory}
+
+    def see(name: str, value: Tensor) -> None:
         norm = module.get_submodule(name)
-        if hasattr(norm, _REMEMBERED[0]):
-            own_mean, own_variance, seen_mean, seen_variance = (norm.get_buffer(key) for key in _REMEMBERED)
-            assert isinstance(norm, nn.modules.batchnorm._BatchNorm)
-            norm.get_buffer("running_mean").copy_(own_mean + mean - seen_mean)
-            ratio = (variance + norm.eps) / (seen_variance + norm.eps)
-            norm.get_buffer("running_var").copy_(own_variance * ratio)
+        assert isinstance(norm, nn.modules.batchnorm._BatchNorm)
+        corrected = memory[name].correct(norm, len(found[name]), value)
+        found[name].append(corrected)
+        _set_statistics(norm, *corrected)
+
+    with watching(module, memory, see):
+        run(module, inputs)
+    for name, parts in found.items():
+        means, variances = zip(*parts, strict=True)
+        _set_statistics(module.get_submodule(name), torch.stack(means).mean(0), torch.stack(variances).mean(0))
 
 
-def forget_batch_norms(module: nn.Module) -> None:
-    """Undoes `remember_batch_norms`."""
-    for norm in module.modules():
-        if hasattr(norm, _REMEMBERED[0]):
-            for key in _REMEMBERED:
-                delattr(norm, key)
+def _set_statistics(norm: nn.Module, mean: Tensor, variance: Tensor) -> None:
+    norm.get_buffer("running_mean").copy_(mean)
+    norm.get_buffer("running_var").copy_(variance)
 
 
-def _batch_statistics(module: nn.Module, inputs: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-    """The mean and variance (c,) that every batch norm with statistics sees when all normalise by those of the batch.
-
-    Averaged over batches. The module's own statistics, momenta and modes are as before afterwards.
-    """
-    norms = {
-        name: layer
+def _norms_read(module: nn.Module, inputs: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    names = [
+        name
         for name, layer in module.named_modules()
         if isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.track_running_stats
-    }
-    if not norms or len(inputs) < 2:
-        return {}
-    before = {name: (norm.momentum, {k: v.clone() for k, v in norm.named_buffers()}) for name, norm in norms.items()}
-    found: dict[str, tuple[Tensor, Tensor]] = {}
-    try:
-        for norm in norms.values():
-            norm.reset_running_stats()
-            norm.momentum, norm.training = None, True  # None: a cumulative average
+    ]
+    found: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    with watching(module, names, lambda name, value: found.setdefault(name, []).append(_channel_statistics(value))):
         run(module, inputs)
-        for name, norm in norms.items():
-            found[name] = (norm.get_buffer("running_mean").clone(), norm.get_buffer("running_var").clone())
-    finally:
-        for name, norm in norms.items():
-            norm.momentum, norm.training = before[name][0], False
-            for key, value in before[name][1].items():
-                norm.get_buffer(key).copy_(value)
-    return found
+    return {name: (torch.stack([m for m, _ in p]), torch.stack([v for _, v in p])) for name, p in found.items()}
+
+
+def _channel_statistics(value: Tensor) -> tuple[Tensor, Tensor]:
+    others = [dim for dim in range(value.ndim) if dim != 1]
+    variance, mean = torch.var_mean(value, others, correction=0)
+    return mean, variance
 
 
 def run(module: nn.Module, inputs: Tensor) -> None:

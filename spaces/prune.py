@@ -99,13 +99,13 @@ def narrow(module: nn.Module, kept: Sequence[tuple[Group, Tensor]], moments: Map
             _slice(module, name, role, dims[name], positions)
 
 
-def read_channels(kept: Sequence[tuple[Group, Tensor]], name: str, width: int) -> Tensor:
-    """The input channels of a layer, of `width` once, that are left after `narrow`; ascending, int64."""
-    pixels = consumer_pixels([group for group, _ in kept]).get(name, 1)
+def left_channels(kept: Sequence[tuple[Group, Tensor]], name: str, role: Role, width: int) -> Tensor:
+    """The channels on one side of a layer, of `width` once, that are left after `narrow`; ascending, int64."""
+    pixels = consumer_pixels([group for group, _ in kept]).get(name, 1) if role == "in" else 1
     gone: set[int] = set()
     for group, keep in kept:
-        for member in group.consumers():
-            if member.name == name:
+        for member in group.members:
+            if (member.name, member.role) == (name, role):
                 lost = set(range(group.width)) - set(keep.tolist())
                 gone.update(position // pixels for channel in lost for position in member.indices[channel])
     return torch.tensor([channel for channel in range(width) if channel not in gone], dtype=torch.int64)

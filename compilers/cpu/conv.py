@@ -216,7 +216,11 @@ def _schedule(spec: ConvSpec, tile: Tile, function: tvm.tirx.PrimFunc, vnni: boo
     s.reverse_compute_at(out, x_outer, preserve_unit_loops=True)
     for loop in (y_inner, x_inner, block_inner):
         s.unroll(loop)
-    if not use_vnni:  # before decomposing: afterwards the update is no reduction block and refuses it
+    # Before decomposing: afterwards the update is no reduction block any more, and refuses both.
+    main = s.fuse(n, block_outer, y_outer)
+    if spec.threads > 1:
+        s.parallel(main)
+    if not use_vnni:
         for loop in inner:
             s.unroll(loop)
         s.vectorize(lane)
@@ -232,9 +236,6 @@ def _schedule(spec: ConvSpec, tile: Tile, function: tvm.tirx.PrimFunc, vnni: boo
     for loop in out_rows:
         s.unroll(loop)
     s.vectorize(out_lane)
-    main = s.fuse(n, block_outer, y_outer)
-    if spec.threads > 1:
-        s.parallel(main)
     _schedule_pad(s, spec)
     return s.mod["main"]
 

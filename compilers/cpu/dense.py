@@ -60,6 +60,8 @@ def dense(spec: DenseSpec, *, vnni: bool = False) -> tvm.tirx.PrimFunc:
     s.reverse_compute_at(out, block_outer, preserve_unit_loops=True)
     s.unroll(m_inner)
     s.unroll(block_inner)
+    if spec.threads > 1:
+        s.parallel(s.fuse(m_outer, block_outer))
     if not use_vnni:
         for loop in inner:
             s.unroll(loop)
@@ -72,8 +74,6 @@ def dense(spec: DenseSpec, *, vnni: bool = False) -> tvm.tirx.PrimFunc:
         s.unroll(loop)
     if spec.o % spec.lanes == 0:
         s.vectorize(s.get_loops(out)[-1])
-    if spec.threads > 1:
-        s.parallel(s.fuse(m_outer, block_outer))
     if "pad" in names:
         loops = s.get_loops(s.get_sblock("pad"))
         _, vector = s.split(loops[-1], [None, spec.lanes]) if _depth(spec) % spec.lanes == 0 else (None, None)

@@ -62,15 +62,17 @@ def _loops(s: Schedule, block: Any, lanes: int, threads: int) -> None:
         total *= extent
     if reductions:
         # The last spatial axis of a product (matmul, softmax over rows) is contiguous: sum whole vectors of it.
+        vector = None
         if len(spatial) > 1 and extents[-1] % lanes == 0 and extents[-1] > 1:
             outer, vector = s.split(spatial[-1], [None, lanes])
             s.reorder(*spatial[:-1], outer, *loops[len(spatial) :], vector)
             s.vectorize(vector)
-            init = s.decompose_reduction(block, loops[len(spatial)])
-            s.vectorize(s.get_loops(init)[-1])
-            spatial = [*spatial[:-1], outer]
+        # Before decomposing: afterwards the update is no reduction block any more, and refuses it.
         if threads > 1 and total >= _PARALLEL_ELEMENTS:
             s.parallel(s.fuse(*spatial[:-1]) if len(spatial) > 1 else spatial[0])
+        if vector is not None:
+            init = s.decompose_reduction(block, loops[len(spatial)])
+            s.vectorize(s.get_loops(init)[-1])
         return
     whole = s.fuse(*spatial)
     if total % lanes == 0 and total > lanes:

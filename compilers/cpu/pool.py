@@ -71,11 +71,11 @@ def pool(spec: PoolSpec) -> tvm.tirx.PrimFunc:
     s.reverse_compute_at(out_block, x, preserve_unit_loops=True)
     s.vectorize(lane)
     s.vectorize(s.get_loops(out_block)[-1])
+    rows = s.fuse(n, b, y)
+    if spec.threads > 1:  # before decomposing: afterwards the update is no reduction block and refuses it
+        s.parallel(rows)
     init = s.decompose_reduction(total_block, reduction[0])
     s.vectorize(s.get_loops(init)[-1])
-    rows = s.fuse(n, b, y)
-    if spec.threads > 1:
-        s.parallel(rows)
     return s.mod["main"]
 
 

@@ -125,6 +125,7 @@ def test_every_moved_image_is_one_of_the_possible_shifts_and_mirrors() -> None:
         assert len(matches) == 1
         seen.add(matches[0])
     assert {down for down, _, _ in seen} == {right for _, right, _ in seen} == set(range(5))
+    assert any(down != right for down, right, _ in seen)
     assert {mirrored for _, _, mirrored in seen} == {False, True}
 
 

@@ -65,15 +65,15 @@ def test_the_metric_of_the_user_is_what_is_scored(tmp_path: Path) -> None:
     file = write(
         tmp_path,
         """
-        def half(outputs, targets):
-            return torch.full((len(targets),), 0.5)
+        def quarter(outputs, targets):
+            return torch.full((len(targets),), 0.25)
         def make():
             part = (torch.zeros(4, 2), torch.tensor([0, 1, 0, 1]))
-            return part, part, part, half
+            return part, part, part, quarter
         """,
     )
     data = load_data(f"{file}:make")
-    assert accuracy(torch.nn.Identity(), data.test).value == 0.5
+    assert accuracy(torch.nn.Identity(), data.test).value == 0.25
 
 
 def test_a_whole_data_object_is_taken_as_it_is(tmp_path: Path) -> None:

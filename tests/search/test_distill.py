@@ -108,6 +108,35 @@ def test_every_epoch_has_its_own_randomness_and_seed() -> None:
     assert not equal(first, second)
 
 
+def test_every_epoch_takes_all_samples_in_an_order_of_its_own() -> None:
+    split = replace(train_split(), inputs=torch.arange(21.0)[:, None, None, None].expand(21, 1, 6, 6))
+    student, seen = Network(2, seed=2), list[float]()
+
+    def note(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        if module.training:
+            seen.extend(arguments[0][:, 0, 0, 0].tolist())
+
+    student.register_forward_pre_hook(note)
+    distill(student, Network(4, seed=1), split, to_epoch=2, total_epochs=2, seed=0, recipe=SMALL)
+    assert sorted(seen[:21]) == sorted(seen[21:]) == list(range(21))
+    assert seen[:21] != seen[21:]
+
+
+def test_the_learning_rate_is_planned_over_all_epochs() -> None:
+    rates = [epoch.learning_rate for epoch in train(Network(2, seed=2), 4)]
+    # 21 samples in batches of at most 8 are 3 steps an epoch.
+    assert rates == [learning_rate(SMALL, step, 12) for step in (2, 5, 8, 11)]
+
+
+@pytest.mark.parametrize(("augment", "passes"), [(Augment(), 1), (Augment(shift=1), 3)])
+def test_the_teacher_is_asked_once_for_a_sample_that_never_moves(augment: Augment, passes: int) -> None:
+    teacher, samples = Network(4, seed=1), list[int]()
+    teacher.register_forward_pre_hook(lambda module, arguments: samples.append(len(arguments[0])))
+    split = train_split(augment=augment)
+    distill(Network(2, seed=2), teacher, split, to_epoch=3, total_epochs=3, seed=0, recipe=SMALL)
+    assert sum(samples) == 2 + passes * 21  # two samples to find the stage ends
+
+
 def test_a_student_learns_what_the_teacher_knows_without_labels() -> None:
     split = train_split(60)
     teacher = Network(8, seed=1)

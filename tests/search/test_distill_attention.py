@@ -57,6 +57,11 @@ def test_modules_whose_images_have_another_size_are_not_compared() -> None:
     assert stage_ends(student, SmallResNet(), IMAGES) == ()
 
 
+def test_maps_of_one_pixel_are_not_compared() -> None:
+    network = nn.Sequential(nn.Conv2d(1, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 10))
+    assert stage_ends(network, network, IMAGES) == ("0",)
+
+
 def test_looking_for_stage_ends_changes_nothing() -> None:
     student = SmallResNet().train()
     before = copy.deepcopy(student.state_dict())

@@ -123,6 +123,7 @@ def norms() -> nn.Sequential:
     torch.manual_seed(0)
     module = nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3, momentum=0.3), nn.Dropout(0.5), nn.BatchNorm2d(3))
     nn.init.constant_(module[1].running_mean, 9.0)  # type: ignore[arg-type]
+    module[1].num_batches_tracked += 3  # type: ignore[operator,assignment]
     return module.train()
 
 

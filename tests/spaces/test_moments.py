@@ -6,10 +6,10 @@ import copy
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from planish.spaces.moments import correct_batch_norms, fit, forget_batch_norms, remember_batch_norms
-from planish.spaces.trace import trace
+from planish.spaces.moments import NormMemory, correct_batch_norms, fit
+from planish.spaces.trace import TracedModel, trace
 
 if TYPE_CHECKING:
     from tests.spaces.conftest import Net
@@ -54,31 +54,53 @@ def test_other_inputs_are_looked_at_again_and_the_same_ones_are_not(nets: dict[s
     assert fit(net.traced, {"3": 1}, net.calibration + 1) is not first
 
 
+def remember(traced: TracedModel, inputs: Tensor) -> dict[str, NormMemory]:
+    return {
+        name: NormMemory(
+            traced.module.get_buffer(f"{name}.running_mean"), traced.module.get_buffer(f"{name}.running_var"), *seen
+        )
+        for name, seen in fit(traced, {}, inputs).norms.items()
+    }
+
+
 def test_a_model_that_did_not_change_keeps_its_batch_norms(net: Net) -> None:
     module = copy.deepcopy(net.traced.module)
-    remember_batch_norms(module, fit(net.traced, {}, net.calibration))
-    correct_batch_norms(module, net.calibration)
-    forget_batch_norms(module)
+    correct_batch_norms(module, net.calibration, remember(net.traced, net.calibration))
     before, after = net.traced.module.state_dict(), module.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.allclose(after[name], before[name], atol=1e-5) for name in before)
 
 
-def test_a_batch_norm_behind_a_scaled_and_shifted_layer_is_corrected_exactly() -> None:
-    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
-    model[1].running_var = torch.tensor([1.0, 2.0, 3.0, 4.0])
-    inputs = torch.randn(64, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 10
+def test_scaled_and_shifted_layers_are_corrected_exactly_one_behind_the_other() -> None:
+    inputs = torch.randn(130, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 10  # three batches
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 5, 1), nn.BatchNorm2d(5))
+    for norm in (model[1], model[4]):  # first the statistics of the inputs themselves
+        norm.momentum = None
+        model(inputs)
+        model.eval()
+        norm.momentum = 0.1
+        model[4].train()
     traced = trace(model, inputs)
     module = copy.deepcopy(traced.module)
-    remember_batch_norms(module, fit(traced, {}, inputs))
     with torch.no_grad():
-        module.get_parameter("0.weight").mul_(2)
-        module.get_parameter("0.bias").mul_(2).add_(5)
+        for name in ("0", "3"):
+            module.get_parameter(f"{name}.weight").mul_(2)
+            module.get_parameter(f"{name}.bias").mul_(2).add_(5)
+    variance = traced.module.get_buffer("1.running_var")
     for _ in range(2):  # correcting twice is correcting once
-        correct_batch_norms(module, inputs)
-    mean, variance = module.get_buffer("1.running_mean"), module.get_buffer("1.running_var")
-    seen_mean, _ = fit(traced, {}, inputs).norms["1"]
-    assert torch.allclose(mean, seen_mean * 2 + 5 - seen_mean, atol=1e-3)
-    assert torch.allclose(variance, 4 * torch.tensor([1.0, 2.0, 3.0, 4.0]), rtol=1e-3)
+        correct_batch_norms(module, inputs, remember(traced, inputs))
+        assert torch.allclose(module.get_buffer("1.running_var"), 4 * variance, rtol=1e-3)
+        assert torch.allclose(module(inputs), traced.module(inputs), atol=0.02)
     assert module.get_submodule("1").momentum == 0.1
-    assert not module.get_submodule("1").training
+    assert not any(part.training for part in module.modules())
+
+
+def test_a_norm_is_corrected_to_what_reads_like_the_original() -> None:
+    model = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4))
+    inputs = torch.randn(64, 6, generator=torch.Generator().manual_seed(0))
+    traced = trace(model, inputs)
+    module = copy.deepcopy(traced.module)
+    with torch.no_grad():
+        module.get_parameter("0.bias").add_(7)
+    correct_batch_norms(module, inputs, remember(traced, inputs))
+    assert torch.allclose(module(inputs), traced.module(inputs), atol=1e-4)

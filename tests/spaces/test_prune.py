@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from planish.spaces.coupling import couple
 from planish.spaces.moments import Moments, fit
-from planish.spaces.prune import Group, absorb, choose_channels, consumer_pixels, kept_channels, narrow, read_channels
+from planish.spaces.prune import Group, absorb, choose_channels, consumer_pixels, kept_channels, left_channels, narrow
 from planish.spaces.trace import TracedModel, trace
 
 if TYPE_CHECKING:
@@ -121,5 +121,5 @@ def test_pixels_behind_a_flatten_are_counted_and_channels_read_back(nets: dict[s
     assert consumer_pixels(groups)["fc1"] == 4
     assert consumer_pixels(groups)["head"] == 1
     kept = [(g, torch.arange(0, g.width, 2)) for g in groups if g.site in ("left", "right", "head")]
-    assert read_channels(kept, "head", 80).tolist() == list(range(0, 80, 2))
-    assert read_channels(kept, "fc1", 64).tolist() == list(range(0, 64, 2))
+    assert left_channels(kept, "head", "in", 80).tolist() == list(range(0, 80, 2))
+    assert left_channels(kept, "fc1", "in", 64).tolist() == list(range(0, 64, 2))

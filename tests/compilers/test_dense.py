@@ -1,0 +1,99 @@
+"""The CPU's dense kernels against torch in float64, on whole numbers that float32 sums exactly (see test_conv.py)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from planish.compilers.cpu.convspec import Step
+from planish.compilers.cpu.dense import DenseSpec, dense
+from planish.compilers.cpu.packing import dense_float, dense_int8, per_channel
+from planish.hwmodels.device import host
+
+Array = NDArray[Any]
+Run = Callable[..., Array]
+
+pytestmark = pytest.mark.tvm
+
+HAS_VNNI = "avx512_vnni" in host().features
+AFFINE = (Step("scale"), Step("bias"))
+TAILS = [(), (Step("relu"),), (Step("clip", (-1.0, 6.0)),), (Step("relu"), Step("quantize", (0.25, 7)))]
+
+
+@st.composite
+def specs(draw: st.DrawFn, int8: bool = False, lanes: int | None = None) -> DenseSpec:
+    zero_point = draw(st.sampled_from([0, 7, 255])) if int8 else 0
+    return DenseSpec(
+        m=draw(st.integers(1, 13)),
+        k=draw(st.integers(1, 37)),
+        o=draw(st.integers(1, 70)),
+        lanes=lanes or draw(st.sampled_from([4, 8, 16])),
+        int8=int8,
+        zero_point=zero_point,
+        quantize=draw(st.sampled_from([None, (0.25, zero_point)])) if int8 else None,
+        steps=((*AFFINE,) if int8 else draw(st.sampled_from([(), AFFINE]))) + draw(st.sampled_from(TAILS)),
+        threads=draw(st.sampled_from([1, 1, 2])),
+    )
+
+
+def check(spec: DenseSpec, run: Run, seed: int, vnni: bool = False) -> None:
+    """Runs the kernel of a spec on random data and compares it with torch."""
+    rng = np.random.default_rng(seed)
+    if spec.int8:
+        weight = rng.integers(-128, 128, (spec.o, spec.k)).astype(np.int8)
+        data = rng.choice([0, 1, spec.zero_point, 254, 255], (spec.m, spec.k)).astype(np.uint8)
+        if spec.quantize is not None:
+            data = (rng.integers(-300, 300, data.shape) / 8).astype(np.float32)
+    else:
+        weight = rng.integers(-3, 4, (spec.o, spec.k)).astype(np.float32)
+        data = rng.integers(-4, 5, (spec.m, spec.k)).astype(np.float32)
+    seen = torch.from_numpy(data).double()
+    if spec.quantize is not None:
+        seen = torch.clamp(torch.round(seen / spec.quantize[0]) + spec.quantize[1], 0, 255)
+    value = (seen - spec.zero_point) @ torch.from_numpy(weight).double().T
+    arguments = []
+    for step in spec.steps:
+        if step.op in ("scale", "bias"):
+            array = rng.choice([-0.5, 0.25, 1, 2], spec.o) * (2.0**-12 if spec.int8 and step.op == "scale" else 1)
+            value = value * torch.from_numpy(array) if step.op == "scale" else value + torch.from_numpy(array)
+            arguments.append(per_channel(array, spec.out_blocks, spec.lanes))
+        elif step.op == "relu":
+            value = value.relu()
+        elif step.op == "clip":
+            value = value.clamp(*step.values)
+        else:
+            value = torch.clamp(torch.round(value / step.values[0]) + step.values[1], 0, 255)
+    packed = dense_int8(weight, spec.zero_point, spec.lanes) if spec.int8 else [dense_float(weight, spec.lanes)]
+    dtype = "uint8" if spec.steps and spec.steps[-1].op == "quantize" else "float32"
+    output = run(dense(spec, vnni=vnni), [data, *packed, *arguments], (spec.m, spec.o), dtype)
+    np.testing.assert_array_equal(output, value.numpy())
+
+
+@settings(max_examples=25, derandomize=True, deadline=None)
+@given(spec=specs(), seed=st.integers(0, 99))
+def test_float_products_equal_torch(run_kernel: Run, spec: DenseSpec, seed: int) -> None:
+    check(spec, run_kernel, seed)
+
+
+@settings(max_examples=25, derandomize=True, deadline=None)
+@given(spec=specs(int8=True), seed=st.integers(0, 99))
+def test_int8_products_equal_integer_arithmetic(run_kernel: Run, spec: DenseSpec, seed: int) -> None:
+    check(spec, run_kernel, seed)
+
+
+@pytest.mark.skipif(not HAS_VNNI, reason="this CPU has no AVX-512 VNNI")
+@settings(max_examples=25, derandomize=True, deadline=None)
+@given(spec=specs(int8=True, lanes=16), seed=st.integers(0, 99))
+def test_int8_products_with_vnni_equal_integer_arithmetic(run_kernel: Run, spec: DenseSpec, seed: int) -> None:
+    check(spec, run_kernel, seed, vnni=True)
+
+
+def test_macs_are_one_for_each_weight_and_row() -> None:
+    assert DenseSpec(m=3, k=5, o=7).macs == 105

@@ -1,0 +1,86 @@
+"""Kill anything at any time: the same command carries on, and nothing finished is evaluated again."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections import Counter
+from pathlib import Path
+
+import psutil
+import pytest
+
+from .conftest import Command, events, start
+
+pytestmark = [pytest.mark.tvm, pytest.mark.ray]
+
+_PATIENCE_S = 300
+
+
+def wait_for(run: Path, kind: str, count: int) -> None:
+    """Until the journal has so many events of a kind."""
+    for _ in range(_PATIENCE_S * 10):
+        if sum(1 for event in events(run) if event["event"] == kind) >= count:
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"{run} never had {count} events {kind!r}: {Counter(str(e['event']) for e in events(run))}")
+
+
+def facts(run: Path) -> Counter[tuple[object, ...]]:
+    """What was evaluated: how often every (event, trial, rung) was recorded."""
+    return Counter(
+        (e["event"], e["trial"], e.get("rung"), e.get("device"))
+        for e in events(run)
+        if e["event"] in ("score", "rung", "measure", "end")
+    )
+
+
+def options(run: Path) -> list[object]:
+    return [e["options"] for e in events(run) if e["event"] == "start"]
+
+
+@pytest.mark.parametrize(("kind", "count"), [("score", 5), ("rung", 2)])
+def test_a_killed_controller_repeats_nothing_that_was_finished(
+    planish: Command, spec: Path, finished: Path, tmp_path: Path, kind: str, count: int
+) -> None:
+    run = tmp_path / "run"
+    process = start(spec, run)
+    wait_for(run, kind, count)
+    process.kill()
+    process.wait()
+    before = facts(run)
+    done = planish("search", spec, "--out", run)
+    assert done.returncode == 0, done.stderr
+    after = facts(run)
+    assert max(after.values()) == 1
+    assert before.keys() <= after.keys()
+    # The proposals do not depend on the interruption.
+    assert options(run)[:4] == options(finished)[:4]
+
+
+def test_a_killed_worker_costs_no_trial(spec: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    process = start(spec, run)
+    wait_for(run, "score", 2)
+    workers = [
+        p for p in psutil.Process(process.pid).children(recursive=True) if "ray::_Worker" in " ".join(p.cmdline())
+    ]
+    assert workers
+    workers[0].send_signal(signal.SIGKILL)
+    output, _ = process.communicate(timeout=_PATIENCE_S)
+    assert process.returncode == 0, output
+    assert max(facts(run).values()) == 1
+    ends = [e for e in events(run) if e["event"] == "end"]
+    assert not [e for e in ends if e["state"] == "failed"], ends
+
+
+def test_ctrl_c_says_how_to_carry_on(spec: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    process = start(spec, run)
+    wait_for(run, "score", 1)
+    os.kill(process.pid, signal.SIGINT)
+    output, _ = process.communicate(timeout=_PATIENCE_S)
+    assert process.returncode == 130
+    assert f"planish resume {run}" in output
+    assert "Traceback" not in output
