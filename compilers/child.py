@@ -77,7 +77,7 @@ def check(model: Loaded, folder: Path) -> float:
     The first example runs once more at the end: what it gave must not depend on what ran in between.
 
     Raises:
-        WrongOutput: the difference is larger than the manifest's tolerance, or an output is not finite.
+        WrongOutput: the difference is larger than the manifest's tolerance, or an output of either is not finite.
     """
     with np.load(folder / manifests.EXAMPLES, allow_pickle=False) as examples:
         inputs, expected = examples["inputs"], examples["outputs"]
@@ -97,7 +97,8 @@ def _difference(run: Callable[[NDArray[Any]], NDArray[Any]], x: NDArray[Any], ex
         raise WrongOutput(f"the output has the shape {output.shape}; {expected.shape} was stored")
     # In float64, because differences of unsigned integers wrap around.
     output, expected = output.astype(np.float64), expected.astype(np.float64)
-    if not np.isfinite(output).all():
+    # Before any maximum: what is compared with NaN is lost in it.
+    if not (np.isfinite(output).all() and np.isfinite(expected).all()):
         return float("inf")
     return float(np.abs(output - expected).max() / max(float(np.abs(expected).max()), 1e-12))
 

@@ -74,6 +74,8 @@ class _Torch:
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         import torch
 
+        from ..spaces import integer  # noqa: F401  # registers the operators that quantised models were saved with
+
         torch.set_num_threads(manifest.threads)
         self.manifest = manifest
         self._torch = torch

@@ -75,9 +75,13 @@ def read(folder: Path) -> Manifest:
         if path.is_absolute() or ".." in path.parts:
             raise ManifestError(f"{folder / NAME} names the file {name!r}, which is not inside the folder")
         file = folder / path
-        if not file.is_file():
+        try:
+            found = digest(file) if file.is_file() else None
+        except OSError as error:  # a name that is too long, or a file that is not ours to read
+            raise ManifestError(f"{folder / NAME} names a file that cannot be read: {error}") from None
+        if found is None:
             raise ManifestError(f"{file} is missing; export the artifact again")
-        if digest(file) != expected:
+        if found != expected:
             raise ManifestError(f"{file} is not the file that was exported (its SHA-256 differs); export it again")
     if manifest.library not in manifest.files:
         raise ManifestError(f"{folder / NAME} gives no checksum for its library {manifest.library!r}")

@@ -20,7 +20,7 @@ from .compiler import CompileError
 _PRODUCTS = frozenset(
     f"{name}.default"
     for name in ("conv1d", "conv2d", "conv3d", "linear", "matmul", "mm", "bmm", "addmm", "qconv2d", "qlinear")
-)
+) | {"conv2d.padding"}
 
 
 @dataclass(frozen=True)
@@ -113,19 +113,43 @@ def import_program(program: ExportedProgram) -> Imported:
         scaled = importer.block_builder.emit(relax.op.multiply(importer.env[x], factor))
         return importer.block_builder.emit(relax.op.add(scaled, offset))
 
-    def identity(node: Any, importer: Any) -> Any:
-        return importer.env[node.args[0]]
+    def dropout(node: Any, importer: Any) -> Any:
+        x, _, training = node.args
+        if training:
+            raise CompileError(f"{node.name} is a dropout in training mode; call model.eval() before compiling")
+        return importer.env[x]
+
+    def rsub(node: Any, importer: Any) -> Any:
+        # TVM's own translation gives a whole number another type than the tensor's, and forgets alpha.
+        x, other, *rest = node.args
+        emit, dtype = importer.block_builder.emit, str(node.meta["val"].dtype).removeprefix("torch.")
+        alpha = node.kwargs.get("alpha", rest[0] if rest else 1)
+        value = importer.env[x] if alpha == 1 else emit(relax.op.multiply(importer.env[x], relax.const(alpha, dtype)))
+        first = importer.env[other] if isinstance(other, torch.fx.Node) else relax.const(other, dtype)
+        return emit(relax.op.subtract(first, value))
+
+    def named_padding(node: Any, importer: Any) -> Any:
+        defaults: tuple[Any, ...] = (None, None, None, 1, "valid", 1, 1)
+        x, weight, bias, stride, padding, dilation, groups = tuple(node.args) + defaults[len(node.args) :]
+        stride, dilation = (tuple(v) if isinstance(v, list | tuple) else (v, v) for v in (stride, dilation))
+        size = node.args[1].meta["val"].shape[2:]
+        frame = [d * (k - 1) if padding == "same" else 0 for d, k in zip(dilation, size, strict=True)]
+        around = (frame[0] // 2, frame[1] // 2, frame[0] - frame[0] // 2, frame[1] - frame[1] // 2)
+        emit, env = importer.block_builder.emit, importer.env
+        value = emit(relax.op.nn.conv2d(env[x], env[weight], stride, around, dilation, groups, out_dtype="float32"))
+        return value if bias is None else emit(relax.op.add(value, relax.op.reshape(env[bias], (1, -1, 1, 1))))
 
     converters = {
         "quantize.default": quantize,
         "qconv2d.default": qconv2d,
         "qlinear.default": qlinear,
         "batch_norm.default": batch_norm,
-        # In evaluation mode these do nothing.
-        "dropout.default": identity,
-        "feature_dropout.default": identity,
+        "conv2d.padding": named_padding,
+        **dict.fromkeys(("dropout.default", "feature_dropout.default"), dropout),
+        **dict.fromkeys(("rsub.Scalar", "rsub.Tensor"), rsub),
         **{f"{op}{suffix}.default": activation(op) for op in ("hardswish", "hardsigmoid") for suffix in ("", "_")},
     }
+    _refuse_what_is_mistranslated(program)
     try:
         module = from_exported_program(
             program,
@@ -143,6 +167,16 @@ def import_program(program: ExportedProgram) -> Imported:
             "Rewrite that operation with ones that TVM's torch frontend knows"
         ) from error
     return Imported(module, marks, _sites(program))
+
+
+def _refuse_what_is_mistranslated(program: ExportedProgram) -> None:
+    """TVM's translation ignores some arguments; the result would be another model."""
+    for node in program.graph.nodes:
+        name = str(getattr(node.target, "__name__", node.target)).partition(".")[0].rstrip("_")
+        if name in ("add", "sub") and node.kwargs.get("alpha", 1) != 1:
+            raise CompileError(f"{node.name} has an alpha, which TVM's torch frontend ignores; multiply")
+        if name == "avg_pool2d" and len(node.args) > 6 and node.args[6] is not None:
+            raise CompileError(f"{node.name} has a divisor_override, which TVM's torch frontend ignores; multiply")
 
 
 def _sites(program: ExportedProgram) -> tuple[str, ...]:

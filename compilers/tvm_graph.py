@@ -204,10 +204,10 @@ def _grow(graph: Graph, head: Node, taken: set[int]) -> Chain:
     chain = Chain(head, head)
     while True:
         user = graph.single_user(chain.last.var)
-        if user is None or user.index in taken or user.shape != head.shape:
+        if user is None or user.index in taken:
             return chain
         step = _as_step(graph, head, chain.last.var, user)
-        if step is None:
+        if step is None or user.shape != head.shape:
             return chain
         chain.steps.append(step)
         chain.last = user

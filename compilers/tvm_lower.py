@@ -282,7 +282,7 @@ class _Lowering:
         tensors = [a for a in node.args if isinstance(a, relax.Var)]
         if not tensors or not all(a in self.blocked for a in tensors):
             return False
-        if node.op in _BLOCKED_ELEMENTWISE and all(len(static_shape(a)) == 4 for a in tensors) and len(node.shape) == 4:
+        if node.op in _BLOCKED_ELEMENTWISE and all(_channels(a) == _channels(node.var) for a in tensors):
             arguments = []
             for arg in node.args:
                 array = self.graph.array(arg) if not isinstance(arg, relax.Var) or arg in self.graph.constants else None
@@ -390,6 +390,12 @@ class _Substitute(PyExprMutator):  # type: ignore[misc]
 
     def visit_dataflow_var_(self, op: Any) -> Any:
         return self.plain(self.graph.resolve(op))
+
+
+def _channels(var: Any) -> int | None:
+    """The channels of an (n, c, h, w) value; one channel that is spread over many is in one lane, not in all."""
+    shape = static_shape(var)
+    return shape[1] if len(shape) == 4 else None
 
 
 def _pair(values: Any) -> tuple[int, int]:

@@ -25,7 +25,10 @@ class LatencyModel(Protocol):
     An empty model takes no time; more of the same work never takes less.
     """
 
-    device: Device
+    @property
+    def device(self) -> Device:
+        """What the predictions are about."""
+        ...
 
     def predict(self, workloads: Sequence[Workload]) -> Prediction:
         """The latency of the operators run one after the other."""

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from .config import load_spec
 from .controller import PYTHON_MODEL, resume_run, search_run
-from .export import export_run
+from .exporting import export_run
 from .progress import Progress
 from .run import Run
 from .tasks import Task

@@ -84,8 +84,8 @@ def report(arguments: argparse.Namespace, command: str) -> Output:
 
 def export(arguments: argparse.Namespace, command: str) -> Output:
     """`planish export`."""
-    from .export import export_run
     from .export_text import export_text
+    from .exporting import export_run
 
     result = export_run(arguments.run, arguments.pick, arguments.trial, arguments.out)
     return Output(result, export_text(result))

@@ -29,17 +29,14 @@ def new_folder(out: Path, last: str) -> Iterator[Path]:
         UserError: `out` is in use, the disk is full, or it cannot be written.
     """
     place = Path(os.path.realpath(out))
-    if place.exists() and not place.is_dir():
+    there = os.path.isdir(place)
+    if os.path.exists(place) and not there:
         raise UserError(f"{out} is a file; name a new folder with --out")
     with file_mistakes(str(out), "free space or choose another folder with --out; nothing was left there"):
-        if place.is_dir() and (found := sorted(p.name for p in place.iterdir() if not p.name.startswith(_PREFIX))):
+        if there and (found := sorted(p.name for p in place.iterdir() if not p.name.startswith(_PREFIX))):
             raise UserError(f"{out} is not empty (it holds {found[0]}); name a new folder with --out")
-        there = place.is_dir()
         parent = place if there else place.parent
-        parent.mkdir(parents=True, exist_ok=True)
-        # Not mkdtemp, whose folders are private: an export is for others too.
-        temporary = parent / f"{_PREFIX}{secrets.token_hex(8)}"
-        temporary.mkdir()
+        temporary = _make(parent, out)
         try:
             yield temporary
             _sync(temporary)
@@ -53,13 +50,23 @@ def new_folder(out: Path, last: str) -> Iterator[Path]:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
+def _make(parent: Path, out: Path) -> Path:
+    # Not mkdtemp, whose folders are private: an export is for others too.
+    temporary = parent / f"{_PREFIX}{secrets.token_hex(8)}"
+    try:
+        temporary.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"cannot make {out}: {error.strerror}; name another folder with --out") from error
+    return temporary
+
+
 def _rename(temporary: Path, place: Path, out: Path) -> None:
     try:
         temporary.rename(place)
     except OSError as error:
-        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
-            raise
-        raise UserError(f"{out} was made by another process meanwhile; name a new folder with --out") from error
+        taken = error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)
+        reason = "another process has made it meanwhile" if taken else error.strerror
+        raise UserError(f"cannot make {out}: {reason}; name another folder with --out") from error
 
 
 def _sync(folder: Path) -> None:

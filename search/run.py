@@ -23,7 +23,7 @@ class Chosen:
 
     def export(self, out: str | Path) -> Path:
         """Writes the compiled model into a new folder."""
-        from .export import export_run
+        from .exporting import export_run
 
         export_run(self.path, None, self.trial, Path(out))
         return Path(out)

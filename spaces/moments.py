@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from .trace import TracedModel
 
-BATCH = 64
+BATCH = 64  # inputs at once, fewer if they are large
+BATCH_VALUES = 2**22  # of the inputs: 27 images of 224 x 224
 ROWS = 16384  # positions that enter a covariance, over all batches: enough for a thousand channels, and cheap
 
 
@@ -141,12 +142,13 @@ def _channel_statistics(value: Tensor) -> tuple[Tensor, Tensor]:
 def run(module: nn.Module, inputs: Tensor) -> None:
     """Runs the module on all inputs in batches of nearly equal size, without gradients, for what its hooks see."""
     with torch.no_grad():
-        for batch in _batches(inputs):
+        for batch in batches(inputs):
             module(batch)
 
 
-def _batches(inputs: Tensor) -> tuple[Tensor, ...]:
-    return inputs.chunk(max(1, -(-len(inputs) // BATCH)))
+def batches(inputs: Tensor) -> tuple[Tensor, ...]:
+    size = max(1, min(BATCH, BATCH_VALUES // max(1, inputs[:1].numel())))
+    return inputs.chunk(max(1, -(-len(inputs) // size)))
 
 
 @contextmanager
@@ -166,7 +168,7 @@ def watching(module: nn.Module, names: Iterable[str], see: Callable[[str, Tensor
 
 def _measure(module: nn.Module, names: Mapping[str, int], inputs: Tensor) -> Mapping[str, Moments]:
     sums: dict[str, list[Tensor]] = {}
-    share = ROWS // len(_batches(inputs))
+    share = ROWS // len(batches(inputs))
 
     def see(name: str, value: Tensor) -> None:
         layer = module.get_submodule(name)

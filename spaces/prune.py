@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .moments import Moments
 
-STEPS = 64  # in which channels are chosen for removal: one at a time up to so many
+STEPS = 32  # in which channels are chosen for removal: one at a time up to so many
 Role = Literal["out", "in", "both", "parameter"]
 
 
@@ -68,7 +68,7 @@ def choose_channels(module: nn.Module, group: Group, keep: int, moments: Mapping
     """
     pixels = consumer_pixels([group])
     if all(member.name in moments and member.name in pixels for member in group.consumers()):
-        return _least_needed(module, group, moments, group.width - keep).logical_not().nonzero().flatten()
+        return _most_needed(module, group, moments, group.width - keep)
     ranking = torch.argsort(_group_norm(module, group), descending=True, stable=True)
     return ranking[:keep].sort().values
 
@@ -139,8 +139,8 @@ def _compensate(layer: nn.Module, gone: list[int], moments: Moments, pixels: int
         bias += missing
 
 
-def _least_needed(module: nn.Module, group: Group, moments: Mapping[str, Moments], count: int) -> Tensor:
-    """Marks (bool, (width,)) the `count` channels whose removal costs all consumers least after each is refitted.
+def _most_needed(module: nn.Module, group: Group, moments: Mapping[str, Moments], count: int) -> Tensor:
+    """The channels that stay when the `count` go whose removal costs all consumers least after each is refitted.
 
     For one consumer with Gram matrix G = W^T W of its weights and P = C^-1, removing channel k costs G_kk / P_kk. When
     a set S goes, W loses W_S A with A = P_SS^-1 P_S, which changes G, and P loses P_S^T A. More than `STEPS` channels
@@ -158,19 +158,19 @@ def _least_needed(module: nn.Module, group: Group, moments: Mapping[str, Moments
         gram = flat @ flat.T
         grams.append(gram / (gram * covariance).sum().abs().clamp_min(1e-30))  # every consumer's output counts alike
         inverses.append(torch.linalg.inv(covariance))
-    alive = torch.ones(group.width, dtype=torch.bool)
-    while (left := count - int((~alive).sum())) > 0:
+    alive = torch.arange(group.width)
+    while (left := count - (group.width - len(alive))) > 0:
         cost = torch.stack([g.diagonal() / p.diagonal().clamp_min(1e-30) for g, p in zip(grams, inverses, strict=True)])
-        order = torch.argsort(cost.sum(0).masked_fill(~alive, torch.inf), stable=True)
-        gone = order[: min(left, -(-count // STEPS))]
-        alive[gone] = False
-        for gram, inverse in zip(grams, inverses, strict=True):
-            ratio = torch.linalg.solve(inverse[gone][:, gone], inverse[gone])
-            crossed = gram[:, gone] @ ratio
-            gram += ratio.T @ gram[gone][:, gone] @ ratio - crossed - crossed.T
-            inverse -= inverse[gone].T @ ratio
-            inverse[gone, gone] = 1.0  # their rows are zero from now on; keeps the cost of what is gone finite
-    return alive.logical_not()
+        order = torch.argsort(cost.sum(0), stable=True)
+        taken = min(left, -(-count // STEPS))
+        gone, stay = order[:taken], order[taken:].sort().values
+        for consumer, (gram, inverse) in enumerate(zip(grams, inverses, strict=True)):
+            ratio = torch.linalg.solve(inverse[gone][:, gone], inverse[gone][:, stay])
+            crossed = gram[stay][:, gone] @ ratio
+            grams[consumer] = gram[stay][:, stay] + ratio.T @ gram[gone][:, gone] @ ratio - crossed - crossed.T
+            inverses[consumer] = inverse[stay][:, stay] - inverse[stay][:, gone] @ ratio
+        alive = alive[stay]
+    return alive
 
 
 def _group_norm(module: nn.Module, group: Group) -> Tensor:

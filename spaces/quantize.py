@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .cluster import SharedConv2d, SharedLinear, materialise, weight_of
 from .integer import IntegerConv2d, IntegerLinear, qconv2d, qlinear, quantize
-from .moments import run, watching
+from .moments import batches, run, watching
 
 __all__ = ["Quantized", "Range", "deploy", "input_ranges", "qconv2d", "qlinear", "quantize"]
 
@@ -127,14 +127,14 @@ def input_ranges(module: nn.Module, names: Mapping[str, object], inputs: Tensor)
     lows: dict[str, float] = {}
     highs: dict[str, float] = {}
     samples: dict[str, list[Tensor]] = {}
-    batches = max(1, -(-len(inputs) // 64))
+    share = SAMPLE // len(batches(inputs))
 
     def see(name: str, value: Tensor) -> None:
         low, high = torch.aminmax(value)
         lows[name] = min(lows.get(name, 0.0), float(low))
         highs[name] = max(highs.get(name, 0.0), float(high))
         flat = value.flatten()
-        samples.setdefault(name, []).append(flat[:: max(1, len(flat) * batches // SAMPLE)].clone())
+        samples.setdefault(name, []).append(flat[:: max(1, len(flat) // share)].clone())
 
     with watching(module, names, see):
         run(module, inputs)

@@ -18,7 +18,7 @@ TIMES = st.lists(st.floats(1e-9, 1e3), min_size=1, max_size=40)
 def coverage(n: int, k: int) -> float:
     """How likely the median lies between the k-th smallest and the k-th largest of n independent values."""
     # It does not where fewer than k of them are below it, or fewer than k above.
-    return 1 - 2 * sum(comb(n, j) for j in range(k)) / 2**n
+    return 1 - 2 * sum(comb(n, j) for j in range(k)) / float(2**n)
 
 
 @given(TIMES)
@@ -73,8 +73,10 @@ def test_the_default_protocol_runs_at_least_30_times_in_3_processes() -> None:
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("runs", 2), ("runs", 0), ("processes", 0), ("retries", -1), ("time_limit_s", 0), ("time_limit_s", nan)]
-    + [("warmup_s", -0.1), ("warmup_s", nan), ("drift", -1), ("drift", nan)],
+    [
+        *(("runs", 2), ("runs", 0), ("processes", 0), ("retries", -1), ("time_limit_s", 0), ("time_limit_s", nan)),
+        *(("warmup_s", -0.1), ("warmup_s", nan), ("drift", -1), ("drift", nan)),
+    ],
 )
 def test_a_protocol_that_cannot_be_followed_names_the_key_and_the_value(name: str, value: float) -> None:
     with pytest.raises(ValueError, match=f"^{name} is {value}"):

@@ -18,7 +18,7 @@ from planish.search import bench as bench_file
 from planish.search.bench import bench, bench_text
 from planish.search.cli import main
 from planish.search.errors import UserError
-from planish.search.export import export_run
+from planish.search.exporting import export_run
 
 
 @pytest.fixture
@@ -168,7 +168,7 @@ def test_a_compiled_model_records_what_this_cpu_has(models: SimpleNamespace) -> 
 def test_a_cpu_lacks_what_is_recorded_and_not_here(
     target: dict[str, str], lacks: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cpu_features.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
     monkeypatch.setattr(cpu_features, "cpu_flags", lambda: frozenset({"avx2", "fma", "hypervisor"}))
     assert instruction_set() == {"machine": "x86_64", "features": "avx2 fma"}
     assert lacking(target) == lacks

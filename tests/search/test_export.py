@@ -21,11 +21,12 @@ import pytest
 from numpy.typing import NDArray
 
 from planish.compilers import manifest as manifests
-from planish.search import export
+from planish.compilers.cpu_features import instruction_set
+from planish.search import exporting
 from planish.search.cli import main
 from planish.search.errors import UserError
-from planish.search.export import export_run
 from planish.search.export_text import export_text
+from planish.search.exporting import export_run
 from planish.search.run import Chosen, Run
 from planish.search.task_note import read_task
 
@@ -148,7 +149,7 @@ def test_the_cpp_program_compiles_and_gives_the_stored_outputs(exported: Path, t
 def test_the_budget_of_the_run_picks_by_default_and_pick_another(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(export, "check", lambda place, device: 0.0)
+    monkeypatch.setattr(exporting, "check", lambda place, device: 0.0)
     assert export_run(run, None, None, tmp_path / "a")["trial"] == 1
     result = export_run(run, "latency<=0.3x", None, tmp_path / "b")
     assert (result["trial"], result["keeps_budget"]) == (2, True)
@@ -165,7 +166,7 @@ def test_a_pick_that_nothing_keeps_names_the_nearest(run: Path, tmp_path: Path) 
 def test_any_complete_trial_may_be_named_and_the_original_has_no_original_beside_it(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(export, "check", lambda place, device: 0.0)
+    monkeypatch.setattr(exporting, "check", lambda place, device: 0.0)
     result = export_run(run, None, 3, tmp_path / "beaten")
     assert (result["trial"], result["keeps_budget"]) == (3, None)
     assert manifests.read(tmp_path / "beaten").model["recipe"] == {"epochs": 6}
@@ -185,7 +186,7 @@ def test_a_trial_that_is_not_complete_is_refused_with_those_that_are(
 def test_a_run_without_a_front_exports_a_named_trial_only(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(export, "check", lambda place, device: 0.0)
+    monkeypatch.setattr(exporting, "check", lambda place, device: 0.0)
     (run / "front.json").unlink()
     with pytest.raises(UserError, match=r"front.json does not exist yet; carry on with: planish resume"):
         export_run(run, None, None, tmp_path / "out")
@@ -194,7 +195,7 @@ def test_a_run_without_a_front_exports_a_named_trial_only(
 
 
 def test_a_moved_run_exports_as_before(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(export, "check", lambda place, device: 0.0)
+    monkeypatch.setattr(exporting, "check", lambda place, device: 0.0)
     moved = run.rename(tmp_path / "elsewhere")
     export_run(moved, None, None, tmp_path / "deep/er/out")
     assert manifests.read(tmp_path / "deep/er/out").model["trial"] == 1
@@ -203,7 +204,7 @@ def test_a_moved_run_exports_as_before(run: Path, tmp_path: Path, monkeypatch: p
 def test_a_run_of_several_devices_exports_a_folder_for_each(
     make_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(export, "check", lambda place, device: 0.0)
+    monkeypatch.setattr(exporting, "check", lambda place, device: 0.0)
     run = make_run(tmp_path / "run", ("cpu", "cpu?threads=2"))
     result = export_run(run, None, None, tmp_path / "out")
     assert _leftovers(tmp_path / "out") == ["cpu", "cpu-threads-2"]
@@ -226,7 +227,7 @@ def test_a_used_folder_and_a_file_are_refused_and_kept(run: Path, tmp_path: Path
 def test_an_empty_folder_is_filled_and_stays_the_same_folder(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(export, "check", lambda place, device: 0.0)
+    monkeypatch.setattr(exporting, "check", lambda place, device: 0.0)
     out = tmp_path / "mounted"
     out.mkdir()
     before = out.stat().st_ino
@@ -234,6 +235,32 @@ def test_an_empty_folder_is_filled_and_stays_the_same_folder(
     assert out.stat().st_ino == before
     manifests.read(out)
     assert not [path for path in out.iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.parametrize("out", ["/proc/x", "/dev/null/x", "x" * 300])
+def test_a_place_where_no_folder_can_be_is_told_in_one_line(
+    run: Path, tmp_path: Path, out: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(exporting, "check", lambda place, device: 0.0)
+    with pytest.raises(UserError, match=r"cannot (make|write) .*; (name another|free space or choose another) folder"):
+        export_run(run, None, 1, Path(out))
+    assert _leftovers(tmp_path) == ["run"]
+
+
+def test_a_folder_that_another_process_makes_meanwhile_is_kept(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def make(place: Path, device: object) -> float:
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out/theirs.txt").write_text("theirs")
+        return 0.0
+
+    monkeypatch.setattr(exporting, "check", make)
+    with pytest.raises(UserError, match="out: another process has made it meanwhile; name another folder"):
+        export_run(run, None, 1, tmp_path / "out")
+    assert _leftovers(tmp_path) == ["out", "run"]
+    assert _leftovers(tmp_path / "out") == ["theirs.txt"]
 
 
 @contextmanager
@@ -317,13 +344,13 @@ def spoil(artifact: Path) -> None:
 def test_the_instruction_set_is_recorded_for_an_artifact_that_has_none(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(export, "check", lambda place, device: 0.0)
+    monkeypatch.setattr(exporting, "check", lambda place, device: 0.0)
     for number in (0, 1):
         artifact = run / f"trials/{number:04d}/artifact"
         replace(manifests.read(artifact), target={"kind": "llvm", "mcpu": "host"}).write(artifact)
     export_run(run, None, 1, tmp_path / "out")
     for folder in (tmp_path / "out", tmp_path / "out/original"):
-        assert manifests.read(folder).target == {"kind": "llvm", "mcpu": "host", **export.instruction_set()}
+        assert manifests.read(folder).target == {"kind": "llvm", "mcpu": "host", **instruction_set()}
 
 
 def test_a_model_for_another_cpu_is_exported_without_being_run_and_says_so(run: Path, tmp_path: Path) -> None:
@@ -355,7 +382,7 @@ def test_a_broken_note_of_the_task_is_named(run: Path, tmp_path: Path, text: str
 def test_the_command_tells_people_how_to_run_it_and_machines_in_json(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(export, "check", lambda place, device: 0.00012)
+    monkeypatch.setattr(exporting, "check", lambda place, device: 0.00012)
     assert main(["export", str(run), "--out", str(tmp_path / "a b")]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"{tmp_path / 'a b'}: trial 1 of {run}, keeps the run's budget"
@@ -369,7 +396,14 @@ def test_the_command_tells_people_how_to_run_it_and_machines_in_json(
     ]
 
 
+def test_the_package_gives_the_function_also_after_its_file_was_imported() -> None:
+    # A file called export.py would take the name's place.
+    code = "from planish.search import launch, resume, export; print(export.__module__, callable(export))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["planish.search.api", "True"]
+
+
 def test_chosen_exports_its_trial(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(export, "check", lambda place, device: 0.0)
+    monkeypatch.setattr(exporting, "check", lambda place, device: 0.0)
     assert Chosen(run, 2, {}, {}).export(str(tmp_path / "out")) == tmp_path / "out"
     assert manifests.read(tmp_path / "out").model["trial"] == 2

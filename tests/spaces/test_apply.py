@@ -12,9 +12,11 @@ from torch import Tensor, nn
 
 from planish.spaces import Candidate, Kind, Option
 from planish.spaces.apply import ApplyError, apply, notes, rebuild, restore, simplify, state
+from planish.spaces.propose import propose
 from planish.spaces.prune import kept_channels
 from planish.spaces.quantize import Quantized, deploy
 from planish.spaces.size import count_macs, stored_bytes
+from planish.spaces.trace import trace
 
 if TYPE_CHECKING:
     from tests.spaces.conftest import Net
@@ -167,6 +169,33 @@ def test_options_that_do_not_fit_together_are_noted(nets: dict[str, Net]) -> Non
     assert "layer1.0.conv2: identity became pointwise" in text
     assert "layer1.0.conv2: rank spatial:16" in text
     assert "layer3.0.conv2: rank tucker:16x16 is ignored" in text
+
+
+def test_identity_between_two_groups_of_one_width_is_not_taken_for_an_identity(nets: dict[str, Net]) -> None:
+    net = nets["resnet"]
+    options: dict[str, Option] = dict(net.proposal.space.original().options)
+    options |= {"layer1.0.conv2:block": "identity", "layer1.0.conv1:prune": 0.5, "conv1:prune": 0.5}
+    module = apply(Candidate(options), net.traced, net.proposal)
+    assert module.get_submodule("layer1.0.conv2").get_parameter("weight").shape == (16, 16, 1, 1)
+
+
+def test_identity_inside_one_group_stays_one_after_pruning() -> None:
+    class Residual(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.conv, self.head = nn.Conv2d(3, 32, 1), nn.Conv2d(32, 32, 3, padding=1), nn.Conv2d(32, 4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.stem(x)
+            z: Tensor = self.head(y + self.conv(y))
+            return z
+
+    traced = trace(Residual(), torch.randn(1, 3, 6, 6))
+    proposal = propose(traced, families=[Kind.PRUNE, Kind.BLOCK])
+    options = dict(proposal.space.original().options) | {"stem:prune": 0.5, "conv:block": "identity"}
+    module = apply(Candidate(options), traced, proposal)
+    assert isinstance(module.get_submodule("conv"), nn.Identity)
+    assert notes(module) == ()
 
 
 def test_quantising_without_calibration_is_refused(nets: dict[str, Net]) -> None:

@@ -74,6 +74,14 @@ def test_pointwise_on_constant_pixels_sums_the_taps() -> None:
     assert torch.allclose(block(x)[..., 3, 3], conv(x)[..., 3, 3], atol=1e-5)
 
 
+def test_pointwise_on_independent_pixels_keeps_the_centre_alone() -> None:
+    conv = nn.Conv2d(6, 10, 3, padding=1)
+    taps = torch.zeros(3, 3)
+    taps[1, 1] = 1
+    block, _ = build_block(conv, "pointwise", 16, True, moments_of(torch.randn(4, 6, 7, 7), taps))
+    assert torch.equal(block.get_parameter("weight")[:, :, 0, 0], conv.weight[:, :, 1, 1])
+
+
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_convolution_of_separate_groups_becomes_grouped_exactly(bias: bool) -> None:
     conv = nn.Conv2d(8, 12, 3, padding=1, bias=bias)

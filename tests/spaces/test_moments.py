@@ -74,12 +74,11 @@ def test_a_model_that_did_not_change_keeps_its_batch_norms(net: Net) -> None:
 def test_scaled_and_shifted_layers_are_corrected_exactly_one_behind_the_other() -> None:
     inputs = torch.randn(130, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 10  # three batches
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 5, 1), nn.BatchNorm2d(5))
-    for norm in (model[1], model[4]):  # first the statistics of the inputs themselves
-        norm.momentum = None
-        model(inputs)
-        model.eval()
-        norm.momentum = 0.1
-        model[4].train()
+    value = inputs
+    for layer in model.eval():
+        if isinstance(layer, nn.BatchNorm2d):  # its statistics are those of the inputs themselves
+            layer.running_var, layer.running_mean = torch.var_mean(value.detach(), (0, 2, 3), correction=0)
+        value = layer(value)
     traced = trace(model, inputs)
     module = copy.deepcopy(traced.module)
     with torch.no_grad():
@@ -90,7 +89,7 @@ def test_scaled_and_shifted_layers_are_corrected_exactly_one_behind_the_other() 
     for _ in range(2):  # correcting twice is correcting once
         correct_batch_norms(module, inputs, remember(traced, inputs))
         assert torch.allclose(module.get_buffer("1.running_var"), 4 * variance, rtol=1e-3)
-        assert torch.allclose(module(inputs), traced.module(inputs), atol=0.02)
+        assert torch.allclose(module(inputs), traced.module(inputs), atol=0.01)  # three batches differ
     assert module.get_submodule("1").momentum == 0.1
     assert not any(part.training for part in module.modules())
 

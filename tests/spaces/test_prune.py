@@ -38,7 +38,7 @@ def two_layers(width: int, seed: int = 0) -> tuple[TracedModel, Group, Tensor]:
 def refitted_error(traced: TracedModel, gone: tuple[int, ...], inputs: Tensor) -> float:
     """The least squared output error without some hidden channels, by a least-squares solve of the last layer."""
     with torch.no_grad():
-        hidden = traced.module[1](traced.module[0](inputs)).double()  # type: ignore[index]
+        hidden = torch.tanh(traced.module.get_submodule("0")(inputs)).double()
         want = traced.module(inputs).double()
     rows = torch.cat([hidden[:, [c for c in range(hidden.shape[1]) if c not in gone]], torch.ones(len(hidden), 1)], 1)
     solution = torch.linalg.lstsq(rows, want).solution
@@ -75,7 +75,7 @@ def test_narrowing_with_moments_reaches_the_least_squares_error() -> None:
 def test_channels_that_repeat_others_are_removed_for_nothing() -> None:
     traced, group, inputs = two_layers(12)
     with torch.no_grad():
-        for tensor in traced.module[0].parameters():  # type: ignore[index, operator]
+        for tensor in traced.module.get_submodule("0").parameters():
             tensor[6:] = tensor[:6]
     moments = fit(traced, {"2": 1}, inputs).moments
     keep = choose_channels(traced.module, group, 6, moments)
@@ -90,8 +90,8 @@ def test_channels_that_repeat_others_are_removed_for_nothing() -> None:
 def test_without_moments_small_weights_go_first() -> None:
     traced, group, _ = two_layers(8)
     with torch.no_grad():
-        traced.module[0].weight[[1, 6]] *= 1e-3  # type: ignore[index]
-        traced.module[2].weight[:, [1, 6]] *= 1e-3  # type: ignore[index]
+        traced.module.get_parameter("0.weight")[[1, 6]] *= 1e-3
+        traced.module.get_parameter("2.weight")[:, [1, 6]] *= 1e-3
     assert choose_channels(traced.module, group, 6, {}).tolist() == [0, 2, 3, 4, 5, 7]
 
 

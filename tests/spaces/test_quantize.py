@@ -100,12 +100,12 @@ def test_qconv2d_is_the_definition_of_a_convolution_on_integers(
 
 def test_sums_beyond_float32_are_exact() -> None:
     generator = torch.Generator().manual_seed(0)
-    x = torch.randint(0, 256, (3, 9000), generator=generator, dtype=torch.uint8)
-    weight = torch.randint(-127, 128, (5, 9000), generator=generator).to(torch.int8)
+    x = torch.randint(0, 256, (3, 90001), generator=generator, dtype=torch.uint8)
+    weight = torch.randint(-127, 128, (5, 90001), generator=generator).to(torch.int8)
     weight[0] = 127
-    total = (x.long() - 100) @ weight.long().T
+    total = x.long() @ weight.long().T
     assert int(total.abs().max()) > 2**24
-    got = qlinear(x, weight, torch.ones(5), torch.zeros(5), 100)
+    got = qlinear(x, weight, torch.ones(5), torch.zeros(5), 0)
     assert torch.equal(got, total.float())
 
 
@@ -142,7 +142,7 @@ def test_a_shared_and_quantised_layer_deploys_to_the_integers_of_its_codebook() 
     module = nn.Sequential(Quantized(share(nn.Linear(20, 30), 16), 8, Range(-3, 3)))
     deployed = deploy(module.eval())
     assert torch.equal(module(x), deployed(x))
-    assert max(len(row.unique()) for row in deployed.get_buffer("0.weight")) <= 16
+    assert max(len(set(row.tolist())) for row in deployed.get_buffer("0.weight")) <= 16
 
 
 def test_deploy_leaves_its_argument_alone() -> None:
@@ -193,7 +193,7 @@ def test_gradients_pass_the_rounding_and_stop_where_inputs_are_clipped() -> None
     module(x).sum().backward()
     assert x.grad is not None
     exact = layer.weight.detach().sum(0)
-    assert torch.allclose(x.grad[0, [0, 2]], exact[[0, 2]], atol=0.02)  # the weights are rounded to 1/127 of the largest
+    assert torch.allclose(x.grad[0, [0, 2]], exact[[0, 2]], atol=0.02)  # weights are rounded to 1/127 of the largest
     assert float(x.grad[0, 1]) == 0.0
     gradient = module.inner.weight.grad
     assert gradient is not None

@@ -50,7 +50,9 @@ def test_stored_bytes_are_the_bits_of_all_weights_and_constants(net: Net, seed: 
 def test_sizes_of_one_layer_by_hand() -> None:
     linear = nn.Linear(100, 30)
     assert stored_bytes(linear) == 4 * (3000 + 30)
-    assert stored_bytes(nn.Sequential(linear, linear)) == 4 * (3000 + 30)
+    tied = nn.Linear(100, 30)
+    tied.weight = linear.weight
+    assert stored_bytes(nn.Sequential(linear, tied)) == 4 * (3000 + 30 + 30)
     assert stored_bytes(share(linear, 16)) == 4 * 16 + 1500 + 4 * 30
     assert stored_bytes(Quantized(linear, 8, Range(0, 1))) == 3000 + 4 * 30 + 5 + 4 * 30
     assert stored_bytes(Quantized(linear, 4, Range(0, 1))) == 1500 + 4 * 30 + 5 + 4 * 30

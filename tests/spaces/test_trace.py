@@ -107,7 +107,8 @@ def test_recurrent_layers_count_every_step() -> None:
             self.cell = nn.GRU(6, 5, batch_first=True)
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.cell(x)[0][:, -1]
+            steps: Tensor = self.cell(x)[0]
+            return steps[:, -1]
 
     traced = trace(Recurrent(), torch.randn(1, 7, 6))
     assert sum(layer.macs for layer in traced.layers) == 7 * 3 * 5 * (6 + 5)
@@ -127,6 +128,9 @@ class Counts(nn.Module):
 
 class Fails(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
+        return self.product(x)
+
+    def product(self, x: Tensor) -> Tensor:
         return x @ torch.zeros(5, 5)  # this line
 
 

@@ -1,0 +1,105 @@
+"""What TVM is told to build for, and which models it refuses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from planish.compilers.compiler import CompileError
+from planish.compilers.tvm_build import cpu_target, tvm_target
+from planish.compilers.tvm_compiler import TvmCompiler
+from planish.compilers.tvm_lower import CpuTarget
+from planish.hwmodels.device import host, parse_device
+
+pytestmark = pytest.mark.tvm
+
+Compile = Callable[..., Any]
+
+
+class Net(nn.Module):
+    """A forward pass given as a function of one layer and the input."""
+
+    def __init__(self, forward: Callable[[nn.Module, Tensor], Tensor], layer: nn.Module) -> None:
+        super().__init__()
+        self.run, self.layer = forward, layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.run(self.layer, x)
+
+
+class Two(nn.Module):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x + 1, x * 2
+
+
+class Sum(nn.Module):
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return x + y
+
+
+def test_an_operation_without_a_translation_is_named_in_one_line(compile_model: Compile) -> None:
+    with pytest.raises(CompileError, match=r"erfinv") as caught:
+        compile_model(Net(lambda layer, x: torch.erfinv(layer(x)), nn.Linear(4, 4)), (1, 4))
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("forward", "named"),
+    [
+        (lambda layer, x: torch.add(layer(x), x, alpha=2), "alpha"),
+        (lambda layer, x: F.avg_pool2d(layer(x), 2, divisor_override=3), "divisor_override"),
+        (lambda layer, x: F.dropout(layer(x), 0.5, True), "dropout in training mode"),
+    ],
+)
+def test_what_would_be_translated_wrongly_is_refused(
+    forward: Callable[[nn.Module, Tensor], Tensor], named: str, compile_model: Compile
+) -> None:
+    with pytest.raises(CompileError, match=named):
+        compile_model(Net(forward, nn.Conv2d(16, 16, 1)).eval(), (1, 16, 6, 6))
+
+
+def test_a_batch_norm_in_training_mode_is_refused(compile_model: Compile) -> None:
+    with pytest.raises(CompileError, match=r"training mode; call model.eval\(\)"):
+        compile_model(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).train(), (2, 3, 8, 8))
+
+
+def test_two_outputs_are_refused(compile_model: Compile) -> None:
+    with pytest.raises(CompileError, match="2 outputs"):
+        compile_model(Two(), (1, 4))
+
+
+def test_two_inputs_are_refused(tmp_path: Path) -> None:
+    x = torch.randn(1, 4)
+    program = torch.export.export(Sum(), (x, x))
+    with pytest.raises(CompileError, match="2 inputs"):
+        TvmCompiler().compile(program, host(), tmp_path / "a", x[None], tolerance=1e-3)
+
+
+def test_a_batch_of_any_size_is_refused(tmp_path: Path) -> None:
+    x = torch.randn(2, 4)
+    program = torch.export.export(nn.ReLU(), (x,), dynamic_shapes=({0: torch.export.Dim("n")},))
+    with pytest.raises(CompileError, match="fixed shapes"):
+        TvmCompiler().compile(program, host(), tmp_path / "a", x[None], tolerance=1e-3)
+
+
+def test_a_target_that_tvm_does_not_know_is_refused() -> None:
+    with pytest.raises(CompileError, match="does not know the target"):
+        tvm_target(replace(parse_device("cpu"), target={"kind": "abacus"}))
+
+
+@pytest.mark.parametrize(
+    ("name", "lanes", "registers", "vnni"),
+    [("cpu/x86-64-v3", 8, 16, False), ("cpu/cascadelake?threads=4", 16, 32, True), ("cpu/cortex-a72", 4, 32, False)],
+)
+def test_the_kernels_are_told_what_the_device_has(name: str, lanes: int, registers: int, vnni: bool) -> None:
+    device = parse_device(name)
+    assert cpu_target(device) == CpuTarget(lanes, registers, vnni, device.threads)
+    assert int(tvm_target(device).attrs["num-cores"]) == device.threads
+    assert str(tvm_target(device).attrs["mcpu"]) == device.target["mcpu"]
