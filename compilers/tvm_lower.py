@@ -348,9 +348,7 @@ class _Lowering:
             return inside if c % lanes == 0 else te.if_then_else(b * lanes + i < c, inside, zero)
 
         self.blocked[var] = self.builder.emit_te(
-            lambda a: te.compute(
-                (n, blocks, h, w, lanes), lambda m, b, y, x, i: value(a, m, b, y, x, i), name="pack"
-            ),
+            lambda a: te.compute((n, blocks, h, w, lanes), lambda m, b, y, x, i: value(a, m, b, y, x, i), name="pack"),
             source,
             primfunc_name_hint="pack",
         )

@@ -33,8 +33,8 @@ from .run import Run
 from .rundir import RunDirectory
 from .rungs import promote, run_rung
 from .sampler import Proposer, strongest
-from .task_note import write_task
 from .slow_sites import slow_sites
+from .task_note import write_task
 from .trial import State, Trial
 from .workers import Failure, Pool, cluster
 
@@ -83,6 +83,7 @@ def resume_run(path: Path, progress: Progress, workers: int | None = None, task:
     if workers is not None:
         spec = replace(spec, workers=workers)
     return search_run(spec, path, progress, f"planish resume {path.name}", task)
+
 
 _SLOW_SITES = "slow_sites.json"
 # The model's name in the specification of a run that was launched from Python, with a task that has no name to load by.
@@ -203,9 +204,7 @@ class _Search:
                 self.progress.advance()
 
             if missing:
-                run_rung(
-                    self.spec, [self._job(n) for n in missing], until, epochs[-1], self.workers, self.task, done
-                )
+                run_rung(self.spec, [self._job(n) for n in missing], until, epochs[-1], self.workers, self.task, done)
             self._reload()
             alive = [n for n in entering if self._state(n) is not State.FAILED]
         self.finalists = alive
@@ -326,7 +325,8 @@ class _Search:
         protocol = MeasureProtocol(time_limit_s=self.spec.measure.time_limit_s)
 
         folders = {
-            str(n): self.evaluator.artifact_folder(self.folder.trial_folder(n), label, "artifact") for n in (0, *numbers)
+            str(n): self.evaluator.artifact_folder(self.folder.trial_folder(n), label, "artifact")
+            for n in (0, *numbers)
         }
         calls = site_times(folders, device, protocol)
         for number in numbers:
@@ -488,4 +488,3 @@ def _of_device(metrics: Mapping[str, object], label: str) -> dict[str, object]:
         name: {label: value[label]} if isinstance(value, Mapping) and label in value else value
         for name, value in metrics.items()
     }
-

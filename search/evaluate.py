@@ -27,7 +27,7 @@ from .config import Spec
 from .distill import distill
 from .distill_recipe import Recipe
 from .distill_state import load_checkpoint
-from .score import accuracy, recalibrate
+from .score import accuracy
 from .tasks import Task, load_task
 from .tensor_file import write_tensors
 
@@ -82,12 +82,10 @@ class Evaluator:
         return train.calibration(min(_CALIBRATION, len(train)))
 
     def build(self, candidate: Candidate) -> nn.Module:
-        """The compressed model before any training, its batch-norm statistics estimated anew."""
+        """The compressed model before any training; `apply` corrects its batch norms for what compression changed."""
         if candidate.key() == self.proposal.space.original().key():
             return apply(candidate, self.traced, self.proposal, None)
-        module = apply(candidate, self.traced, self.proposal, self.calibration)
-        recalibrate(module, self.calibration)
-        return module
+        return apply(candidate, self.traced, self.proposal, self.calibration)
 
     def score(self, job: Job) -> Metrics:
         """One-shot metrics on a sample of the validation split, and the size; compiled for every device."""

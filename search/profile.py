@@ -48,7 +48,9 @@ def profile(spec: Spec, progress: Progress) -> dict[str, object]:
             metrics[job.number] = evaluator.costs(module) | evaluator.compile(module, job, "artifact")
             progress.advance()
         progress.begin("time", 1)
-        timed = measure_trials(evaluator, {job.number: job.folder for job in jobs}, jobs[0].folder, "artifact", final=True)
+        timed = measure_trials(
+            evaluator, {job.number: job.folder for job in jobs}, jobs[0].folder, "artifact", final=True
+        )
         for number, result in timed.items():
             metrics[number] |= {} if isinstance(result, Failure) else result
         devices = {}

@@ -47,9 +47,7 @@ def promote(losses: Array, cost: Array, count: int) -> list[int]:
     bins = np.array_split(by_cost, min(_BINS, count))
     position = {int(row): place for place, row in enumerate(able)}
     queues = [
-        sorted(
-            (int(row) for row in members), key=lambda row: (ranks[position[row]], -crowding[position[row]], row)
-        )
+        sorted((int(row) for row in members), key=lambda row: (ranks[position[row]], -crowding[position[row]], row))
         for members in bins
     ]
     chosen: list[int] = []

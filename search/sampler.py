@@ -40,6 +40,7 @@ class Proposer:
         import optuna
         from optuna.storages import JournalStorage
         from optuna.storages.journal import JournalFileBackend
+        from optuna.study import StudyDirection
 
         if sampler not in SAMPLERS:
             raise UserError(f"sampler {sampler!r} is not known; {nearest(sampler, SAMPLERS)}")
@@ -52,7 +53,7 @@ class Proposer:
             old.unlink()
         self._study = optuna.create_study(
             study_name="planish",
-            directions=list(directions),
+            directions=[StudyDirection.MAXIMIZE if d == "maximize" else StudyDirection.MINIMIZE for d in directions],
             storage=JournalStorage(JournalFileBackend(str(path))),
             sampler=optuna.samplers.RandomSampler(seed=seed),
         )
@@ -75,7 +76,9 @@ class Proposer:
                 candidates.append(self._fixed(policy))
                 continue
             trial = self._study.ask()
-            candidate = Candidate({c.name: trial.suggest_categorical(c.name, list(c.options)) for c in self._space.choices})
+            candidate = Candidate(
+                {c.name: trial.suggest_categorical(c.name, list(c.options)) for c in self._space.choices}
+            )
             if candidate.key() in self._seen:
                 # A repetition tells the sampler nothing: evaluate another one instead.
                 self._study.tell(trial, state=_fail())
@@ -130,7 +133,7 @@ def uniform_policies(space: SearchSpace) -> list[Candidate]:
         for p in prune[1:]
         for level in range(1, kinds[kind])
     ]
-    found = {}
+    found: dict[str, Candidate] = {}
     for level in levels:
         candidate = Candidate({c.name: _at_level(c, level.get(c.kind, 0), kinds[c.kind]) for c in space.choices})
         found.setdefault(candidate.key(), candidate)
@@ -145,7 +148,7 @@ def strongest(space: SearchSpace) -> list[Candidate]:
         {Kind.PRUNE: last[Kind.PRUNE], Kind.BITS: last[Kind.BITS], Kind.RANK: last[Kind.RANK]},
         {Kind.PRUNE: last[Kind.PRUNE], Kind.BITS: last[Kind.BITS]},
     ]
-    found = {}
+    found: dict[str, Candidate] = {}
     for level in wanted:
         candidate = Candidate({c.name: _at_level(c, level.get(c.kind, 0), last[c.kind] + 1) for c in space.choices})
         found.setdefault(candidate.key(), candidate)

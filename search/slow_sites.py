@@ -49,7 +49,9 @@ def layer_costs(traced: TracedModel, device: Device, calls: Sequence[tuple[str, 
             continue
         moved = 4 * (prod(layer.in_shape) + prod(layer.out_shape) + layer.parameters)
         arithmetic, traffic = roofline.bounds(Workload(layer.name, layer.op, {}, layer.macs, moved))
-        bound_by = "launch" if times[layer.name] < 2 * _LAUNCH_S else "arithmetic" if arithmetic >= traffic else "memory"
+        bound_by = (
+            "launch" if times[layer.name] < 2 * _LAUNCH_S else "arithmetic" if arithmetic >= traffic else "memory"
+        )
         rows.append(LayerCost(layer.name, layer.macs, moved, times[layer.name], max(arithmetic, traffic), bound_by))
     return rows
 

@@ -83,7 +83,8 @@ class Pool:
     ) -> None:
         """Runs a method of the evaluator for every job; `done` is called in the order in which they end."""
         ray = self._ray
-        idle, waiting, running = list(self._actors), list(reversed(jobs)), {}
+        idle, waiting = list(self._actors), list(reversed(jobs))
+        running: dict[Any, tuple[Any, Job]] = {}
         while waiting or running:
             while idle and waiting:
                 job, arguments = waiting.pop()

@@ -48,9 +48,7 @@ def apply(
     return _build(candidate, traced, proposal, calibration)
 
 
-def rebuild(
-    candidate: Candidate, traced: TracedModel, proposal: Proposal, saved: Mapping[str, Tensor]
-) -> nn.Module:
+def rebuild(candidate: Candidate, traced: TracedModel, proposal: Proposal, saved: Mapping[str, Tensor]) -> nn.Module:
     """The compressed model with the weights of `state`; needs no calibration, because they hold what it found."""
     module = _build(candidate, traced, proposal, None)
     restore(module, saved)

@@ -122,9 +122,7 @@ def couple(traced: TracedModel) -> Coupling:
     return Coupling(tuple(accepted), refused)
 
 
-def _jointly(
-    probe: Probe, groups: Sequence[Group], refused: dict[str, str]
-) -> tuple[list[Group], dict[str, str]]:
+def _jointly(probe: Probe, groups: Sequence[Group], refused: dict[str, str]) -> tuple[list[Group], dict[str, str]]:
     accepted: list[Group] = []
     for group in groups:
         reason = probe.difference([*accepted, group])

@@ -188,9 +188,7 @@ def _entangled(traced: TracedModel, names: Collection[str]) -> dict[str, str]:
     return {name: reason for name in names if (reason := broken([name]))}
 
 
-def _pixels(
-    modules: Mapping[str, nn.Module], fixed: Mapping[str, str], groups: Mapping[str, Group]
-) -> dict[str, int]:
+def _pixels(modules: Mapping[str, nn.Module], fixed: Mapping[str, str], groups: Mapping[str, Group]) -> dict[str, int]:
     """The layers whose input moments are affordable and of use."""
     found = consumer_pixels(groups.values())
     result = {}

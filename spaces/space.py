@@ -16,7 +16,11 @@ Option = int | float | str | None
 
 
 class Kind(str, Enum):
-    """The five compression families, in the order in which `apply` applies them."""
+    """The five compression families.
+
+    `apply` prunes before it replaces blocks, so that a block is fitted to the channels that are left; the others follow
+    in this order.
+    """
 
     BLOCK = "block"
     PRUNE = "prune"

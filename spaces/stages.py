@@ -51,9 +51,7 @@ def replace_site(
     return [Remark(site, Kind.BLOCK, text, block is conv)] if text else []
 
 
-def factorise_site(
-    module: nn.Module, site: str, option: str, extent: Extent, moments: Moments | None
-) -> list[Remark]:
+def factorise_site(module: nn.Module, site: str, option: str, extent: Extent, moments: Moments | None) -> list[Remark]:
     """Factorises the layer, or the 1x1 convolution of a separable block."""
     rank = Rank.parse(option)
     layer, target = module.get_submodule(site), site

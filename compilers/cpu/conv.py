@@ -128,9 +128,9 @@ def _compute(spec: ConvSpec, tile: Tile) -> list[te.Tensor]:
         total = te.compute(
             shape,
             lambda n, b, y, x, o: te.sum(
-                data[
-                    n, b // group * spec.group_blocks + rb, y * sh + ky * dh, x * sw + kx * dw, ri * 4 + rj
-                ].astype("int32")
+                data[n, b // group * spec.group_blocks + rb, y * sh + ky * dh, x * sw + kx * dw, ri * 4 + rj].astype(
+                    "int32"
+                )
                 * weight[b, rb, ky, kx, ri, o, rj].astype("int32"),
                 axis=[rb, ky, kx, ri, rj],
             ),

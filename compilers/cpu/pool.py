@@ -86,9 +86,7 @@ def global_mean(n: int, c: int, h: int, w: int, lanes: int) -> tvm.tirx.PrimFunc
     ky, kx = te.reduce_axis((0, h), "ky"), te.reduce_axis((0, w), "kx")
     total = te.compute((n, blocks, lanes), lambda m, b, i: te.sum(data[m, b, ky, kx, i], axis=[ky, kx]), name="total")
     factor = tvm.tirx.const(1.0 / (h * w), "float32")
-    out = te.compute(
-        (n, c), lambda m, o: total[m, te.indexdiv(o, lanes), te.indexmod(o, lanes)] * factor, name="out"
-    )
+    out = te.compute((n, c), lambda m, o: total[m, te.indexdiv(o, lanes), te.indexmod(o, lanes)] * factor, name="out")
     s = Schedule(tvm.IRModule({"main": te.create_prim_func([data, out]).with_attr("tirx.noalias", True)}))
     block = s.get_sblock("total")
     m, b, lane, *reduction = s.get_loops(block)

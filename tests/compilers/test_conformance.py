@@ -256,9 +256,7 @@ def test_a_folder_that_is_not_empty_is_refused_and_left_alone(compiled: Compiled
 def test_an_unusable_device_is_refused_with_what_is_missing(compiled: Compiled, tmp_path: Path) -> None:
     case = compiled.case
     with pytest.raises(CompileError) as caught:
-        case.compiler.compile(
-            compiled.program, case.unusable, tmp_path / "a", compiled.examples, tolerance=TOLERANCE
-        )
+        case.compiler.compile(compiled.program, case.unusable, tmp_path / "a", compiled.examples, tolerance=TOLERANCE)
     assert case.unusable.name in str(caught.value)
     assert str(case.compiler.missing(case.unusable)) in str(caught.value)
     assert not (tmp_path / "a").exists()

@@ -33,8 +33,8 @@ def model() -> nn.Module:
     x, y = torch.as_tensor(inputs), torch.as_tensor(targets, dtype=torch.int64)
     optimiser = torch.optim.Adam(net.parameters(), 3e-3)
     for _ in range(5):
-        for batch in torch.randperm(len(x)).split(64):
+        for batch in torch.randperm(len(x)).tensor_split(len(x) // 64):
             optimiser.zero_grad()
-            nn.functional.cross_entropy(net(x[batch]), y[batch]).backward()
+            torch.autograd.backward(nn.functional.cross_entropy(net(x[batch]), y[batch]))
             optimiser.step()
     return net.eval()

@@ -10,8 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-
-from .conftest import Command, events, start
+from tests.end_to_end.conftest import Command, events, start
 
 pytestmark = [pytest.mark.tvm, pytest.mark.ray]
 

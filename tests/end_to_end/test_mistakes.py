@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tests.end_to_end.conftest import OWN
+
 from planish.search.cli import main
 
-from .conftest import OWN
-
-_MODELS = '''
+_MODELS = """
 import torch
 from torch import nn
 
@@ -46,7 +46,7 @@ def empty():
 def wrong_shape():
     x, y = torch.zeros(20, 3, 8, 8), torch.arange(20) % 10
     return (x, y), (x, y), (x, y)
-'''
+"""
 
 
 class _Evil:
@@ -108,9 +108,7 @@ def test_a_pickle_with_code_is_refused_and_never_run(models: Path, capsys: pytes
 def test_data_that_do_not_fit_say_what_they_are(
     models: Path, capsys: pytest.CaptureFixture[str], factory: str, said: str
 ) -> None:
-    line = one_line(
-        capsys, "search", "--model", f"{models}:plain", "--data", f"{models}:{factory}", "--out", "run"
-    )
+    line = one_line(capsys, "search", "--model", f"{models}:plain", "--data", f"{models}:{factory}", "--out", "run")
     assert said in line
 
 

@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-from .conftest import Command, events
+from tests.end_to_end.conftest import Command, events
 
 pytestmark = [pytest.mark.tvm, pytest.mark.ray]
 
