@@ -17,7 +17,7 @@ def list_devices() -> list[dict[str, object]]:
 
 
 def _row(device: Device) -> dict[str, object]:
-    lacking = [compiler.missing(device) for compiler in COMPILERS if compiler.name == "tvm"][0]
+    lacking = next(compiler.missing(device) for compiler in COMPILERS if compiler.name == "tvm")
     return {
         "name": device.name,
         "kind": device.kind,

@@ -154,7 +154,7 @@ class Evaluator:
         return {"size_bytes": stored_bytes(module), "macs": count_macs(module, self.traced.example)}
 
     def compile(self, module: nn.Module, job: Job, name: str) -> Metrics:
-        """Compiles for every device into `folder/NAME` (`NAME-DEVICE` for several), replacing what a kill left there."""
+        """Compiles for every device into `folder/NAME` (`NAME-DEVICE` for several); what a kill left there goes."""
         deployed = deploy(module)
         program = torch.export.export(deployed, (self.traced.example,))
         inputs = self.task.data.validation.batch(slice(0, _EXAMPLES)).unsqueeze(1)

@@ -37,6 +37,6 @@ def check_reach(
             low, high = min(values), bound.value(original)
             raise UserError(
                 f"budget {budget.text!r} is out of reach: {bound.metric} of this model's space goes from "
-                f"{low:.4g} to {high:.4g} ({low / high:.3g}x to 1x of the original) and the bound is {bound.bound:.4g}; "
-                "relax the budget, or open more families"
+                f"{low:.4g} to {high:.4g} ({low / high:.3g}x to 1x of the original) and the bound is "
+                f"{bound.bound:.4g}; relax the budget, or open more families"
             )

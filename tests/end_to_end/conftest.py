@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -54,13 +54,13 @@ def spec(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def finished(planish: Command, spec: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def finished(planish: Command, spec: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that ended undisturbed."""
     run = tmp_path_factory.mktemp("finished") / "run"
     done = planish("search", spec, "--out", run, "--json")
     assert done.returncode == 0, done.stderr
     (run.parent / "stdout.json").write_text(done.stdout, encoding="utf-8")
-    yield run
+    return run
 
 
 def events(run: Path) -> list[dict[str, object]]:
