@@ -70,11 +70,11 @@ KEYS: Mapping[str, Key] = {
 
 PRESET_VALUES: Mapping[str, Mapping[str, Value]] = {
     "quick": {
-        "search.trials": 24,
+        "search.trials": 32,
         "search.batch": 8,
         "search.proxy_images": 256,
         "distill.rungs": (2, 6),
-        "distill.survivors": (14, 10),
+        "distill.survivors": (20, 14),
     },
     "default": {
         "search.trials": 96,
