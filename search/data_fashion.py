@@ -14,11 +14,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from .data import Data, Normalise, Split
+from .data import Data, Normalise
 from .data_augment import Augment
 from .data_files import numpy_member, read_npz
-from .data_options import normalise_from
-from .data_split import stratified
+from .data_options import normalise_from, official_splits
 from .task_error import TaskError
 
 _CLASSES = (
@@ -38,24 +37,21 @@ _NORMALISE = Normalise(1 / 255, (0.2865,), (0.3532,))
 
 
 def load_fashion_mnist(folder: Path, options: Mapping[str, str]) -> Data:
-    """1x28x28 images; a tenth of train, every class alike, is the validation split.
+    """1x28x28 images; a tenth of train, every class alike, is the validation split; or `?validation=test`.
 
     Raises:
         TaskError: the folder has neither form of the files, or one of them is damaged.
     """
     arrays = _read(folder)
-    inputs, test_inputs = (torch.from_numpy(arrays[f"{split}_images"].copy())[:, None] for split in ("train", "test"))
-    targets, test_targets = (
-        torch.from_numpy(arrays[f"{split}_labels"].astype(np.int64)) for split in ("train", "test")
+    train, test = (
+        (
+            torch.from_numpy(arrays[f"{split}_images"].copy())[:, None],
+            torch.from_numpy(arrays[f"{split}_labels"].astype(np.int64)),
+        )
+        for split in ("train", "test")
     )
-    train, validation = stratified(targets, (0.9, 0.1))
     normalise = normalise_from(options, _NORMALISE)
-    return Data(
-        Split(inputs[train], targets[train], normalise, Augment(shift=2, flip=True)),
-        Split(inputs[validation], targets[validation], normalise),
-        Split(test_inputs, test_targets, normalise),
-        _CLASSES,
-    )
+    return official_splits(train, test, options, normalise, Augment(shift=2, flip=True), _CLASSES)
 
 
 def _read(folder: Path) -> dict[str, NDArray[Any]]:

@@ -28,10 +28,16 @@ class Source:
     options: tuple[str, ...] = ("mean", "std")
 
 
+_PUBLISHED = ("mean", "std", "validation")
+
 SOURCES: Mapping[str, Source] = {
     "digits32": Source("scikit-learn's 1797 digits, 1x32x32, no download", load_digits32, folder=False, options=()),
-    "cifar10": Source("60000 photographs of 10 classes, 3x32x32; DIR holds the python batches", load_cifar10),
-    "fashion-mnist": Source("clothing in 10 classes, 1x28x28; DIR holds the IDX files", load_fashion_mnist),
+    "cifar10": Source(
+        "60000 photographs of 10 classes, 3x32x32; DIR holds the python batches", load_cifar10, options=_PUBLISHED
+    ),
+    "fashion-mnist": Source(
+        "clothing in 10 classes, 1x28x28; DIR holds the IDX files", load_fashion_mnist, options=_PUBLISHED
+    ),
     "kws": Source("spoken words as MFCC, 1x49x10; DIR holds kws01_features.npz", load_kws, options=()),
     "images": Source("a folder per class, cut to ?size=64", load_images, options=("mean", "std", "size")),
 }

@@ -36,18 +36,19 @@ class Journal:
         with file_mistakes(str(path), self._advice):
             self._handle = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
             sync_folder(path.parent)
-        _, self._length, total = _scan(path)
+        events, self._length, total = _scan(path)
+        self._lines = events[-1].line if events else 0
         if total > self._length:
             os.ftruncate(self._handle, self._length)
 
-    def append(self, event: Mapping[str, object]) -> None:
-        """Writes one event, with its `time` (seconds since 1970), and waits until it is on the disk.
+    def append(self, event: Mapping[str, object]) -> Event:
+        """Writes one event, with its `time` (seconds since 1970), waits until it is on the disk, and returns it.
 
         Raises:
             UserError: the disk is full; nothing of the event is kept, everything before it is.
         """
-        data = {**event, "time": round(self._clock(), 3)}
-        line = json.dumps(finite(data), separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode() + b"\n"
+        data = finite({**event, "time": round(self._clock(), 3)})
+        line = json.dumps(data, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode() + b"\n"
         with file_mistakes(str(self._path), self._advice):
             try:
                 written = 0
@@ -58,6 +59,9 @@ class Journal:
                 self._cut()
                 raise
         self._length += len(line)
+        self._lines += 1
+        # As a reader will find it: numbers as keys and tuples do not outlive the file.
+        return Event(self._lines, json.loads(line))
 
     def close(self) -> None:
         """Closes the file; a second call does nothing."""

@@ -74,31 +74,46 @@ class History:
         return [record.trial for _, record in sorted(self.records.items())]
 
 
-def replay(events: Sequence[Event], path: Path) -> History:
-    """The history that the events tell. Events of unknown kind are ignored; of two equal facts the first one stands.
+class Replay:
+    """Adds up events one by one, so that a controller need not read its journal again after each."""
 
-    Args:
-        events: In the order of the file.
-        path: The journal, for messages.
+    def __init__(self, path: Path) -> None:
+        """`path` is the journal, for messages."""
+        self._path = path
+        self._drafts: dict[int, _Draft] = {}
+        self._phases: list[Phase] = []
+        self._sessions: list[float] = []
 
-    Raises:
-        UserError: a known event lacks a key or speaks of a trial that never started (named by file and line).
-    """
-    drafts: dict[int, _Draft] = {}
-    phases: list[Phase] = []
-    sessions: list[float] = []
-    for event in events:
+    def add(self, event: Event) -> None:
+        """Takes the next event. Events of unknown kind are ignored; of two equal facts the first one stands.
+
+        Raises:
+            UserError: a known event lacks a key or speaks of a trial that never started (named by file and line).
+        """
+        kind = event.data.get("event")
         try:
-            if event.data.get("event") == "phase":
-                phases.append(_phase(event.data))
-            elif event.data.get("event") == "session":
-                sessions.append(_number(event.data, "time"))
-            elif event.data.get("event") in ("start", "score", "measure", "rung", "end"):
-                _apply(event.data, drafts)
+            if kind == "phase":
+                self._phases.append(_phase(event.data))
+            elif kind == "session":
+                self._sessions.append(_number(event.data, "time"))
+            elif kind in ("start", "score", "measure", "rung", "end"):
+                _apply(event.data, self._drafts)
         except ValueError as error:
             advice = "restore the file from a copy, or delete that line"
-            raise UserError(f"{path}:{event.line}: {error}; {advice}") from error
-    return History({number: draft.record() for number, draft in sorted(drafts.items())}, phases, sessions)
+            raise UserError(f"{self._path}:{event.line}: {error}; {advice}") from error
+
+    def history(self) -> History:
+        """What the events so far tell; later ones do not change it."""
+        records = {number: draft.record() for number, draft in sorted(self._drafts.items())}
+        return History(records, list(self._phases), list(self._sessions))
+
+
+def replay(events: Sequence[Event], path: Path) -> History:
+    """The history that the events, in the order of the file, tell; see `Replay.add` for what it raises."""
+    told = Replay(path)
+    for event in events:
+        told.add(event)
+    return told.history()
 
 
 @dataclass
@@ -123,7 +138,14 @@ class _Draft:
         metrics = _merged(self.metrics, self.last)
         trial = Trial(start.number, start.candidate, self.state, metrics, self.error, start.seed, start.batch)
         return Record(
-            trial, self.score, self.measures, self.rungs, self.started_s, self.scored_s, self.measured_s, self.ended_s
+            trial,
+            self.score,
+            dict(self.measures),
+            dict(self.rungs),
+            self.started_s,
+            self.scored_s,
+            tuple(self.measured_s),
+            self.ended_s,
         )
 
 

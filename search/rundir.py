@@ -14,7 +14,7 @@ from .errors import UserError, file_mistakes
 from .front import front_csv
 from .journal import Journal, read_events
 from .lock import FolderLock
-from .replay import History, replay
+from .replay import History, Replay
 from .trial import State, Trial
 
 # What may differ between a run and its resumption: it changes where the work is done, not what comes out.
@@ -29,8 +29,10 @@ class RunDirectory:
         self.path = path
         self._lock = lock
         self._journal = Journal(self._trials_path) if lock else None
-        self._known = {t.number: t.state for t in self.trials()} if lock else {}
         self._new_session = True
+        # Only the holder of the lock writes, so what it has read and written is all there is.
+        self._replay = self._read() if lock else None
+        self._known = {t.number: t.state for t in self.trials()} if lock else {}
 
     @staticmethod
     def open(path: Path) -> RunDirectory:
@@ -101,8 +103,7 @@ class RunDirectory:
 
     def history(self) -> History:
         """Everything the journal tells; empty before the first event."""
-        path = self._trials_path
-        return replay(read_events(path), path) if path.exists() else History({}, [], [])
+        return (self._replay or self._read()).history()
 
     def trials(self) -> list[Trial]:
         """Every trial by number, those still running included."""
@@ -206,11 +207,18 @@ class RunDirectory:
 
     def _record(self, event: Mapping[str, object]) -> None:
         assert self._journal is not None, "the run was opened for reading"
+        assert self._replay is not None
         if self._new_session:
             # With the first event, so that opening a run and doing nothing leaves it as it was.
-            self._journal.append({"event": "session"})
+            self._replay.add(self._journal.append({"event": "session"}))
             self._new_session = False
-        self._journal.append(event)
+        self._replay.add(self._journal.append(event))
+
+    def _read(self) -> Replay:
+        path, told = self._trials_path, Replay(self._trials_path)
+        for event in read_events(path) if path.exists() else ():
+            told.add(event)
+        return told
 
     def _started(self, number: int) -> int:
         assert number in self._known, f"trial {number} never started"

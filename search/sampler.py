@@ -21,7 +21,12 @@ if TYPE_CHECKING:
 SAMPLERS = ("grid", "random", "nsga2", "nsga3", "tpe")
 # NSGA's own default of 50 would make a short search all first generation, which is random.
 _POPULATION = 8
-_TRIES = 40
+# Uniform candidates before the evolutionary samplers' own.
+_POLICIES = 24
+# How often a sampler may repeat itself before a random candidate is taken, and how often that may be an old one
+# before the space counts as exhausted.
+_REPETITIONS = 20
+_TRIES = 300
 
 
 class Proposer:
@@ -66,24 +71,17 @@ class Proposer:
             count: How many; fewer come back only where the space has no more.
             fixed: Candidates that are known to start the batch, as a journal tells; the others are proposed.
         """
-        self._study.sampler = _sampler(self._sampler, _seed(self._seed, batch))
-        candidates = [self._fixed(candidate) for candidate in fixed[:count]]
-        tries = 0
-        while len(candidates) < count and tries < _TRIES * count and len(self._seen) < self._space.size():
-            tries += 1
-            policy = self._next_policy()
-            if policy is not None:
-                candidates.append(self._fixed(policy))
+        candidates: list[Candidate] = []
+        for place in range(count):
+            # A seed for every place of the batch: what is proposed after the known ones does not depend on how many
+            # of those there are, so a batch that a kill cut short is completed as it would have been.
+            self._study.sampler = _sampler(self._sampler, _seed(self._seed, batch, place))
+            if place < len(fixed):
+                candidates.append(self._fixed(fixed[place]))
                 continue
-            trial = self._study.ask()
-            candidate = Candidate(
-                {c.name: trial.suggest_categorical(c.name, list(c.options)) for c in self._space.choices}
-            )
-            if candidate.key() in self._seen:
-                # A repetition tells the sampler nothing: evaluate another one instead.
-                self._study.tell(trial, state=_fail())
-                continue
-            self._note(candidate, trial)
+            candidate = self._propose(batch, place)
+            if candidate is None:
+                break
             candidates.append(candidate)
         return candidates
 
@@ -95,11 +93,32 @@ class Proposer:
         else:
             self._study.tell(trial, list(values))
 
+    def _propose(self, batch: int, place: int) -> Candidate | None:
+        """The next candidate that was not proposed before; None where none is found."""
+        policy = self._next_policy()
+        if policy is not None:
+            return self._fixed(policy)
+        for attempt in range(_TRIES):
+            if attempt == _REPETITIONS:
+                # A repetition tells a sampler nothing, so one that is sure of itself (TPE) would repeat it for ever.
+                self._study.sampler = _sampler("random", _seed(self._seed, batch, place))
+            if len(self._seen) >= self._space.size():
+                return None
+            trial = self._study.ask()
+            candidate = Candidate(
+                {c.name: trial.suggest_categorical(c.name, list(c.options)) for c in self._space.choices}
+            )
+            if candidate.key() not in self._seen:
+                self._note(candidate, trial)
+                return candidate
+            self._study.tell(trial, state=_fail())
+        return None
+
     def _next_policy(self) -> Candidate | None:
-        """Uniform policies come first: all of them for `grid`, a population of them for the evolutionary samplers."""
+        """Uniform policies come first: all of them for `grid`, a few generations for the evolutionary samplers."""
         if self._sampler in ("random", "tpe"):
             return None
-        most = len(self._policies) if self._sampler == "grid" else 2 * _POPULATION
+        most = len(self._policies) if self._sampler == "grid" else _POLICIES
         return next((p for p in self._policies[:most] if p.key() not in self._seen), None)
 
     def _fixed(self, candidate: Candidate) -> Candidate:
@@ -116,21 +135,27 @@ class Proposer:
 
 
 def uniform_policies(space: SearchSpace) -> list[Candidate]:
-    """Candidates that treat every site alike: levels of pruning and bits first, then each other family with them.
+    """Candidates that treat every site alike, those of different cost first.
 
-    The uniform grid beats unseeded evolutionary samplers at small budgets, so it is where they start.
+    The uniform grid beats unseeded evolutionary samplers at small budgets, so it is where they start. Its order: each
+    width of the numbers with each level of pruning, quantised ones first because they are the fast half; then block
+    types and ranks on what pruning leaves, from the smallest to the widest; what costs storage alone is last.
     """
     kinds = {kind: max((len(c.options) for c in space.choices if c.kind is kind), default=1) for kind in Kind}
-    levels: list[dict[Kind, int]] = []
-    bits = range(kinds[Kind.BITS])
-    prune = range(kinds[Kind.PRUNE])
-    levels += [{Kind.BITS: b, Kind.PRUNE: p} for b in bits for p in prune]
-    for kind in (Kind.RANK, Kind.BLOCK, Kind.CLUSTER):
-        levels += [{kind: level, Kind.BITS: b} for b in reversed(bits) for level in range(1, kinds[kind])]
+    bits, prune = range(kinds[Kind.BITS]), range(kinds[Kind.PRUNE])
+    quantised = min(1, kinds[Kind.BITS] - 1)
+    levels: list[dict[Kind, int]] = [{Kind.BITS: b, Kind.PRUNE: p} for b in bits[1:] for p in prune]
     levels += [
-        {kind: level, Kind.PRUNE: p, Kind.BITS: 1}
-        for kind in (Kind.RANK, Kind.BLOCK)
-        for p in prune[1:]
+        {kind: level, Kind.PRUNE: p, Kind.BITS: quantised}
+        for p in reversed(prune)
+        for kind in (Kind.BLOCK, Kind.RANK)
+        for level in range(1, kinds[kind])
+    ]
+    levels += [{Kind.PRUNE: p} for p in prune]
+    levels += [
+        {kind: level, Kind.BITS: b}
+        for kind in (Kind.RANK, Kind.BLOCK, Kind.CLUSTER)
+        for b in bits
         for level in range(1, kinds[kind])
     ]
     found: dict[str, Candidate] = {}
@@ -181,6 +206,6 @@ def _fail() -> optuna.trial.TrialState:
     return optuna.trial.TrialState.FAIL
 
 
-def _seed(seed: int, batch: int) -> int:
-    digest = hashlib.sha256(f"sampler:{seed}:{batch}".encode()).digest()
+def _seed(seed: int, batch: int, place: int) -> int:
+    digest = hashlib.sha256(f"sampler:{seed}:{batch}:{place}".encode()).digest()
     return int.from_bytes(digest[:4], "big")

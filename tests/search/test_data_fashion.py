@@ -9,6 +9,7 @@ import pytest
 from numpy.typing import NDArray
 
 from planish.search.data_sources import load_data
+from planish.search.task_error import TaskError
 
 NAMES = {
     "train_images": "train-images-idx3-ubyte",
@@ -104,3 +105,20 @@ def test_more_labels_than_images_is_refused(tmp_path: Path) -> None:
     (tmp_path / NAMES["test_labels"]).write_bytes(idx(np.zeros(41, np.uint8)))
     with pytest.raises(ValueError, match="40 inputs and 41 targets"):
         load_data(f"fashion-mnist:{tmp_path}")
+
+
+def test_validation_can_come_from_test_and_leaves_all_of_train(tmp_path: Path) -> None:
+    given = write(tmp_path)
+    data = load_data(f"fashion-mnist:{tmp_path}?validation=test")
+    assert (len(data.train), len(data.validation), len(data.test)) == (40, 20, 20)
+    assert {i.tobytes() for i in data.train.inputs.numpy()} == {i.tobytes() for i in given["train_images"]}
+    parts = [{i.tobytes() for i in part.inputs.numpy()} for part in (data.validation, data.test)]
+    assert parts[0] | parts[1] == {i.tobytes() for i in given["test_images"]}
+    assert not parts[0] & parts[1]
+    assert data.test.targets.bincount().tolist() == [2] * 10
+
+
+def test_another_source_of_validation_is_refused(tmp_path: Path) -> None:
+    write(tmp_path)
+    with pytest.raises(TaskError, match="validation=both is not known; allowed are validation=train and"):
+        load_data(f"fashion-mnist:{tmp_path}?validation=both")

@@ -1,0 +1,126 @@
+"""What is proposed, and that it depends on the seed and on what was told alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from planish.search.errors import UserError
+from planish.search.sampler import SAMPLERS, Proposer, strongest, uniform_policies
+from planish.spaces.space import Candidate, Choice, Kind, SearchSpace
+
+
+def space_of(sites: int = 3) -> SearchSpace:
+    choices: list[Choice] = []
+    for site in (f"layer{i}" for i in range(sites)):
+        choices += [
+            Choice(site, Kind.BLOCK, (None, "grouped", "identity")),
+            Choice(site, Kind.PRUNE, (None, 0.25, 0.5, 0.75)),
+            Choice(site, Kind.RANK, (None, "svd:32", "svd:16")),
+            Choice(site, Kind.CLUSTER, (None, 16)),
+            Choice(site, Kind.BITS, (None, 8, 4)),
+        ]
+    return SearchSpace(tuple(choices), {})
+
+
+def values(candidate: Candidate) -> list[float]:
+    """Two objectives that contradict each other, from the options alone."""
+    strength = sum(len(str(option)) for option in candidate.options.values() if option is not None)
+    return [float(-strength), float(strength % 7)]
+
+
+def proposer(folder: Path, sampler: str, seed: int = 0, space: SearchSpace | None = None) -> Proposer:
+    folder.mkdir(parents=True, exist_ok=True)
+    return Proposer(folder / "study.log", space or space_of(), sampler, seed, ["maximize", "minimize"])
+
+
+def asked(proposing: Proposer, batches: int, size: int, known: Sequence[Candidate] = ()) -> list[Candidate]:
+    """Every candidate of so many batches, each told before the next; the known ones are the first."""
+    found: list[Candidate] = []
+    for batch in range(1, 1 + batches):
+        candidates = proposing.ask(batch, size, known[len(found) : len(found) + size])
+        for candidate in candidates:
+            proposing.tell(candidate, values(candidate))
+        found += candidates
+    return found
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("killed_after", [1, 27])
+def test_a_run_that_was_cut_short_is_completed_as_it_would_have_been(
+    tmp_path: Path, sampler: str, killed_after: int
+) -> None:
+    undisturbed = asked(proposer(tmp_path / "a", sampler), 5, 6)
+    resumed = asked(proposer(tmp_path / "b", sampler), 5, 6, undisturbed[:killed_after])
+    assert [c.key() for c in resumed] == [c.key() for c in undisturbed]
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_nothing_is_proposed_twice_nor_the_original(tmp_path: Path, sampler: str) -> None:
+    found = asked(proposer(tmp_path, sampler), 5, 8)
+    keys = {candidate.key() for candidate in found}
+    assert len(keys) == len(found) == 40
+    assert space_of().original().key() not in keys
+
+
+@pytest.mark.parametrize("sampler", ["random", "nsga2", "nsga3", "tpe"])
+def test_another_seed_proposes_others(tmp_path: Path, sampler: str) -> None:
+    one, two = (asked(proposer(tmp_path / str(seed), sampler, seed), 5, 8) for seed in (0, 1))
+    assert [c.key() for c in one] != [c.key() for c in two]
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_a_small_space_is_exhausted_and_not_repeated(tmp_path: Path, sampler: str) -> None:
+    space = SearchSpace((Choice("a", Kind.BITS, (None, 8)), Choice("b", Kind.BITS, (None, 8))), {})
+    found = asked(proposer(tmp_path, sampler, space=space), 2, 4)
+    assert {c.key() for c in found} | {space.original().key()} == {
+        Candidate({"a:bits": a, "b:bits": b}).key() for a in (None, 8) for b in (None, 8)
+    }
+    assert len(found) == 3
+
+
+def test_failed_and_infinite_values_are_told_without_harm(tmp_path: Path) -> None:
+    proposing = proposer(tmp_path, "nsga2")
+    first, second, third = proposing.ask(1, 3)
+    proposing.tell(first, None)
+    proposing.tell(second, [float("nan"), 1.0])
+    proposing.tell(third, [1.0, 1.0])
+    assert len(proposing.ask(2, 30)) == 30
+
+
+def test_policies_treat_every_site_alike() -> None:
+    for policy in uniform_policies(space_of()):
+        for kind in Kind:
+            assert len({policy.options[f"layer{i}:{kind.value}"] for i in range(3)}) == 1
+
+
+def test_policies_cover_every_level_of_pruning_at_every_width_of_numbers() -> None:
+    combinations = {(p.options["layer0:prune"], p.options["layer0:bits"]) for p in uniform_policies(space_of())}
+    expected = {(p, b) for p in (None, 0.25, 0.5, 0.75) for b in (None, 8, 4)} - {(None, None)}
+    assert expected <= combinations
+
+
+def test_a_choice_with_fewer_options_reaches_its_last_with_the_others() -> None:
+    space = SearchSpace((Choice("a", Kind.PRUNE, (None, 0.25, 0.5, 0.75)), Choice("b", Kind.PRUNE, (None, 0.5))), {})
+    found = {tuple(policy.options.values()) for policy in uniform_policies(space)}
+    assert (0.75, 0.5) in found
+    assert all(b == 0.5 for a, b in found if a)
+
+
+def test_the_corners_combine_the_strongest_options() -> None:
+    found = [tuple(corner.options[f"layer0:{kind.value}"] for kind in Kind) for corner in strongest(space_of(1))]
+    names = [kind.value for kind in Kind]
+    as_maps = [dict(zip(names, values, strict=True)) for values in found]
+    assert all(corner["prune"] == 0.75 and corner["bits"] == 4 for corner in as_maps)
+    assert {(corner["block"], corner["rank"]) for corner in as_maps} == {
+        ("identity", None),
+        (None, "svd:16"),
+        (None, None),
+    }
+
+
+def test_an_unknown_sampler_is_named_with_the_nearest(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="sampler 'nsga' is not known"):
+        proposer(tmp_path, "nsga")
