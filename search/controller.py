@@ -61,6 +61,7 @@ def search_run(
         raise UserError(
             f"the run in {out} was launched from Python; carry on with planish.search.resume({str(out)!r}, task=...)"
         )
+    RunDirectory.examine(out, spec)  # also before the model is loaded, which may take a minute
     evaluator = Evaluator(spec, task)
     described = [{"name": label, "title": d.title, "threads": d.threads} for label, d in evaluator.devices.items()]
     known = out.joinpath("spec.toml").exists()
@@ -139,7 +140,7 @@ class _Search:
 
     def _reach(self, pool: Pool) -> None:
         """The cheapest corners of the space: is the budget reachable at all?"""
-        corners = strongest(self.space)
+        corners = self._corners()
         numbers = list(range(1, 1 + len(corners)))
         self._begin("reach", len(numbers), "score")
         for number, corner in zip(numbers, corners, strict=True):
@@ -153,6 +154,13 @@ class _Search:
             self._write_front()
             raise
 
+    def _corners(self) -> list[Candidate]:
+        """The cheapest corners, without those that are the same model as another once it is built."""
+        found: dict[str, Candidate] = {}
+        for corner in strongest(self.space):
+            found.setdefault(self.evaluator.simplified(corner).key(), corner)
+        return list(found.values())
+
     def _batches(self, pool: Pool) -> None:
         """Batches of proposals: scored, compiled, timed, told."""
         # Beyond the scored candidates, so that `search.trials` is what the sampler is given.
@@ -163,10 +171,11 @@ class _Search:
             self.spec.sampler,
             self.spec.seed,
             ["maximize" if o.goal == "maximize" else "minimize" for o in self.objectives],
+            self.evaluator.simplified,
         )
         corners = [self.records[number].trial.candidate for number in range(1, self.first)]
-        for candidate in proposer.ask(0, len(corners), corners):
-            proposer.tell(candidate, self._values(self._number(candidate)))
+        for number, candidate in enumerate(proposer.ask(0, len(corners), corners), start=1):
+            proposer.tell(candidate, self._values(number))
         self._begin("search", total, "score")
         for batch in range(1, 1 + math.ceil(total / size)):
             first = self.first + (batch - 1) * size
@@ -380,10 +389,6 @@ class _Search:
 
     def _bounds(self) -> list[Objective]:
         return [budget.resolve(self._base()) for budget in self.spec.budgets()]
-
-    def _number(self, candidate: Candidate) -> int:
-        key = candidate.key()
-        return next(n for n, r in self.records.items() if r.trial.candidate.key() == key)
 
     def _values(self, number: int) -> list[float] | None:
         if self._state(number) is State.FAILED:

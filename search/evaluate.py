@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..compilers.registry import compiler_for
 from ..compilers.verify import FLOAT_TOLERANCE, INT8_TOLERANCE
 from ..hwmodels.device import Device, parse_device
-from ..spaces.apply import apply, rebuild, state
+from ..spaces.apply import apply, rebuild, simplify, state
 from ..spaces.propose import Proposal, propose
 from ..spaces.quantize import deploy
 from ..spaces.size import count_macs, stored_bytes
@@ -86,6 +86,10 @@ class Evaluator:
         if candidate.key() == self.proposal.space.original().key():
             return apply(candidate, self.traced, self.proposal, None)
         return apply(candidate, self.traced, self.proposal, self.calibration)
+
+    def simplified(self, candidate: Candidate) -> Candidate:
+        """The candidate without the options that change nothing next to its others; the same model."""
+        return simplify(candidate, self.traced, self.proposal)
 
     def score(self, job: Job) -> Metrics:
         """One-shot metrics on a sample of the validation split, and the size; compiled for every device."""

@@ -19,6 +19,7 @@ from .trial import State, Trial
 
 # What may differ between a run and its resumption: it changes where the work is done, not what comes out.
 _FREE_KEYS = frozenset({"workers", "address"})
+_OTHER_FOLDER = "choose another folder with --out"
 
 
 class RunDirectory:
@@ -56,6 +57,20 @@ class RunDirectory:
         return _locked(path, FolderLock(path))
 
     @staticmethod
+    def examine(path: Path, spec: Spec) -> None:
+        """Whether `create` can use the folder; for callers that have work to do before they call it.
+
+        Raises:
+            UserError: it holds something else, or a run of another spec (the first key that differs is named).
+        """
+        if path.exists() and not path.is_dir():
+            raise UserError(f"{path} is a file; {_OTHER_FOLDER}")
+        if (path / "spec.toml").exists():
+            _check_same(path, spec)
+        elif path.is_dir() and _foreign(path):
+            raise UserError(f"{path} exists and holds no run (found {_foreign(path)[0]}); {_OTHER_FOLDER}")
+
+    @staticmethod
     def create(path: Path, spec: Spec, provenance: Mapping[str, object]) -> RunDirectory:
         """Makes a run's folder, or resumes the run that is there if it has the same spec.
 
@@ -63,11 +78,8 @@ class RunDirectory:
             UserError: the folder holds something else or a run of another spec (the first key that differs is
                 named), another controller works in it, or it cannot be written.
         """
-        advice = "choose another folder with --out"
-        if not (path / "spec.toml").exists() and path.is_dir() and _foreign(path):
-            raise UserError(f"{path} exists and holds no run (found {_foreign(path)[0]}); {advice}")
-        if path.exists() and not path.is_dir():
-            raise UserError(f"{path} is a file; {advice}")
+        RunDirectory.examine(path, spec)
+        advice = _OTHER_FOLDER
         with file_mistakes(str(path), advice):
             path.mkdir(parents=True, exist_ok=True)
             sync_folder(path.parent)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +32,15 @@ _TRIES = 300
 class Proposer:
     """Asks an Optuna study for candidates that were not proposed before."""
 
-    def __init__(self, path: Path, space: SearchSpace, sampler: str, seed: int, directions: Sequence[str]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        space: SearchSpace,
+        sampler: str,
+        seed: int,
+        directions: Sequence[str],
+        simplified: Callable[[Candidate], Candidate] = lambda candidate: candidate,
+    ) -> None:
         """Starts a new study in `path` (`study.log`); an old one is replaced, see `ask`.
 
         Args:
@@ -41,6 +49,7 @@ class Proposer:
             sampler: One of `SAMPLERS`.
             seed: Of the run.
             directions: `minimize` or `maximize` for every value that will be told.
+            simplified: The candidate without options that change nothing: two that give the same model count as one.
         """
         import optuna
         from optuna.storages import JournalStorage
@@ -53,7 +62,9 @@ class Proposer:
         self._space, self._sampler, self._seed = space, sampler, seed
         self._policies = uniform_policies(space)
         self._told: dict[str, optuna.trial.Trial] = {}
-        self._seen = {space.original().key()}
+        self._simplified = simplified
+        self._keys: dict[str, str] = {}
+        self._seen = {self._model(space.original())}
         for old in path.parent.glob(path.name + "*"):
             old.unlink()
         self._study = optuna.create_study(
@@ -108,7 +119,7 @@ class Proposer:
             candidate = Candidate(
                 {c.name: trial.suggest_categorical(c.name, list(c.options)) for c in self._space.choices}
             )
-            if candidate.key() not in self._seen:
+            if self._model(candidate) not in self._seen:
                 self._note(candidate, trial)
                 return candidate
             self._study.tell(trial, state=_fail())
@@ -118,8 +129,9 @@ class Proposer:
         """Uniform policies come first: all of them for `grid`, a few generations for the evolutionary samplers."""
         if self._sampler in ("random", "tpe"):
             return None
-        most = len(self._policies) if self._sampler == "grid" else _POLICIES
-        return next((p for p in self._policies[:most] if p.key() not in self._seen), None)
+        if self._sampler != "grid" and sum(p.key() in self._told for p in self._policies) >= _POLICIES:
+            return None
+        return next((p for p in self._policies if self._model(p) not in self._seen), None)
 
     def _fixed(self, candidate: Candidate) -> Candidate:
         self._study.enqueue_trial(dict(candidate.options))
@@ -129,8 +141,15 @@ class Proposer:
         self._note(candidate, trial)
         return candidate
 
+    def _model(self, candidate: Candidate) -> str:
+        """What tells candidates apart: equal for those that give the same model."""
+        key = candidate.key()
+        if key not in self._keys:
+            self._keys[key] = self._simplified(candidate).key()
+        return self._keys[key]
+
     def _note(self, candidate: Candidate, trial: Any) -> None:
-        self._seen.add(candidate.key())
+        self._seen.add(self._model(candidate))
         self._told[candidate.key()] = trial
 
 

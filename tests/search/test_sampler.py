@@ -124,3 +124,14 @@ def test_the_corners_combine_the_strongest_options() -> None:
 def test_an_unknown_sampler_is_named_with_the_nearest(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="sampler 'nsga' is not known"):
         proposer(tmp_path, "nsga")
+
+
+@pytest.mark.parametrize("sampler", ["grid", "nsga2"])
+def test_candidates_that_give_the_same_model_are_proposed_once(tmp_path: Path, sampler: str) -> None:
+    def without_rank(candidate: Candidate) -> Candidate:
+        """As if no factorisation ever paid off."""
+        return Candidate({name: None if name.endswith(":rank") else o for name, o in candidate.options.items()})
+
+    proposing = Proposer(tmp_path / "study.log", space_of(), sampler, 0, ["maximize", "minimize"], without_rank)
+    found = asked(proposing, 5, 8)
+    assert len({without_rank(candidate).key() for candidate in found}) == len(found) == 40

@@ -1,0 +1,213 @@
+"""Compiled models against the peers that a user would choose for speed: interleaved in one process, outputs checked.
+
+    python benchmarks/compiled_speed.py            # every model, fp32 and int8, batch 1 and 8, 1 and 2 threads
+    python benchmarks/compiled_speed.py --quick    # the small ones, batch 1, one thread
+
+Needs the peers: pip install -c constraints.txt -e ".[benchmark]".
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import logging
+import math
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+if TYPE_CHECKING:
+    from engines import Engine
+
+PEERS = ("onnxruntime", "openvino", "torch.compile")
+QUICK = ("digits-resnet", "resnet20", "mobilenetv2-32", "dscnn")
+# One turn of an engine is at least this long, so that caches and clocks settle on it.
+TURN_S = 0.02
+# Largest difference from torch, relative to the largest output.
+TOLERANCE = {"fp32": 1e-3, "int8": 0.1}
+
+Row = dict[str, Any]
+
+
+def run_case(model: str, precision: str, batch: int, threads: int, peers: Sequence[str], turns: int) -> Row:
+    """Builds a model on every engine, checks the outputs and times them in turns; milliseconds are medians."""
+    import torch
+    from engines import OnnxRuntime, OpenVino, Planish, TorchCompile, folded, quantised, simulated, write_onnx
+    from nets import NETS, make
+
+    from planish.spaces.quantize import deploy
+
+    torch.set_num_threads(threads)
+    x = torch.randn(batch, *NETS[model].shape, generator=torch.Generator().manual_seed(1))
+    original = make(model)
+    if precision == "int8":
+        calibration = torch.randn(32, *NETS[model].shape, generator=torch.Generator().manual_seed(2))
+        trained = quantised(folded(original), calibration)
+        own, other = deploy(trained), simulated(trained)
+    else:
+        own = other = original
+    with torch.no_grad():
+        expected = own(x).numpy()
+    engines: dict[str, Engine] = {"planish": Planish(own, x, threads, precision == "int8")}
+    compile_s = engines["planish"].compile_s  # type: ignore[attr-defined]
+    makers: dict[str, Callable[[], Engine]] = {"torch.compile": lambda: TorchCompile(original, x, threads)}
+    with tempfile.TemporaryDirectory() as folder:
+        file = str(Path(folder, "model.onnx"))
+        write_onnx(other, x, file)
+        makers |= {"onnxruntime": lambda: OnnxRuntime(file, x, threads), "openvino": lambda: OpenVino(file, x, threads)}
+        for peer in peers:
+            # It has no int8 form of the same model: its fp32 is not a peer of int8.
+            if not (peer == "torch.compile" and precision == "int8"):
+                engines[peer] = makers[peer]()
+        errors = {name: _difference(engine.output(), expected) for name, engine in engines.items()}
+        times = _times(engines, turns)
+    wrong = {name: round(error, 4) for name, error in errors.items() if not error <= TOLERANCE[precision]}
+    medians = {name: 1e3 * statistics.median(values) for name, values in times.items()}
+    ratios = {name: medians[name] / medians["planish"] for name in engines if name != "planish"}
+    return {
+        "model": model, "precision": precision, "batch": batch, "threads": threads,
+        "ms": {name: round(value, 4) for name, value in medians.items()},
+        "peer_over_planish": {name: round(value, 3) for name, value in ratios.items()},
+        "best_peer_over_planish": round(min(ratios.values()), 3) if ratios else None,
+        "compile_s": round(compile_s, 2), "wrong_outputs": wrong,
+    }  # fmt: skip
+
+
+def _times(engines: dict[str, Engine], turns: int) -> dict[str, list[float]]:
+    numbers = {}
+    for name, engine in engines.items():
+        engine.run()
+        start = time.perf_counter()
+        engine.run()
+        numbers[name] = max(1, math.ceil(TURN_S / max(time.perf_counter() - start, 1e-7)))
+    times: dict[str, list[float]] = {name: [] for name in engines}
+    for turn in range(turns + 1):
+        for name, engine in engines.items():
+            engine.run()  # the first run after another engine's finds its caches cold and its threads awake
+            start = time.perf_counter()
+            for _ in range(numbers[name]):
+                engine.run()
+            if turn:  # the first turn warms up
+                times[name].append((time.perf_counter() - start) / numbers[name])
+    return times
+
+
+def _difference(output: Any, expected: Any) -> float:
+    import numpy as np
+
+    return float(np.abs(output - expected).max() / np.abs(expected).max())
+
+
+def summarise(rows: Sequence[Row]) -> dict[str, float | None]:
+    """Geometric means and worst cases of peer time over our time, by precision; the best peer counts."""
+    summary: dict[str, float | None] = {}
+    for precision in ("fp32", "int8"):
+        ratios = [
+            r["best_peer_over_planish"] for r in rows if r["precision"] == precision and r["best_peer_over_planish"]
+        ]
+        summary[f"{precision}_geomean"] = round(statistics.geometric_mean(ratios), 3) if ratios else None
+        summary[f"{precision}_worst"] = min(ratios, default=None)
+    with_ort = [r["peer_over_planish"]["onnxruntime"] for r in rows if "onnxruntime" in r["peer_over_planish"]]
+    summary["onnxruntime_worst"] = min(with_ort, default=None)
+    whole = {(r["model"], r["batch"], r["threads"]): r["ms"]["planish"] for r in rows if r["precision"] == "fp32"}
+    gains = [
+        whole[key] / r["ms"]["planish"]
+        for r in rows
+        if r["precision"] == "int8" and (key := (r["model"], r["batch"], r["threads"])) in whole
+    ]
+    summary["int8_over_fp32"] = round(statistics.geometric_mean(gains), 3) if gains else None
+    return summary
+
+
+def machine() -> dict[str, Any]:
+    """The processor, its vector instructions as the compiler sees them, and the versions of what was compared."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    from planish.hwmodels.device import parse_device
+
+    versions = {}
+    for package in ("planish", "torch", "apache-tvm", "onnxruntime", "openvino"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = "not installed"
+    text = Path("/proc/cpuinfo").read_text(encoding="utf-8") if Path("/proc/cpuinfo").exists() else ""
+    names = [line.partition(":")[2].strip() for line in text.splitlines() if line.startswith("model name")]
+    return {
+        "cpu": names[0] if names else platform.processor(),
+        "cores": len(names),
+        "device": parse_device("cpu").title,
+        "python": platform.python_version(),
+        "versions": versions,
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs every case in a process of its own."""
+    from nets import NETS
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="the small models, batch 1, one thread: under 5 minutes")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
+    parser.add_argument("--models", nargs="+", choices=tuple(NETS), metavar="MODEL", help=", ".join(NETS))
+    parser.add_argument("--precisions", nargs="+", choices=("fp32", "int8"), default=["fp32", "int8"])
+    parser.add_argument("--batches", nargs="+", type=int)
+    parser.add_argument("--threads", nargs="+", type=int)
+    parser.add_argument("--peers", nargs="+", choices=PEERS, default=list(PEERS))
+    parser.add_argument("--turns", type=int, default=15, help="turns of every engine, each at least 20 ms")
+    parser.add_argument("--case", help=argparse.SUPPRESS)
+    args = parser.parse_args(arguments)
+    if args.case:
+        logging.disable(logging.WARNING)
+        print(json.dumps(run_case(**json.loads(args.case))))
+        return 0
+    models = args.models or (QUICK if args.quick else tuple(NETS))
+    batches = args.batches or ([1] if args.quick else [1, 8])
+    threads = args.threads or ([1] if args.quick else [1, 2])
+    rows: list[Row] = []
+    failed = False
+    if not args.json:
+        print(f"{'model':16} {'':5} batch threads  planish ms  " + "  ".join(f"{peer:>14}" for peer in args.peers))
+    for model, precision, batch, count in itertools.product(models, args.precisions, batches, threads):
+        case = {
+            "model": model, "precision": precision, "batch": batch, "threads": count, "peers": args.peers,
+            "turns": args.turns,
+        }  # fmt: skip
+        done = subprocess.run(
+            [sys.executable, __file__, "--case", json.dumps(case)], capture_output=True, text=True, check=False
+        )
+        if done.returncode:
+            failed = True
+            reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+            print(f"{model} {precision} batch {batch}, {count} threads: {reason}", file=sys.stderr)
+            continue
+        row = json.loads(done.stdout.strip().splitlines()[-1])
+        rows.append(row)
+        if row["wrong_outputs"]:
+            failed = True
+            print(f"{model} {precision}: wrong outputs (difference) {row['wrong_outputs']}", file=sys.stderr)
+        if not args.json:
+            peers = "  ".join(
+                f"{row['ms'][p]:7.3f} {row['peer_over_planish'][p]:5.2f}x" if p in row["ms"] else " " * 14
+                for p in args.peers
+            )
+            print(f"{model:16} {precision:5} {batch:5} {count:7} {row['ms']['planish']:11.3f}  {peers}", flush=True)
+    summary = summarise(rows)
+    if args.json:
+        print(json.dumps({"rows": rows, "summary": summary, "machine": machine()}, indent=1))
+    else:
+        print("peer's time over ours: " + ", ".join(f"{key} {value}" for key, value in summary.items()))
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,184 @@
+"""What runs a model: Planish's artifact and its peers, each checked against torch and timed the same way."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from planish.compilers.loader import LOADERS
+from planish.compilers.manifest import read
+from planish.compilers.registry import compiler_for
+from planish.compilers.verify import FLOAT_TOLERANCE, INT8_TOLERANCE
+from planish.hwmodels.device import parse_device
+from planish.spaces.apply import apply
+from planish.spaces.integer import IntegerConv2d, IntegerLinear
+from planish.spaces.propose import propose
+from planish.spaces.quantize import deploy
+from planish.spaces.space import Candidate, Kind
+from planish.spaces.trace import trace
+
+
+class Engine(Protocol):
+    """A model that is ready to run in this process on one input."""
+
+    def output(self) -> np.ndarray[Any, Any]:
+        """What the model computes."""
+        ...
+
+    def run(self) -> None:
+        """Computes it once more."""
+        ...
+
+
+class Planish:
+    """The artifact that `planish export` would write, through TVM's runtime alone."""
+
+    def __init__(self, module: nn.Module, x: Tensor, threads: int, quantised: bool) -> None:
+        device = parse_device("cpu" if threads == 1 else f"cpu?threads={threads}")
+        start = time.perf_counter()
+        program = torch.export.export(module, (x,))
+        with tempfile.TemporaryDirectory() as folder:
+            compiler_for(device).compile(
+                program, device, Path(folder, "artifact"), x[None],
+                tolerance=INT8_TOLERANCE if quantised else FLOAT_TOLERANCE,
+            )  # fmt: skip
+            self.compile_s = time.perf_counter() - start
+            manifest = read(Path(folder, "artifact"))
+            # TVM's pool takes its size from here when it first runs something in parallel.
+            os.environ["TVM_NUM_THREADS"] = str(threads)
+            self._loaded = LOADERS[manifest.compiler](Path(folder, "artifact"), manifest)
+            self._output = self._loaded.run(x.numpy())
+
+    def output(self) -> np.ndarray[Any, Any]:
+        return self._output
+
+    def run(self) -> None:
+        # The call that a user's loop makes, not TVM's own timer, because the peers are called from Python too.
+        self._loaded._vm.invoke_stateful("main")  # type: ignore[attr-defined]
+
+
+class OnnxRuntime:
+    """ONNX Runtime on the ONNX form, all graph optimisations, inputs and outputs bound."""
+
+    def __init__(self, onnx_file: str, x: Tensor, threads: int) -> None:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
+        self._session = onnxruntime.InferenceSession(onnx_file, options, providers=["CPUExecutionProvider"])
+        self._binding = self._session.io_binding()
+        self._binding.bind_cpu_input(self._session.get_inputs()[0].name, x.numpy())
+        self._binding.bind_output(self._session.get_outputs()[0].name)
+
+    def output(self) -> np.ndarray[Any, Any]:
+        self.run()
+        return self._binding.copy_outputs_to_cpu()[0]  # type: ignore[no-any-return]
+
+    def run(self) -> None:
+        self._session.run_with_iobinding(self._binding)
+
+
+class OpenVino:
+    """OpenVINO on the ONNX form, latency mode; fp32 forced, because it would take bf16 where the CPU has it."""
+
+    def __init__(self, onnx_file: str, x: Tensor, threads: int) -> None:
+        import openvino
+
+        settings = {
+            "INFERENCE_PRECISION_HINT": "f32",
+            "INFERENCE_NUM_THREADS": threads,
+            "NUM_STREAMS": 1,
+            "PERFORMANCE_HINT": "LATENCY",
+        }
+        core = openvino.Core()
+        self._request = core.compile_model(core.read_model(onnx_file), "CPU", settings).create_infer_request()
+        self._request.set_input_tensor(openvino.Tensor(x.numpy()))
+
+    def output(self) -> np.ndarray[Any, Any]:
+        self.run()
+        return np.array(self._request.get_output_tensor().data)
+
+    def run(self) -> None:
+        self._request.infer()
+
+
+class TorchCompile:
+    """torch.compile with its default backend, weights frozen."""
+
+    def __init__(self, module: nn.Module, x: Tensor, threads: int) -> None:
+        import torch._inductor.config
+
+        torch._inductor.config.freezing = True
+        torch.set_num_threads(threads)
+        self._module = torch.compile(module)
+        self._x = x
+
+    def output(self) -> np.ndarray[Any, Any]:
+        with torch.no_grad():
+            return self._module(self._x).numpy()  # type: ignore[no-any-return]
+
+    def run(self) -> None:
+        with torch.no_grad():
+            self._module(self._x)
+
+
+def folded(module: nn.Module) -> nn.Module:
+    """The module with every batch norm folded into the convolution before it, as every engine would."""
+    from torch.fx.experimental.optimization import fuse
+
+    return fuse(module)
+
+
+def quantised(module: nn.Module, calibration: Tensor) -> nn.Module:
+    """Every convolution and linear layer with int8 weights and inputs, as the search makes it; for training."""
+    traced = trace(module, calibration[:1])
+    proposal = propose(traced, families=(Kind.BITS,))
+    everywhere = Candidate({choice.name: 8 for choice in proposal.space.choices})
+    return apply(everywhere, traced, proposal, calibration)
+
+
+class _Simulated(nn.Module):
+    """An integer layer in the form that peers recognise: quantise-dequantise pairs around a float layer."""
+
+    def __init__(self, layer: IntegerConv2d | IntegerLinear) -> None:
+        super().__init__()
+        self.layer = layer
+        channels = [-1] + [1] * (layer.weight.ndim - 1)
+        self.weight_scale = layer.scale / layer.input_scale
+        self.weight = layer.weight.float() * self.weight_scale.reshape(channels)
+        self.zeros = torch.zeros(len(layer.weight), dtype=torch.int32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        layer = self.layer
+        x = torch.fake_quantize_per_tensor_affine(x, layer.input_scale, layer.zero_point, 0, 255)
+        weight = torch.fake_quantize_per_channel_affine(self.weight, self.weight_scale, self.zeros, 0, -128, 127)
+        if isinstance(layer, IntegerLinear):
+            return functional.linear(x, weight, layer.bias)
+        return functional.conv2d(x, weight, layer.bias, layer.stride, layer.padding, layer.dilation, layer.groups)
+
+
+def simulated(module: nn.Module) -> nn.Module:
+    """The deployed form with its integer layers simulated: the same model, as ONNX can say it."""
+    result = deploy(module)
+    for name, layer in list(result.named_modules()):
+        if isinstance(layer, IntegerConv2d | IntegerLinear):
+            result.set_submodule(name, _Simulated(layer))
+    return result.eval()
+
+
+def write_onnx(module: nn.Module, x: Tensor, path: str) -> None:
+    """The ONNX form of a module, operator set 17."""
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(module, (x,), path, dynamo=False, opset_version=17)
