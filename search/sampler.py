@@ -158,7 +158,7 @@ def uniform_policies(space: SearchSpace) -> list[Candidate]:
 
     The uniform grid beats unseeded evolutionary samplers at small budgets, so it is where they start. Its order: each
     width of the numbers with each level of pruning, quantised ones first because they are the fast half; then block
-    types and ranks on what pruning leaves, from the smallest to the widest; what costs storage alone is last.
+    types and ranks on the narrowest, the whole, and what is between; what changes storage alone is last.
     """
     kinds = {kind: max((len(c.options) for c in space.choices if c.kind is kind), default=1) for kind in Kind}
     bits, prune = range(kinds[Kind.BITS]), range(kinds[Kind.PRUNE])
@@ -166,7 +166,7 @@ def uniform_policies(space: SearchSpace) -> list[Candidate]:
     levels: list[dict[Kind, int]] = [{Kind.BITS: b, Kind.PRUNE: p} for b in bits[1:] for p in prune]
     levels += [
         {kind: level, Kind.PRUNE: p, Kind.BITS: quantised}
-        for p in reversed(prune)
+        for p in _ends_first(prune)
         for kind in (Kind.BLOCK, Kind.RANK)
         for level in range(1, kinds[kind])
     ]
@@ -182,6 +182,11 @@ def uniform_policies(space: SearchSpace) -> list[Candidate]:
         candidate = Candidate({c.name: _at_level(c, level.get(c.kind, 0), kinds[c.kind]) for c in space.choices})
         found.setdefault(candidate.key(), candidate)
     return [candidate for candidate in found.values() if candidate.key() != space.original().key()]
+
+
+def _ends_first(levels: range) -> list[int]:
+    """The last, the first, the last but one, the second, ..."""
+    return sorted(levels, key=lambda level: (min(level, len(levels) - 1 - level), -level))
 
 
 def strongest(space: SearchSpace) -> list[Candidate]:

@@ -74,7 +74,7 @@ PRESET_VALUES: Mapping[str, Mapping[str, Value]] = {
         "search.batch": 8,
         "search.proxy_images": 256,
         "distill.rungs": (2, 6),
-        "distill.survivors": (20, 14),
+        "distill.survivors": (22, 18),
     },
     "default": {
         "search.trials": 96,
