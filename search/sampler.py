@@ -162,8 +162,10 @@ def uniform_policies(space: SearchSpace) -> list[Candidate]:
     """
     kinds = {kind: max((len(c.options) for c in space.choices if c.kind is kind), default=1) for kind in Kind}
     bits, prune = range(kinds[Kind.BITS]), range(kinds[Kind.PRUNE])
-    quantised = min(1, kinds[Kind.BITS] - 1)
+    quantised, blocks = min(1, kinds[Kind.BITS] - 1), range(1, kinds[Kind.BLOCK])
     levels: list[dict[Kind, int]] = [{Kind.BITS: b, Kind.PRUNE: p} for b in bits[1:] for p in prune]
+    narrowest = prune[-1]
+    levels += [{Kind.BLOCK: level, Kind.PRUNE: narrowest, Kind.BITS: b} for b in bits[1:] for level in blocks]
     levels += [
         {kind: level, Kind.PRUNE: p, Kind.BITS: quantised}
         for p in _ends_first(prune)

@@ -26,7 +26,7 @@ def _load(tmp_path: Path, text: str) -> Spec:
 @pytest.mark.parametrize(
     ("preset", "trials", "rungs", "survivors"),
     [
-        ("quick", 32, (2, 6), (20, 14)),
+        ("quick", 32, (2, 6), (22, 18)),
         ("default", 96, (1, 3, 10), (24, 12, 8)),
         ("thorough", 320, (1, 3, 10, 30), (48, 24, 12, 8)),
     ],
@@ -41,7 +41,7 @@ def test_preset_fills_what_is_not_given(
 def test_what_is_given_goes_before_the_preset() -> None:
     spec = load_spec(None, {"model": "m", "data": "d", "preset": "quick", "distill.rungs": [5, 9, 11]})
     assert spec.distill.rungs == (5, 9, 11)
-    assert spec.distill.survivors == (20, 14, 14)
+    assert spec.distill.survivors == (22, 18, 18)
     assert spec.search.trials == 32
 
 
