@@ -83,6 +83,7 @@ class Replay:
         self._drafts: dict[int, _Draft] = {}
         self._phases: list[Phase] = []
         self._sessions: list[float] = []
+        self._told: History | None = None
 
     def add(self, event: Event) -> None:
         """Takes the next event. Events of unknown kind are ignored; of two equal facts the first one stands.
@@ -91,6 +92,7 @@ class Replay:
             UserError: a known event lacks a key or speaks of a trial that never started (named by file and line).
         """
         kind = event.data.get("event")
+        self._told = None
         try:
             if kind == "phase":
                 self._phases.append(_phase(event.data))
@@ -104,8 +106,10 @@ class Replay:
 
     def history(self) -> History:
         """What the events so far tell; later ones do not change it."""
-        records = {number: draft.record() for number, draft in sorted(self._drafts.items())}
-        return History(records, list(self._phases), list(self._sessions))
+        if self._told is None:
+            records = {number: draft.record() for number, draft in sorted(self._drafts.items())}
+            self._told = History(records, list(self._phases), list(self._sessions))
+        return self._told
 
 
 def replay(events: Sequence[Event], path: Path) -> History:

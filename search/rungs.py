@@ -1,4 +1,4 @@
-"""Distillation rungs on Ray Tune, and who is promoted from one to the next.
+"""Distillation rungs on Ray Tune.
 
 Ray Tune runs one rung at a time: a trainable of one candidate trains from its checkpoint to the rung's epochs. What
 came out is in the run's journal before the next rung begins, so that a killed search trains again only what was not
@@ -11,9 +11,6 @@ import tempfile
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from .pareto import Array, crowding_distance, nondominated_rank
 from .workers import Failure, evaluator_in_worker, guarded, job_from, job_to
 
 if TYPE_CHECKING:
@@ -22,41 +19,6 @@ if TYPE_CHECKING:
     from .tasks import Task
 
 _RETRIES = 2
-# Latency bins in which candidates compete: the fast end is never starved by the accurate one.
-_BINS = 4
-
-
-def promote(losses: Array, cost: Array, count: int) -> list[int]:
-    """The rows that go on, at most `count`: by nondominated rank and crowding distance inside bins of cost.
-
-    Args:
-        losses: Shape (n, m), less is better; a row with a NaN is never promoted.
-        cost: Shape (n,), what the bins are made of (latency, relative to the original). Bins hold equally many.
-        count: How many.
-
-    Returns:
-        Row numbers in ascending order.
-    """
-    able = np.flatnonzero(~np.isnan(losses).any(axis=1) & ~np.isnan(cost))
-    if count <= 0:
-        return []
-    if len(able) <= count:
-        return [int(row) for row in able]
-    ranks, crowding = nondominated_rank(losses[able]), crowding_distance(losses[able])
-    by_cost = able[np.argsort(cost[able], kind="stable")]
-    bins = np.array_split(by_cost, min(_BINS, count))
-    position = {int(row): place for place, row in enumerate(able)}
-    queues = [
-        sorted((int(row) for row in members), key=lambda row: (ranks[position[row]], -crowding[position[row]], row))
-        for members in bins
-    ]
-    chosen: list[int] = []
-    while len(chosen) < count:
-        # In turns, the fastest bin first: where the count does not divide, the fast end gets one more.
-        for queue in queues:
-            if queue and len(chosen) < count:
-                chosen.append(queue.pop(0))
-    return sorted(chosen)
 
 
 def run_rung(

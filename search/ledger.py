@@ -1,0 +1,122 @@
+"""What a run knows of its trials: read from the journal, and recorded there before anything else."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from ..spaces.space import Candidate
+from .config import Spec
+from .objective import Objective
+from .replay import History, Record
+from .rundir import RunDirectory
+from .trial import State, Trial
+
+if TYPE_CHECKING:
+    from .evaluate import Job, Metrics
+
+
+class Ledger:
+    """The trials of a run that this process may carry on, by number."""
+
+    def __init__(self, folder: RunDirectory, spec: Spec) -> None:
+        """`folder` is locked by this process; `spec` is what the run searches."""
+        self.folder, self.spec = folder, spec
+        self.objectives = spec.targets()
+
+    # -- what is known ------------------------------------------------------------------------------------------------
+
+    @property
+    def history(self) -> History:
+        """Everything that was recorded so far."""
+        return self.folder.history()
+
+    @property
+    def records(self) -> Mapping[int, Record]:
+        """Every trial that has started."""
+        return self.history.records
+
+    def phase(self) -> str | None:
+        """The phase that began last."""
+        phases = self.history.phases
+        return phases[-1].name if phases else None
+
+    def state(self, number: int) -> State:
+        """Whether a trial runs, or how it ended."""
+        return self.records[number].trial.state
+
+    def running(self, numbers: Sequence[int]) -> list[int]:
+        """Those of the trials that have not ended."""
+        return [number for number in numbers if self.state(number) is State.RUNNING]
+
+    def candidate(self, number: int) -> Candidate:
+        """What a trial is."""
+        return self.records[number].trial.candidate
+
+    def metrics(self, number: int) -> Mapping[str, object]:
+        """What is known of a trial by now."""
+        return self.records[number].trial.metrics
+
+    @property
+    def original(self) -> Mapping[str, object]:
+        """The metrics of the original, trial 0."""
+        return self.metrics(0)
+
+    def original_s(self) -> dict[str, float] | None:
+        """The original's latency by device; None before it was measured."""
+        known = self.original.get("latency_s") if 0 in self.records else None
+        return {label: float(entry["value"]) for label, entry in known.items()} if isinstance(known, Mapping) else None
+
+    def bounds(self) -> list[Objective]:
+        """The budgets in absolute numbers."""
+        return [budget.resolve(self.original) for budget in self.spec.budgets()]
+
+    def values(self, number: int) -> list[float] | None:
+        """A trial's objectives in their order; None if it failed."""
+        if self.state(number) is State.FAILED:
+            return None
+        return [objective.value(self.metrics(number)) for objective in self.objectives]
+
+    def job(self, number: int) -> Job:
+        """What a worker needs to evaluate a trial."""
+        from .evaluate import Job
+
+        trial = self.records[number].trial
+        return Job(number, trial.candidate, trial.seed, self.folder.trial_folder(number).resolve())
+
+    def recipe(self) -> Metrics:
+        """How the trials that reach the end are trained."""
+        keys = self.spec.distill
+        return {
+            "epochs": keys.rungs[-1],
+            "teacher": self.spec.model,
+            "seed": self.spec.seed,
+            "learning_rate": keys.learning_rate,
+            "temperature": keys.temperature,
+            "alpha": keys.alpha,
+            "attention": keys.attention,
+            "batch_size": keys.batch_size,
+        }
+
+    # -- what is recorded ---------------------------------------------------------------------------------------------
+
+    def start(self, number: int, candidate: Candidate, batch: int) -> None:
+        """A trial begins, unless it has."""
+        if number not in self.records:
+            self.folder.append(Trial(number, candidate, State.RUNNING, {}, None, self._seed(number), batch))
+
+    def finish(self, number: int, state: State, error: str | None = None, metrics: Metrics | None = None) -> None:
+        """A trial ends; a second end changes nothing."""
+        trial = self.records[number].trial
+        merged = {"measured": True, **(metrics or {})} if state is State.COMPLETE else dict(metrics or {})
+        self.folder.append(Trial(number, trial.candidate, state, merged, error, trial.seed, trial.batch))
+
+    def stop(self, number: int) -> None:
+        """A trial is not carried on."""
+        if self.state(number) is State.RUNNING:
+            self.finish(number, State.STOPPED)
+
+    def _seed(self, number: int) -> int:
+        digest = hashlib.sha256(f"trial:{self.spec.seed}:{number}".encode()).digest()
+        return int.from_bytes(digest[:4], "big") >> 1

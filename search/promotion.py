@@ -1,0 +1,67 @@
+"""Who goes on to a rung of distillation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from .ledger import Ledger
+from .pareto import Array, crowding_distance, nondominated_rank
+
+# Latency bins in which candidates compete: the fast end is never starved by the accurate one.
+_BINS = 4
+
+
+def promoted(ledger: Ledger, alive: Sequence[int], count: int, rung: int) -> list[int]:
+    """Which of the trials enter a rung; those who keep the budgets on cost go before those who do not.
+
+    A pure function of what was recorded before the rung, so that a resumed run promotes the same.
+    """
+    if not alive:
+        return []
+    base, objectives = ledger.original, ledger.objectives
+    rows = [ledger.records[number].before(rung) for number in alive]
+    losses = np.array([[o.loss(o.value(row)) for o in objectives] for row in rows])
+    costs = [o for o in objectives if o.goal == "minimize"]
+    cost = np.array([max((o.ratio(row, base) for o in costs), default=0.0) for row in rows])
+    bounds = [b for b in ledger.bounds() if b.goal == "minimize"]
+    keeping = np.array([all(b.allows(b.value(row)) for b in bounds) for row in rows], dtype=bool)
+    # What is not faster than the original can never be offered: it does not take a place.
+    losses[np.array([c >= 1 for c in cost], dtype=bool)] = np.nan
+    first = promote(np.where(keeping[:, None], losses, np.nan), cost, count)
+    rest = promote(np.where(keeping[:, None], np.nan, losses), cost, count - len(first))
+    return sorted(alive[row] for row in {*first, *rest})
+
+
+def promote(losses: Array, cost: Array, count: int) -> list[int]:
+    """The rows that go on, at most `count`: by nondominated rank and crowding distance inside bins of cost.
+
+    Args:
+        losses: Shape (n, m), less is better; a row with a NaN is never promoted.
+        cost: Shape (n,), what the bins are made of (latency, relative to the original). Bins hold equally many.
+        count: How many.
+
+    Returns:
+        Row numbers in ascending order.
+    """
+    able = np.flatnonzero(~np.isnan(losses).any(axis=1) & ~np.isnan(cost))
+    if count <= 0:
+        return []
+    if len(able) <= count:
+        return [int(row) for row in able]
+    ranks, crowding = nondominated_rank(losses[able]), crowding_distance(losses[able])
+    by_cost = able[np.argsort(cost[able], kind="stable")]
+    bins = np.array_split(by_cost, min(_BINS, count))
+    position = {int(row): place for place, row in enumerate(able)}
+    queues = [
+        sorted((int(row) for row in members), key=lambda row: (ranks[position[row]], -crowding[position[row]], row))
+        for members in bins
+    ]
+    chosen: list[int] = []
+    while len(chosen) < count:
+        # In turns, the fastest bin first: where the count does not divide, the fast end gets one more.
+        for queue in queues:
+            if queue and len(chosen) < count:
+                chosen.append(queue.pop(0))
+    return sorted(chosen)

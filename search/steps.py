@@ -1,0 +1,124 @@
+"""The steps of a trial, recorded as they are done: scored, timed, trained to the end, explained. None is done twice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from ..compilers.runner import site_times
+from ..hwmodels.measurement import MeasureProtocol
+from .atomic import write_json
+from .errors import UserError
+from .ledger import Ledger
+from .measuring import measure_trials
+from .progress import Progress
+from .slow_sites import slow_sites
+from .trial import State
+from .workers import Failure, Pool
+
+if TYPE_CHECKING:
+    from .evaluate import Evaluator, Job, Metrics
+
+SLOW_SITES = "slow_sites.json"
+
+
+class Steps:
+    """The steps of a run's trials. Nothing is evaluated while something is timed."""
+
+    def __init__(self, evaluator: Evaluator, ledger: Ledger, progress: Progress) -> None:
+        """Evaluations happen in the pools that are passed, timing in child processes of this one."""
+        self._evaluator, self._ledger, self._progress = evaluator, ledger, progress
+        self._spec, self._folder = ledger.spec, ledger.folder
+
+    def score(self, pool: Pool, numbers: Sequence[int]) -> None:
+        """Scores and times the trials that have not been; a trial that fails ends."""
+        ledger = self._ledger
+        scoring = [n for n in ledger.running(numbers) if ledger.records[n].score is None]
+        self._progress.advance(0)
+
+        def done(number: int, metrics: Metrics) -> None:
+            self._folder.score(number, metrics)
+            self._progress.advance()
+
+        self.evaluate(pool, "score", scoring, (), done)
+        self.measure([n for n in ledger.running(numbers) if not self._timed(n)], "untrained")
+
+    def evaluate(
+        self,
+        pool: Pool,
+        method: str,
+        numbers: Sequence[int],
+        arguments: tuple[Any, ...],
+        done: Callable[[int, Metrics], None],
+        fatal: bool = False,
+    ) -> None:
+        """Calls a method of the workers' evaluators for every trial; one that fails ends.
+
+        Args:
+            pool: Of workers.
+            method: `score` or `finish`.
+            numbers: The trials.
+            arguments: After the job.
+            done: Called with a trial's number and metrics as each one ends.
+            fatal: What fails ends the run (it is the original) and not only the trial.
+
+        Raises:
+            UserError: the original failed.
+        """
+
+        def ended(job: Job, result: Metrics | Failure) -> None:
+            if isinstance(result, Failure):
+                if fatal:
+                    raise UserError(f"the original model cannot be evaluated: {result}")
+                self._ledger.finish(job.number, State.FAILED, str(result))
+                self._progress.advance()
+            else:
+                done(job.number, result)
+
+        pool.run(method, [(self._ledger.job(n), arguments) for n in numbers], ended)
+
+    def measure(self, numbers: Sequence[int], name: str, fatal: bool = False) -> None:
+        """Times the artifacts of that name beside the original and records it; UserError if the original fails."""
+        for number, result in self.time(numbers, name).items():
+            if isinstance(result, Failure):
+                if fatal:
+                    raise UserError(f"the original model cannot be measured: {result}")
+                self._ledger.finish(number, State.FAILED, str(result))
+            else:
+                for label in self._evaluator.devices:
+                    self._folder.measure(number, label, _of_device(result, label))
+
+    def time(self, numbers: Sequence[int], name: str) -> dict[int, Metrics | Failure]:
+        """Times the artifacts of that name beside the original; the caller records it."""
+        return measure_trials(
+            self._evaluator,
+            {n: self._folder.trial_folder(n) for n in numbers},
+            self._folder.trial_folder(0),
+            name,
+            final=name == "artifact",
+            original_s=self._ledger.original_s(),
+        )
+
+    def explain(self, numbers: Sequence[int]) -> None:
+        """Writes `slow_sites.json` of every trial: which compressed sites did not get faster, and why."""
+        label, device = next(iter(self._evaluator.devices.items()))
+        protocol = MeasureProtocol(time_limit_s=self._spec.measure.time_limit_s)
+        folders = {
+            str(n): self._evaluator.artifact_folder(self._folder.trial_folder(n), label, "artifact")
+            for n in (0, *numbers)
+        }
+        calls = site_times(folders, device, protocol)
+        for number in numbers:
+            reasons = slow_sites(self._ledger.candidate(number), calls[str(number)], calls["0"])
+            write_json(self._folder.trial_folder(number) / SLOW_SITES, reasons)
+
+    def _timed(self, number: int) -> bool:
+        return set(self._ledger.records[number].measures) >= set(self._evaluator.devices)
+
+
+def _of_device(metrics: Mapping[str, object], label: str) -> dict[str, object]:
+    """What was measured on one device."""
+    return {
+        name: {label: value[label]} if isinstance(value, Mapping) and label in value else value
+        for name, value in metrics.items()
+    }

@@ -1,0 +1,76 @@
+"""Who is promoted: checked against the definition of dominance, not against the code's ranks."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from planish.search.promotion import promote
+
+
+def beats(a: np.ndarray, b: np.ndarray) -> bool:
+    """Nowhere worse and somewhere better; less is better."""
+    return bool((a <= b).all() and (a < b).any())
+
+
+def random_case(seed: int, n: int = 24) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    losses = rng.random((n, 2))
+    return losses, losses[:, 1]
+
+
+@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("count", [1, 3, 8, 23])
+def test_as_many_as_asked_for_and_each_once(seed: int, count: int) -> None:
+    losses, cost = random_case(seed)
+    rows = promote(losses, cost, count)
+    assert len(rows) == count == len(set(rows))
+    assert rows == sorted(rows)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_inside_a_bin_nobody_goes_before_somebody_who_beats_them(seed: int) -> None:
+    losses, cost = random_case(seed)
+    chosen = set(promote(losses, cost, 8))
+    for members in np.array_split(np.argsort(cost, kind="stable"), 4):
+        for row in set(members.tolist()) & chosen:
+            beaten_by = [other for other in members.tolist() if beats(losses[other], losses[row])]
+            assert set(beaten_by) <= chosen
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_every_quarter_of_the_costs_gets_its_share(seed: int) -> None:
+    losses, cost = random_case(seed)
+    chosen = set(promote(losses, cost, 8))
+    for members in np.array_split(np.argsort(cost, kind="stable"), 4):
+        assert len(chosen & set(members.tolist())) == 2
+
+
+def test_what_does_not_divide_goes_to_the_fast_end() -> None:
+    losses, cost = random_case(0)
+    fastest = set(np.argsort(cost, kind="stable")[:6].tolist())
+    assert len(fastest & set(promote(losses, cost, 5))) == 2
+
+
+def test_what_has_no_value_is_never_promoted() -> None:
+    losses, cost = random_case(1, 6)
+    losses[2, 0] = np.nan
+    cost[4] = np.nan
+    assert promote(losses, cost, 6) == [0, 1, 3, 5]
+
+
+@pytest.mark.parametrize("count", [0, -1])
+def test_nobody_where_nobody_is_asked_for(count: int) -> None:
+    assert promote(*random_case(0), count) == []
+
+
+def test_equal_candidates_are_taken_in_the_order_of_their_numbers() -> None:
+    assert promote(np.ones((8, 2)), np.ones(8), 4) == promote(np.ones((8, 2)), np.ones(8), 4) == [0, 2, 4, 6]
+
+
+def test_all_where_there_are_no_more_than_asked_for() -> None:
+    assert promote(*random_case(2, 3), 5) == [0, 1, 2]
+
+
+def test_no_rows_at_all() -> None:
+    assert promote(np.empty((0, 2)), np.empty(0), 3) == []
