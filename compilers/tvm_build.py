@@ -17,7 +17,8 @@ from .compiler import CompileError
 from .cpu.fallback import schedule_rest
 from .tvm_frontend import import_program
 from .tvm_graph import Graph
-from .tvm_lower import CpuTarget, lower
+from .tvm_lower import lower
+from .tvm_values import CpuTarget
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from planish.compilers.compiler import CompileError
 from planish.compilers.tvm_build import cpu_target, tvm_target
 from planish.compilers.tvm_compiler import TvmCompiler
-from planish.compilers.tvm_lower import CpuTarget
+from planish.compilers.tvm_values import CpuTarget
 from planish.hwmodels.device import host, parse_device
 
 pytestmark = pytest.mark.tvm

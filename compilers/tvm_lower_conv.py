@@ -1,0 +1,113 @@
+"""Convolutions with what follows them to calls of our kernels."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from math import ceil
+from typing import Any
+
+import numpy as np
+from tvm import relax
+
+from .cpu.conv import convolution
+from .cpu.convspec import ConvSpec, Step, choose_tile
+from .cpu.packing import per_channel, weight_depthwise, weight_float, weight_int8
+from .tvm_affine import leading_affine
+from .tvm_graph import Array, Chain, ChainStep, static_shape
+from .tvm_numbers import frame, pair
+from .tvm_values import Values
+
+# From here on a second thread gains more than it costs to wake it (about 5 us).
+PARALLEL_MACS = 1_000_000
+
+
+def lower_convolution(values: Values, chain: Chain) -> None:
+    """Emits the call of the kernel that computes a chain which begins with a convolution; its result is blocked."""
+    head, int8 = chain.head, chain.head.op == "qconv2d"
+    source, quantize = values.quantized_source(head.args[0]) if int8 else (head.args[0], None)
+    n, c, h, w = static_shape(source)
+    steps = list(chain.steps)
+    if int8:
+        attributes = head.mark.attributes  # type: ignore[union-attr]
+        weight, groups, zero_point = attributes["weight"], attributes["groups"], attributes["zero_point"]
+        stride, dilation = attributes["stride"], attributes["dilation"]
+        top, left = attributes["padding"]
+        padding = (top, left, top, left)
+        steps = [
+            ChainStep(Step("scale"), array=attributes["scale"].astype(np.float64)),
+            ChainStep(Step("bias"), array=attributes["bias"].astype(np.float64)),
+            *steps,
+        ]
+    else:
+        weight, groups, zero_point = values.graph.array(head.args[1]), int(head.expr.attrs.groups), 0
+        stride, dilation = pair(head.expr.attrs.strides), pair(head.expr.attrs.dilation)
+        padding = frame(head.expr.attrs.padding)
+    assert weight is not None
+    o = weight.shape[0]
+    depthwise = groups == c == o and groups > 1
+    if not depthwise and groups > 1:
+        weight, groups = _merge_groups(weight, groups, c, values.lanes)
+    affine, rest = leading_affine(steps, o)
+    if not int8:
+        weight = weight * affine[0].reshape(-1, 1, 1, 1)
+    plain = not depthwise and c < values.lanes and source not in values.blocked
+    in_lanes = (ceil(c / 4) * 4 if int8 else 1) if plain else values.lanes
+    plain = in_lanes != values.lanes
+    arrays = ([("scale", affine[0])] if int8 else []) + [("bias", affine[1])]
+    if not int8 and not affine[1].any():
+        arrays = []
+    spec = ConvSpec(
+        n=n, c=c, h=h, w=w, o=o, kernel=(weight.shape[2], weight.shape[3]), stride=stride, padding=padding,
+        dilation=dilation, groups=1 if depthwise else groups, lanes=values.lanes, in_lanes=in_lanes,
+        depthwise=depthwise, int8=int8, zero_point=zero_point, quantize=quantize,
+        steps=(*(Step(name) for name, _ in arrays), *(step.step for step in rest)),
+        threads=1,
+    )  # fmt: skip
+    if values.target.threads > 1 and spec.macs >= PARALLEL_MACS:
+        spec = replace(spec, threads=values.target.threads)
+    data = values.as_plain(source) if plain else values.as_blocked(source)
+    arguments = [data, *_conv_weights(spec, weight)]
+    arguments += [relax.const(per_channel(array, spec.out_blocks, values.lanes)) for _, array in arrays]
+    arguments += values.step_arguments(rest, spec.out_blocks)
+    kernel = values.kernel(
+        spec,
+        lambda: convolution(spec, choose_tile(spec, values.target.registers), vnni=values.target.vnni),
+        _conv_name(spec),
+    )
+    out = relax.TensorType((n, spec.out_blocks, spec.oh, spec.ow, values.lanes), spec.out_dtype)
+    values.blocked[chain.last.var] = values.call(kernel, arguments, out, head)
+
+
+def _merge_groups(weight: Array, groups: int, c: int, lanes: int) -> tuple[Array, int]:
+    """Joins groups, filling with zeros, until each has whole blocks of input and output channels."""
+    o, per_group = weight.shape[0], weight.shape[1]
+    merged = next(
+        (g for g in range(groups, 0, -1) if groups % g == 0 and (c // g) % lanes == 0 and (o // g) % lanes == 0), 1
+    )
+    if merged == groups:
+        return weight, groups
+    joined = groups // merged
+    out = np.zeros((o, per_group * joined, *weight.shape[2:]), weight.dtype)
+    rows = o // groups
+    for group in range(groups):
+        inside = group % joined
+        out[group * rows : (group + 1) * rows, inside * per_group : (inside + 1) * per_group] = weight[
+            group * rows : (group + 1) * rows
+        ]
+    return out, merged
+
+
+def _conv_weights(spec: ConvSpec, weight: Array) -> list[Any]:
+    if spec.depthwise:
+        return [relax.const(weight_depthwise(weight, spec.lanes))]
+    if spec.int8:
+        return [relax.const(a) for a in weight_int8(spec, weight)]
+    return [relax.const(weight_float(spec, weight))]
+
+
+def _conv_name(spec: ConvSpec) -> str:
+    kind = ("q" if spec.int8 else "") + ("depthwise" if spec.depthwise else "conv")
+    kernel = "x".join(str(k) for k in spec.kernel)
+    tail = "_".join(step.op for step in spec.steps if step.op not in ("scale", "bias"))
+    name = f"{kind}{kernel}_{spec.c}x{spec.h}x{spec.w}_{spec.o}_s{spec.stride[0]}"
+    return f"{name}_{tail}" if tail else name

@@ -1,0 +1,60 @@
+"""Dense layers with what follows them to calls of our kernels."""
+
+from __future__ import annotations
+
+import numpy as np
+from tvm import relax
+
+from .cpu.convspec import Step
+from .cpu.dense import DenseSpec, dense
+from .cpu.packing import dense_float, dense_int8, per_channel
+from .tvm_affine import leading_affine
+from .tvm_graph import Chain, ChainStep, static_shape
+from .tvm_lower_conv import PARALLEL_MACS
+from .tvm_values import Values
+
+
+def lower_dense(values: Values, chain: Chain) -> None:
+    """Emits the call of the kernel that computes a chain which begins with a dense layer; its result is plain."""
+    head, int8 = chain.head, chain.head.op == "qlinear"
+    source, quantize = values.quantized_source(head.args[0]) if int8 else (head.args[0], None)
+    shape = static_shape(source)
+    steps = list(chain.steps)
+    zero_point = 0
+    if int8:
+        attributes = head.mark.attributes  # type: ignore[union-attr]
+        weight, zero_point = attributes["weight"], attributes["zero_point"]
+        steps = [
+            ChainStep(Step("scale"), array=attributes["scale"].astype(np.float64)),
+            ChainStep(Step("bias"), array=attributes["bias"].astype(np.float64)),
+            *steps,
+        ]
+    else:
+        matrix = values.graph.array(head.args[1])
+        assert matrix is not None
+        weight = matrix.T
+    o, k = weight.shape
+    affine, rest = leading_affine(steps, o)
+    if not int8:
+        weight = weight * affine[0].reshape(-1, 1)
+    arrays = ([("scale", affine[0])] if int8 else []) + [("bias", affine[1])]
+    m = int(np.prod(shape[:-1]))
+    spec = DenseSpec(
+        m=m, k=k, o=o, lanes=values.lanes, int8=int8, zero_point=zero_point, quantize=quantize,
+        steps=(*(Step(name) for name, _ in arrays), *(step.step for step in rest)),
+        threads=values.target.threads if m * k * o >= PARALLEL_MACS else 1,
+    )  # fmt: skip
+    data = values.as_plain(source)
+    if len(shape) != 2:
+        data = values.builder.emit(relax.op.reshape(data, (m, k)))
+    arguments = [data, *(dense_int8(weight, zero_point, values.lanes) if int8 else [dense_float(weight, values.lanes)])]
+    arguments = [arguments[0], *(relax.const(a) for a in arguments[1:])]
+    arguments += [relax.const(per_channel(array, spec.out_blocks, values.lanes)) for _, array in arrays]
+    arguments += values.step_arguments(rest, spec.out_blocks)
+    name = f"{'q' if int8 else ''}dense_{m}x{k}_{o}"
+    kernel = values.kernel(spec, lambda: dense(spec, vnni=values.target.vnni), name)
+    dtype = "uint8" if any(step.op == "quantize" for step in spec.steps) else "float32"
+    value = values.call(kernel, arguments, relax.TensorType((m, o), dtype), head)
+    if len(shape) != 2:
+        value = values.builder.emit(relax.op.reshape(value, (*shape[:-1], o)))
+    values.plain[chain.last.var] = value

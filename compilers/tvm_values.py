@@ -1,0 +1,125 @@
+"""The values of a module that is being lowered, in the forms that exist of them, and the kernels that it calls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import ceil
+from typing import Any
+
+import tvm
+from tvm import relax, te
+
+from .cpu.packing import per_channel
+from .tvm_graph import ChainStep, Graph, Node, static_shape
+
+
+@dataclass(frozen=True)
+class CpuTarget:
+    """What the kernels need to know of the CPU: float32 lanes and registers of a vector, VNNI, threads."""
+
+    lanes: int
+    registers: int
+    vnni: bool
+    threads: int
+
+
+class Values:
+    """Every value plain (as torch has it), blocked (n, C/lanes, h, w, lanes), or both.
+
+    Attributes:
+        builder: Of the module.
+        plain: The plain form of the graph's variables that have one; `blocked` likewise.
+        calls: (kernel, site) of every call of a kernel, in order.
+    """
+
+    def __init__(self, graph: Graph, target: CpuTarget) -> None:
+        """Starts with no values; the caller adds the parameters to `plain`."""
+        self.graph = graph
+        self.target = target
+        self.lanes = target.lanes
+        self.builder = relax.BlockBuilder()
+        self.plain: dict[Any, Any] = {}
+        self.blocked: dict[Any, Any] = {}
+        self.calls: list[tuple[str, str]] = []
+        self._kernels: dict[object, Any] = {}
+
+    def as_plain(self, var: Any) -> Any:
+        """The plain form of a variable of the graph; made from the blocked one where only that exists."""
+        if var in self.plain:
+            return self.plain[var]
+        if var in self.graph.constants:
+            self.plain[var] = relax.const(self.graph.constants[var])
+            return self.plain[var]
+        n, c, h, w = static_shape(var)
+        lanes = self.lanes
+        self.plain[var] = self.builder.emit_te(
+            lambda a: te.compute(
+                (n, c, h, w),
+                lambda m, o, y, x: a[m, te.indexdiv(o, lanes), y, x, te.indexmod(o, lanes)],
+                name="unpack",
+            ),
+            self.blocked[var],
+            primfunc_name_hint="unpack",
+        )
+        return self.plain[var]
+
+    def as_blocked(self, var: Any) -> Any:
+        """The blocked form of an (n, c, h, w) variable; unused lanes of a form that is made here are zero."""
+        if var in self.blocked:
+            return self.blocked[var]
+        n, c, h, w = static_shape(var)
+        lanes, blocks = self.lanes, ceil(c / self.lanes)
+        source = self.as_plain(var)
+        zero = tvm.tirx.const(0, str(var.ty.dtype))
+
+        def value(a: Any, m: Any, b: Any, y: Any, x: Any, i: Any) -> Any:
+            inside = a[m, b * lanes + i, y, x]
+            return inside if c % lanes == 0 else te.if_then_else(b * lanes + i < c, inside, zero)
+
+        self.blocked[var] = self.builder.emit_te(
+            lambda a: te.compute((n, blocks, h, w, lanes), lambda m, b, y, x, i: value(a, m, b, y, x, i), name="pack"),
+            source,
+            primfunc_name_hint="pack",
+        )
+        return self.blocked[var]
+
+    def elementwise(self, value: Any, function: Callable[[Any], Any], name: str) -> Any:
+        """Emits a function of every element of a value, which fuses with its neighbours."""
+        shape = static_shape(value)
+        return self.builder.emit_te(
+            lambda a: te.compute(shape, lambda *indices: function(a(*indices)), name=name),
+            value,
+            primfunc_name_hint=name,
+        )
+
+    def call(self, kernel: Any, arguments: list[Any], out: Any, node: Node) -> Any:
+        """Emits the call of a kernel for a node of the graph; `out` is the type of its result."""
+        self.calls.append((str(kernel.name_hint), self.graph.sites.get(node.index, "")))
+        return self.builder.emit(relax.call_tir(kernel, arguments, out))
+
+    def kernel(self, key: object, build: Callable[[], Any], name: str) -> Any:
+        """The kernel of that key: built and added to the module on the first call."""
+        if key not in self._kernels:
+            # The pattern "opaque" keeps the fusion passes and the fallback schedule away from it.
+            function = build().without_attr("global_symbol").with_attr({"op_pattern": 8, "planish.scheduled": 1})
+            self._kernels[key] = self.builder.add_func(function, name)
+        return self._kernels[key]
+
+    def step_arguments(self, steps: list[ChainStep], blocks: int) -> list[Any]:
+        """What the steps after a kernel read: constants by channel, and blocked operands."""
+        arguments = []
+        for step in steps:
+            if step.array is not None:
+                arguments.append(relax.const(per_channel(step.array, blocks, self.lanes)))
+            elif step.operand is not None:
+                arguments.append(self.as_blocked(step.operand))
+        return arguments
+
+    def quantized_source(self, var: Any) -> tuple[Any, tuple[float, int] | None]:
+        """What an int8 kernel reads: bytes that exist already, or the floats and how to quantise them."""
+        if var in self.blocked or var in self.plain:
+            return var, None
+        producer = next(node for node in self.graph.nodes if node.var.same_as(var))
+        attributes = producer.mark.attributes  # type: ignore[union-attr]
+        return producer.args[0], (attributes["scale"], attributes["zero_point"])
