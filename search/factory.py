@@ -67,6 +67,8 @@ def _run(what: str, name: str, step: Any) -> Any:
         return step()
     except Exception as error:
         text = " ".join(str(error).split())
+        if isinstance(error, FileNotFoundError) and error.filename and not Path(error.filename).is_absolute():
+            text += f"; relative paths are looked for in the current folder, {Path.cwd()}"
         raise TaskError(f"{what} {name!r} raised {type(error).__name__}: {text}") from error
 
 

@@ -7,10 +7,12 @@ recorded, from the last epoch's checkpoint.
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from .errors import UserError
 from .workers import Failure, evaluator_in_worker, guarded, job_from, job_to
 
 if TYPE_CHECKING:
@@ -30,15 +32,24 @@ def run_rung(
     task: Task | None,
     done: Callable[[int, Metrics | Failure], None],
 ) -> None:
-    """Trains every job up to `epochs` of `total` on Ray Tune; `done` is called with its number as each one ends."""
+    """Trains every job up to `epochs` of `total` on Ray Tune; `done` is called with its number as each one ends.
+
+    Raises:
+        UserError: a worker cannot load the task; no trial is the worse for it.
+    """
     from ray import tune
 
+    # It prints the traceback of every process that dies; the trial says what became of it.
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
+    mistakes: list[str] = []
     outstanding = {job.number for job in jobs}
 
     class Record(tune.Callback):  # type: ignore[misc]
         def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: Any, **info: Any) -> None:
             number = int(result["number"])
-            if number in outstanding:
+            if result.get("mistake"):
+                mistakes.append(result["mistake"])
+            elif number in outstanding:
                 outstanding.discard(number)
                 failure = result.get("failure")
                 done(number, Failure(failure) if failure else dict(result["metrics"]))
@@ -61,6 +72,8 @@ def run_rung(
             ),
         )
         tuner.fit()
+    if mistakes:
+        raise UserError(mistakes[0])
     for number in sorted(outstanding):
         done(number, Failure(f"the training process died {_RETRIES + 1} times on it (killed, or out of memory)"))
 
@@ -74,10 +87,17 @@ def _trainable() -> type:
         def setup(self, config: dict[str, Any], spec: Spec | None = None, task: Task | None = None) -> None:
             assert spec is not None
             self._job_config = config
-            self._evaluator = evaluator_in_worker(spec, task)
+            self._mistake = ""
+            try:
+                self._evaluator = evaluator_in_worker(spec, task)
+            except UserError as error:
+                # Raised here it would be taken for the death of the process, and tried again for every candidate.
+                self._mistake = str(error)
 
         def step(self) -> dict[str, Any]:
             job = job_from(self._job_config["job"])
+            if self._mistake:
+                return {"number": job.number, "mistake": self._mistake, "failure": "", "metrics": {}}
             epochs, total = int(self._job_config["epochs"]), int(self._job_config["total"])
             result = guarded(lambda: self._evaluator.train(job, epochs, total))
             if isinstance(result, Failure):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -35,20 +34,28 @@ Command = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
 @pytest.fixture(scope="session")
-def planish() -> Command:
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that commands are given in: it has the weights that the user's file opens by a relative path."""
+    folder = tmp_path_factory.mktemp("workplace")
+    subprocess.run([sys.executable, str(OWN)], cwd=folder, check=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def planish(workplace: Path) -> Command:
     """Runs `planish ARGUMENTS`."""
 
     def run(*arguments: object, timeout: float = 400) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "planish.search", *(str(argument) for argument in arguments)]
-        return subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
+        return subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False, cwd=workplace)
 
     return run
 
 
 @pytest.fixture(scope="session")
-def spec(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def spec(workplace: Path) -> Path:
     """A specification of a search that takes about half a minute."""
-    path = tmp_path_factory.mktemp("spec") / "own.toml"
+    path = workplace / "own.toml"
     path.write_text(SPEC.format(own=OWN), encoding="utf-8")
     return path
 
@@ -79,5 +86,5 @@ def start(spec: Path, run: Path) -> subprocess.Popen[str]:
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
-        env={**os.environ},
+        cwd=spec.parent,
     )

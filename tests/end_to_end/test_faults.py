@@ -74,6 +74,24 @@ def test_a_killed_worker_costs_no_trial(spec: Path, tmp_path: Path) -> None:
     assert not [e for e in ends if e["state"] == "failed"], ends
 
 
+def test_weights_that_are_gone_stop_the_search_with_one_line_and_cost_no_trial(
+    planish: Command, spec: Path, tmp_path: Path
+) -> None:
+    run, weights = tmp_path / "run", spec.parent / "own.pt"
+    process = start(spec, run)
+    wait_for(run, "score", 4)
+    weights.rename(tmp_path / "own.pt")
+    output, _ = process.communicate(timeout=_PATIENCE_S)
+    (tmp_path / "own.pt").rename(weights)
+    assert process.returncode == 2, output
+    assert "Traceback" not in output
+    assert f"relative paths are looked for in the current folder, {spec.parent}" in output.splitlines()[-1]
+    assert not [e for e in events(run) if e["event"] == "end" and e["state"] == "failed"]
+    done = planish("resume", run)
+    assert done.returncode == 0, done.stderr
+    assert max(facts(run).values()) == 1
+
+
 def test_ctrl_c_says_how_to_carry_on(spec: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     process = start(spec, run)
