@@ -46,7 +46,8 @@ def build_library(program: ExportedProgram, device: Device, library: Path) -> Bu
         raise
     except Exception as error:
         # TVM raises a dozen kinds of errors from C++; for a candidate they all mean that it cannot be compiled.
-        lines = [line for line in str(error).strip().splitlines() if line.strip()]
+        # A failed linker ends with its command line, after what it had to say.
+        lines = [line for line in str(error).splitlines() if line.strip() and not line.startswith("Command line:")]
         raise CompileError(
             f"TVM cannot compile the model for {device.name}: {lines[-1] if lines else type(error).__name__}"
         ) from error

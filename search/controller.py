@@ -187,7 +187,7 @@ class _Search:
 
             def done(number: int, result: Metrics | Failure, rung: int = rung, until: int = until) -> None:
                 if isinstance(result, Failure):
-                    ledger.finish(number, State.FAILED, str(result))
+                    ledger.fail(number, str(result))
                 else:
                     self.folder.rung(number, rung, until, result)
                 self.progress.advance()
@@ -215,7 +215,7 @@ class _Search:
         for number, metrics in finished.items():
             latency = latencies[number]
             if isinstance(latency, Failure):
-                self.ledger.finish(number, State.FAILED, str(latency))
+                self.ledger.fail(number, str(latency))
             else:
                 self._complete(number, {**metrics, **latency, "measured": True})
             self.progress.advance()

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
+import tempfile
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..spaces.space import Candidate
 from .config import Spec
+from .errors import UserError
 from .objective import Objective
 from .replay import History, Record
 from .rundir import RunDirectory
@@ -15,6 +19,9 @@ from .trial import State, Trial
 
 if TYPE_CHECKING:
     from .evaluate import Job, Metrics
+
+# Bytes that compiling and checking one model may need; a compiler that runs out of them says so in a hundred ways.
+_ROOM = 8 * 2**20
 
 
 class Ledger:
@@ -111,6 +118,21 @@ class Ledger:
         trial = self.records[number].trial
         merged = {"measured": True, **(metrics or {})} if state is State.COMPLETE else dict(metrics or {})
         self.folder.append(Trial(number, trial.candidate, state, merged, error, trial.seed, trial.batch))
+
+    def fail(self, number: int, reason: str) -> None:
+        """A trial has no result.
+
+        Raises:
+            UserError: a disk is full, which is no fault of the trial's: it is not recorded, and will be tried again.
+        """
+        for place in (self.folder.path, Path(tempfile.gettempdir())):
+            free = shutil.disk_usage(place).free
+            if free < _ROOM:
+                raise UserError(
+                    f"the disk of {place} is full ({free // 1024} KB left), so trial {number} failed: {reason}; what "
+                    f"was recorded is kept; once there is room, carry on with: planish resume {self.folder.path}"
+                )
+        self.finish(number, State.FAILED, reason)
 
     def stop(self, number: int) -> None:
         """A trial is not carried on."""

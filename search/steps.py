@@ -13,7 +13,6 @@ from .ledger import Ledger
 from .measuring import measure_trials
 from .progress import Progress
 from .slow_sites import slow_sites
-from .trial import State
 from .workers import Failure, Pool
 
 if TYPE_CHECKING:
@@ -70,7 +69,7 @@ class Steps:
             if isinstance(result, Failure):
                 if fatal:
                     raise UserError(f"the original model cannot be evaluated: {result}")
-                self._ledger.finish(job.number, State.FAILED, str(result))
+                self._ledger.fail(job.number, str(result))
                 self._progress.advance()
             else:
                 done(job.number, result)
@@ -83,7 +82,7 @@ class Steps:
             if isinstance(result, Failure):
                 if fatal:
                     raise UserError(f"the original model cannot be measured: {result}")
-                self._ledger.finish(number, State.FAILED, str(result))
+                self._ledger.fail(number, str(result))
             else:
                 for label in self._evaluator.devices:
                     self._folder.measure(number, label, _of_device(result, label))

@@ -79,6 +79,7 @@ class Pool:
         actor = ray.remote(num_cpus=1, max_restarts=-1, max_task_retries=_RETRIES)(_Worker)
         shared = ray.put(task) if task is not None else None
         self._actors = [actor.remote(spec, shared) for _ in range(workers)]
+        self._busy: set[Any] = set()
 
     def run(
         self, method: str, jobs: Sequence[tuple[Job, tuple[Any, ...]]], done: Callable[[Job, Metrics | Failure], None]
@@ -92,9 +93,11 @@ class Pool:
                 job, arguments = waiting.pop()
                 actor = idle.pop()
                 running[actor.call.remote(method, job, arguments)] = (actor, job)
+                self._busy.add(actor)
             [reference], _ = ray.wait(list(running), num_returns=1)
             actor, job = running.pop(reference)
             idle.append(actor)
+            self._busy.discard(actor)
             try:
                 result = ray.get(reference)
             except ray.exceptions.RayActorError:
@@ -109,7 +112,9 @@ class Pool:
     def close(self) -> None:
         """Ends the actors, so that nothing of theirs runs while something is timed or trained elsewhere."""
         for actor in self._actors:
-            self._ray.kill(actor)
+            # One that is at work was interrupted, and the session ends next; killed now, Ray would announce a retry.
+            if actor not in self._busy:
+                self._ray.kill(actor)
         self._actors = []
 
 

@@ -1,0 +1,59 @@
+"""What a run knows of its trials."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from planish.search.config import load_spec
+from planish.search.errors import UserError
+from planish.search.ledger import Ledger
+from planish.search.rundir import RunDirectory
+from planish.search.trial import State
+from planish.spaces.space import Candidate
+
+
+@pytest.fixture
+def ledger(tmp_path: Path) -> Iterator[Ledger]:
+    spec = load_spec(None, {"model": "digits-resnet", "data": "digits32"})
+    with RunDirectory.create(tmp_path / "run", spec, {}) as folder:
+        yield Ledger(folder, spec)
+
+
+def test_a_trial_starts_once_and_ends_once(ledger: Ledger) -> None:
+    ledger.start(1, Candidate({"a:bits": 8}), 0)
+    ledger.start(1, Candidate({"a:bits": 4}), 3)
+    assert ledger.candidate(1) == Candidate({"a:bits": 8})
+    assert ledger.running([1]) == [1]
+    ledger.finish(1, State.COMPLETE, metrics={"accuracy": 0.5})
+    ledger.stop(1)
+    assert ledger.state(1) is State.COMPLETE
+    assert ledger.metrics(1)["accuracy"] == 0.5
+
+
+def test_what_was_recorded_is_seen_at_once_and_after_a_restart(ledger: Ledger) -> None:
+    ledger.start(2, Candidate({"a:bits": 8}), 1)
+    ledger.folder.score(2, {"accuracy": 0.25})
+    assert ledger.records[2].score == {"accuracy": 0.25}
+    again = RunDirectory.open(ledger.folder.path).history()
+    assert again.records == ledger.records
+    assert again.phases == ledger.history.phases
+
+
+def test_a_failure_on_a_full_disk_is_not_held_against_the_trial(
+    ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ledger.start(1, Candidate({}), 0)
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: SimpleNamespace(free=100 * 1024))
+    with pytest.raises(
+        UserError, match=r"is full \(100 KB left\), so trial 1 failed: the linker died; .* planish resume"
+    ):
+        ledger.fail(1, "the linker died")
+    assert ledger.state(1) is State.RUNNING
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: SimpleNamespace(free=2**30))
+    ledger.fail(1, "the linker died")
+    assert ledger.state(1) is State.FAILED
