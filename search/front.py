@@ -101,7 +101,7 @@ def keeps(bounds: Sequence[Objective], metrics: Mapping[str, object]) -> bool:
 
 
 def choose(front: Mapping[str, object], budgets: Sequence[Budget]) -> Mapping[str, object]:
-    """The most accurate entry of a front document that keeps the budgets; the cheapest of equals.
+    """The most accurate entry of a front document that keeps the budgets; of equals the fastest, then the smallest.
 
     Args:
         front: front.json.
@@ -123,8 +123,9 @@ def choose(front: Mapping[str, object], budgets: Sequence[Budget]) -> Mapping[st
         raise UserError(f"{detail}; relax the budget, or name a trial with --trial")
     accuracy = Objective("accuracy", "maximize")
     promised = [entry for entry in fitting if entry.get("meets_budget")] or fitting
-    ranked = sorted(enumerate(promised), key=lambda pair: (accuracy.loss(accuracy.value(_metrics(pair[1]))), -pair[0]))
-    return ranked[0][1]
+    return min(
+        promised, key=lambda entry: (accuracy.loss(accuracy.value(_metrics(entry))), *_cheapness(_metrics(entry)))
+    )
 
 
 def front_csv(front: Mapping[str, object]) -> str:
@@ -143,6 +144,13 @@ def front_csv(front: Mapping[str, object]) -> str:
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()
+
+
+def _cheapness(metrics: Mapping[str, object]) -> tuple[float, float]:
+    """Seconds on the slowest device and the size, infinite where they are not known; less is better."""
+    latency, size = metrics.get("latency_s"), metrics.get("size_bytes")
+    seconds = [float(entry["value"]) for entry in latency.values()] if isinstance(latency, Mapping) else []
+    return max(seconds, default=math.inf), float(size) if isinstance(size, (int, float)) else math.inf
 
 
 def _excess(bounds: Sequence[Objective], metrics: Mapping[str, object]) -> float:

@@ -115,6 +115,12 @@ def test_the_most_accurate_that_keeps_the_budget_is_chosen_and_never_the_origina
     assert choose(document, parse_budget("latency<=400ms", ["cpu"]))["trial"] == 3
 
 
+def test_of_equally_accurate_ones_the_fastest_is_chosen_then_the_smallest() -> None:
+    objectives = objectives_of(["accuracy", "latency", "size"], ["cpu"])
+    entries = [_entry(1, 0.8, 0.5, 20), _entry(2, 0.8, 0.3, 50), _entry(3, 0.8, 0.4, 30), _entry(4, 0.7, 0.1, 10)]
+    assert choose(front_document(objectives, [], ORIGINAL, entries), ())["trial"] == 2
+
+
 def test_a_pick_that_nothing_keeps_tells_what_is_reached() -> None:
     document = front_document(OBJECTIVES, [], ORIGINAL, [_entry(1, 0.8, 0.5)])
     with pytest.raises(UserError, match=r"latency<=0.1x \(latency\[cpu\] reaches 0.5 and the bound is 0.1\).*--trial"):
