@@ -9,6 +9,7 @@ Needs the peers: pip install -c constraints.txt -e ".[benchmark]".
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import itertools
 import json
 import logging
@@ -170,6 +171,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         logging.disable(logging.WARNING)
         print(json.dumps(run_case(**json.loads(args.case))))
         return 0
+    needed = {"onnx": True, **{peer: peer in args.peers for peer in ("onnxruntime", "openvino")}}
+    missing = [name for name, used in needed.items() if used and importlib.util.find_spec(name) is None]
+    if missing:
+        print(f'not installed: {", ".join(missing)}; pip install -c constraints.txt -e ".[benchmark]"', file=sys.stderr)
+        return 2
     models = args.models or (QUICK if args.quick else tuple(NETS))
     batches = args.batches or ([1] if args.quick else [1, 8])
     threads = args.threads or ([1] if args.quick else [1, 2])
