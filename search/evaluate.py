@@ -88,8 +88,14 @@ class Evaluator:
         return apply(candidate, self.traced, self.proposal, self.calibration)
 
     def simplified(self, candidate: Candidate) -> Candidate:
-        """The candidate without the options that change nothing next to its others; the same model."""
-        return simplify(candidate, self.traced, self.proposal)
+        """The candidate without the options that change nothing next to its others; the same model.
+
+        One that cannot be built is returned as it is: it fails when it is evaluated, and says why.
+        """
+        try:
+            return simplify(candidate, self.traced, self.proposal)
+        except (ValueError, RuntimeError):
+            return candidate
 
     def score(self, job: Job) -> Metrics:
         """One-shot metrics on a sample of the validation split, and the size; compiled for every device."""
