@@ -63,7 +63,7 @@ def run_case(model: str, precision: str, batch: int, threads: int, peers: Sequen
     makers: dict[str, Callable[[], Engine]] = {"torch.compile": lambda: TorchCompile(original, x, threads)}
     with tempfile.TemporaryDirectory() as folder:
         file = str(Path(folder, "model.onnx"))
-        write_onnx(other, x, file)
+        write_onnx(other, x, file, precision == "int8")
         makers |= {"onnxruntime": lambda: OnnxRuntime(file, x, threads), "openvino": lambda: OpenVino(file, x, threads)}
         for peer in peers:
             # It has no int8 form of the same model: its fp32 is not a peer of int8.

@@ -154,7 +154,8 @@ class _Simulated(nn.Module):
         self.layer = layer
         channels = [-1] + [1] * (layer.weight.ndim - 1)
         self.weight_scale = layer.scale / layer.input_scale
-        self.weight = layer.weight.float() * self.weight_scale.reshape(channels)
+        # A parameter, because the ONNX exporter computes what depends on constants alone.
+        self.weight = nn.Parameter(layer.weight.float() * self.weight_scale.reshape(channels), requires_grad=False)
         self.zeros = torch.zeros(len(layer.weight), dtype=torch.int32)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -175,10 +176,11 @@ def simulated(module: nn.Module) -> nn.Module:
     return result.eval()
 
 
-def write_onnx(module: nn.Module, x: Tensor, path: str) -> None:
+def write_onnx(module: nn.Module, x: Tensor, path: str, quantised: bool) -> None:
     """The ONNX form of a module, operator set 17."""
     import warnings
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        torch.onnx.export(module, (x,), path, dynamo=False, opset_version=17)
+        # Folding would hide from a peer that the weights are integers.
+        torch.onnx.export(module, (x,), path, dynamo=False, opset_version=17, do_constant_folding=not quantised)
