@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -220,7 +221,10 @@ def _sampler(name: str, seed: int) -> optuna.samplers.BaseSampler:
     if name == "nsga2":
         return optuna.samplers.NSGAIISampler(population_size=_POPULATION, seed=seed)
     if name == "nsga3":
-        return optuna.samplers.NSGAIIISampler(population_size=_POPULATION, seed=seed)
+        with warnings.catch_warnings():
+            # Its interface may change: constraints.txt pins it, and nobody who searches needs to know.
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            return optuna.samplers.NSGAIIISampler(population_size=_POPULATION, seed=seed)
     if name == "tpe":
         return optuna.samplers.TPESampler(seed=seed, n_startup_trials=_POPULATION)
     return optuna.samplers.RandomSampler(seed=seed)
