@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..hwmodels.device import Device
-from .compiler import Artifact, CompileError
+from .compiler import Artifact, CompileError, Compiler
 from .cpu_features import instruction_set
 from .manifest import EXAMPLES, Manifest, Port, digest
 from .verify import store_examples
@@ -30,7 +30,7 @@ class Built:
 
 
 def write_artifact(
-    compiler: str,
+    compiler: Compiler,
     library: str,
     build: Callable[[Path], Built],
     program: ExportedProgram,
@@ -45,8 +45,12 @@ def write_artifact(
     A folder without a manifest is therefore one whose compilation did not end.
 
     Raises:
-        CompileError: the folder is not empty, or the program has not one input and one output of fixed shape.
+        CompileError: the compiler cannot serve the device, the folder is not empty, or the program
+            has not one input and one output of fixed shape.
     """
+    lacking = compiler.missing(device)
+    if lacking:
+        raise CompileError(f"device {device.name} is not usable here: {lacking}")
     if folder.exists() and any(folder.iterdir()):
         raise CompileError(f"{folder} is not empty; name a new folder")
     inputs, outputs = (_port(program, "input"),), (_port(program, "output"),)
@@ -54,7 +58,7 @@ def write_artifact(
     built = build(folder / library)
     store_examples(program, examples, folder)
     manifest = Manifest(
-        compiler=compiler,
+        compiler=compiler.name,
         library=library,
         device=device.name,
         target={**device.target, **(instruction_set() if device.here else {})},

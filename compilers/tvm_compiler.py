@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 from ..hwmodels.device import Device
 from ..hwmodels.measurement import Measurement, MeasureProtocol
 from . import runner
-from .artifact import write_artifact
-from .compiler import Artifact, CompileError
+from .artifact import Built, write_artifact
+from .compiler import Artifact
 
 if TYPE_CHECKING:
     import torch
@@ -39,15 +39,16 @@ class TvmCompiler:
         self, program: ExportedProgram, device: Device, folder: Path, examples: torch.Tensor, *, tolerance: float
     ) -> Artifact:
         """See `Compiler.compile`."""
-        lacking = self.missing(device)
-        if lacking:
-            raise CompileError(f"device {device.name} is not usable here: {lacking}")
-        from .tvm_build import build_library
+
+        def build(library: Path) -> Built:
+            from .tvm_build import build_library
+
+            return build_library(program, device, library)
 
         return write_artifact(
-            self.name,
+            self,
             "model.so",
-            lambda library: build_library(program, device, library),
+            build,
             program,
             device,
             folder,
