@@ -17,7 +17,15 @@ from .tvm_frontend import Imported, Mark
 
 Array = NDArray[Any]
 
-_UNARY = {"relax.nn.relu": "relu", "relax.sigmoid": "sigmoid", "relax.nn.silu": "silu", "relax.tanh": "tanh"}
+# Relax's elementwise operators that are steps of ours.
+UNARY = {
+    "relax.nn.relu": "relu",
+    "relax.sigmoid": "sigmoid",
+    "relax.nn.silu": "silu",
+    "relax.tanh": "tanh",
+    "relax.nn.gelu": "gelu",
+    "relax.erf": "erf",
+}
 _MARKED_UNARY = ("hardswish", "hardsigmoid")
 _PRODUCTS = ("relax.nn.conv1d", "relax.nn.conv2d", "relax.nn.conv3d", "relax.matmul", "qconv2d", "qlinear")
 
@@ -216,8 +224,8 @@ def _grow(graph: Graph, head: Node, taken: set[int]) -> Chain:
 
 
 def _as_step(graph: Graph, head: Node, var: Any, user: Node) -> ChainStep | None:
-    if user.op in _UNARY:
-        return ChainStep(Step(_UNARY[user.op]))
+    if user.op in UNARY:
+        return ChainStep(Step(UNARY[user.op]))
     if user.op in _MARKED_UNARY:
         return ChainStep(Step(user.op))
     if user.op == "quantize" and user.mark is not None:

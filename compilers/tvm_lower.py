@@ -17,7 +17,7 @@ from tvm.relax.expr_functor import PyExprMutator, mutator
 from .cpu.conv import activation, quantized
 from .cpu.convspec import Step
 from .cpu.packing import per_channel
-from .tvm_graph import Array, Graph, Node, chains, range_of, static_shape
+from .tvm_graph import UNARY, Array, Graph, Node, chains, range_of, static_shape
 from .tvm_lower_conv import lower_convolution
 from .tvm_lower_dense import lower_dense
 from .tvm_lower_pool import lower_pooling
@@ -25,13 +25,8 @@ from .tvm_values import CpuTarget, Values
 
 # Elementwise operators that keep a lane of zeros finite, so they may run on blocked tensors with unused lanes.
 _BLOCKED_ELEMENTWISE = {
-    "relax.nn.relu",
     "relax.nn.relu6",
     "relax.clip",
-    "relax.sigmoid",
-    "relax.nn.silu",
-    "relax.tanh",
-    "relax.nn.gelu",
     "relax.add",
     "relax.subtract",
     "relax.multiply",
@@ -82,17 +77,17 @@ class _Lowering:
                 lambda v: quantized(v, attributes["scale"], attributes["zero_point"]),
                 "quantize",
             )
-        elif node.mark is not None:
+        elif node.mark is not None or (node.op in UNARY and str(node.var.ty.dtype) == "float32"):
             self._activation(node)
         elif not (lower_pooling(self.values, node) or self._blocked_node(node)):
             self._plain_node(node)
 
     def _activation(self, node: Node) -> None:
         source = node.args[0]
-        step = Step(node.op)
+        step = Step(UNARY.get(node.op, node.op))
         forms = self.blocked if source in self.blocked else self.plain
         form = self.blocked[source] if source in self.blocked else self.values.as_plain(source)
-        forms[node.var] = self.values.elementwise(form, lambda v: activation(step, v), node.op)
+        forms[node.var] = self.values.elementwise(form, lambda v: activation(step, v), step.op)
 
     def _blocked_node(self, node: Node) -> bool:
         """Emits an operator on blocked operands where that is the same computation."""

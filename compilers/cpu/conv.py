@@ -14,7 +14,9 @@ import tvm
 from tvm import te
 from tvm.s_tir import Schedule
 
+from . import functions
 from .convspec import BUFFER_STEPS, ConvSpec, Step, Tile
+from .functions import const
 from .intrinsics import VNNI_DOT
 
 
@@ -59,25 +61,23 @@ def epilogue(
     return buffers, apply
 
 
+_FUNCTIONS: dict[str, Callable[[Any], Any]] = {
+    name: getattr(functions, name)
+    for name in ("sigmoid", "silu", "tanh", "gelu", "hardsigmoid", "hardswish", "exp", "erf")
+}
+
+
 def activation(step: Step, value: Any) -> Any:
     """The elementwise steps that need no buffer."""
     if step.op == "relu":
-        return te.max(value, _const(0))
+        return te.max(value, const(0))
     if step.op == "clip":
-        return te.min(te.max(value, _const(step.values[0])), _const(step.values[1]))
-    if step.op == "sigmoid":
-        return _const(1) / (_const(1) + te.exp(-value))
-    if step.op == "silu":
-        return value / (_const(1) + te.exp(-value))
-    if step.op == "tanh":
-        return te.tanh(value)
-    if step.op == "hardsigmoid":
-        return te.min(te.max(value + _const(3), _const(0)), _const(6)) * _const(1 / 6)
-    if step.op == "hardswish":
-        return value * (te.min(te.max(value + _const(3), _const(0)), _const(6)) * _const(1 / 6))
+        return te.min(te.max(value, const(step.values[0])), const(step.values[1]))
     if step.op == "quantize":
         return quantized(value, step.values[0], int(step.values[1]))
-    raise ValueError(f"step {step.op!r} is not known to the CPU kernels")
+    if step.op not in _FUNCTIONS:
+        raise ValueError(f"step {step.op!r} is not known to the CPU kernels")
+    return _FUNCTIONS[step.op](value)
 
 
 def quantized(value: Any, scale: float, zero_point: int) -> Any:
@@ -85,13 +85,9 @@ def quantized(value: Any, scale: float, zero_point: int) -> Any:
 
     The clamp comes first, in float: a saturating conversion of a huge value would be undefined.
     """
-    steps = te.nearbyint(value / _const(scale)) + _const(zero_point)
+    steps = te.nearbyint(value / const(scale)) + const(zero_point)
     # Through int32: LLVM converts a whole vector of float32 to int32 in one instruction, but not to uint8.
-    return te.min(te.max(steps, _const(0)), _const(255)).astype("int32").astype("uint8")
-
-
-def _const(number: float) -> Any:
-    return tvm.tirx.const(number, "float32")
+    return te.min(te.max(steps, const(0)), const(255)).astype("int32").astype("uint8")
 
 
 def _compute(spec: ConvSpec, tile: Tile) -> list[te.Tensor]:

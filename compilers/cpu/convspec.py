@@ -12,7 +12,7 @@ class Step:
 
     `op` is one of: `scale`, `bias` (per-channel factor, offset: one buffer of shape (blocks, lanes)), `add`,
     `mul` (with a tensor of the output's shape and layout), `relu`, `clip` (values: low, high), `sigmoid`, `silu`,
-    `hardswish`, `hardsigmoid`, `tanh`, `quantize` (values: scale, zero point; the result is uint8).
+    `gelu`, `erf`, `hardswish`, `hardsigmoid`, `tanh`, `quantize` (values: scale, zero point; the result is uint8).
     """
 
     op: str

@@ -1,0 +1,94 @@
+"""Elementary functions on float32 vectors, as few multiply-adds: LLVM calls the C library for every single lane."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import tvm
+from tvm import te
+
+
+def const(number: float) -> Any:
+    """A float32 constant."""
+    return tvm.tirx.const(number, "float32")
+
+
+def exp(x: Any) -> Any:
+    """e**x to about one unit in the last place; of the argument only -87.3 to 88 counts, so no result is infinite.
+
+    2**n e**r with |r| <= ln(2) / 2, n from rounding and e**r by the polynomial of Moshier's Cephes library (expf).
+    """
+
+    def from_steps(x: Any, n: Any) -> Any:
+        # ln(2) in two parts, the first exact in 10 bits: n times it loses nothing.
+        return _let(x - n * const(0.693359375) + n * const(2.12194440e-4), lambda r: power(r, n))
+
+    def power(r: Any, n: Any) -> Any:
+        p = const(1.9875691500e-4)
+        for coefficient in (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1):
+            p = p * r + const(coefficient)
+        exponent = (n.astype("int32") + tvm.tirx.const(127, "int32")) << tvm.tirx.const(23, "int32")
+        return (p * (r * r) + r + const(1)) * tvm.tirx.reinterpret("float32", exponent)
+
+    bounded = te.min(te.max(x, const(-87.3)), const(88.0))
+    return _let(bounded, lambda x: _let(te.nearbyint(x * const(1.4426950408889634)), lambda n: from_steps(x, n)))
+
+
+def sigmoid(x: Any) -> Any:
+    """1 / (1 + e**-x)."""
+    return const(1) / (const(1) + exp(const(0) - x))
+
+
+def silu(x: Any) -> Any:
+    """x / (1 + e**-x)."""
+    return _let(x, lambda x: x / (const(1) + exp(const(0) - x)))
+
+
+def tanh(x: Any) -> Any:
+    """1 - 2 / (1 + e**2x), to about 1e-7."""
+    return const(1) - const(2) / (const(1) + exp(x * const(2)))
+
+
+def erf(x: Any) -> Any:
+    """The error function to 2e-7 (Abramowitz and Stegun 1964, 7.1.26)."""
+
+    def of_size(size: Any) -> Any:
+        return _let(const(1) / (const(1) + const(0.3275911) * size), lambda t: series(t, size))
+
+    def series(t: Any, size: Any) -> Any:
+        p = const(1.061405429)
+        for coefficient in (-1.453152027, 1.421413741, -0.284496736, 0.254829592):
+            p = p * t + const(coefficient)
+        return const(1) - p * t * exp(const(0) - size * size)
+
+    def signed(x: Any) -> Any:
+        size = te.max(x, const(0) - x)
+        return _let(_let(size, of_size), lambda value: tvm.tirx.Select(x < const(0), const(0) - value, value))
+
+    return _let(x, signed)
+
+
+def gelu(x: Any) -> Any:
+    """x times the normal distribution function of x."""
+
+    def halves(x: Any) -> Any:
+        return _let(const(0.5) * x, lambda half: half + half * erf(x * const(0.7071067811865476)))
+
+    return _let(x, halves)
+
+
+def hardsigmoid(x: Any) -> Any:
+    """clamp(x + 3, 0, 6) / 6."""
+    return te.min(te.max(x + const(3), const(0)), const(6)) * const(1 / 6)
+
+
+def hardswish(x: Any) -> Any:
+    """x clamp(x + 3, 0, 6) / 6."""
+    return _let(x, lambda x: x * hardsigmoid(x))
+
+
+def _let(value: Any, body: Callable[[Any], Any]) -> Any:
+    """body(value), with the value computed once: as a plain expression it would be copied to each of its uses."""
+    name = tvm.tirx.Var("value", "float32")
+    return tvm.tirx.Let(name, value, body(name))
