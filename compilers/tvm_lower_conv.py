@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 from tvm import relax
 
-from .cpu.conv import convolution
-from .cpu.convspec import ConvSpec, Step, choose_tile
-from .cpu.packing import per_channel, weight_depthwise, weight_float, weight_int8
+from .cpu.convspec import ConvSpec, Step
+from .cpu.kernels import conv_kernel, conv_weights
+from .cpu.packing import per_channel
+from .cpu.tiles import Choice, WinogradTile, choices
 from .tvm_affine import leading_affine
 from .tvm_graph import Array, Chain, ChainStep, static_shape
 from .tvm_numbers import frame, pair
@@ -66,14 +67,11 @@ def lower_convolution(values: Values, chain: Chain) -> None:
     if values.target.threads > 1 and spec.macs >= PARALLEL_MACS:
         spec = replace(spec, threads=values.target.threads)
     data = values.as_plain(source) if plain else values.as_blocked(source)
-    arguments = [data, *_conv_weights(spec, weight)]
+    choice = choices(spec, values.target.registers)[0]
+    arguments = [data, *(relax.const(array) for array in conv_weights(spec, choice, weight))]
     arguments += [relax.const(per_channel(array, spec.out_blocks, values.lanes)) for _, array in arrays]
     arguments += values.step_arguments(rest, spec.out_blocks)
-    kernel = values.kernel(
-        spec,
-        lambda: convolution(spec, choose_tile(spec, values.target.registers), vnni=values.target.vnni),
-        _conv_name(spec),
-    )
+    kernel = values.kernel(spec, lambda: conv_kernel(spec, choice, vnni=values.target.vnni), _conv_name(spec, choice))
     out = relax.TensorType((n, spec.out_blocks, spec.oh, spec.ow, values.lanes), spec.out_dtype)
     values.blocked[chain.last.var] = values.call(kernel, arguments, out, head)
 
@@ -97,16 +95,9 @@ def _merge_groups(weight: Array, groups: int, c: int, lanes: int) -> tuple[Array
     return out, merged
 
 
-def _conv_weights(spec: ConvSpec, weight: Array) -> list[Any]:
-    if spec.depthwise:
-        return [relax.const(weight_depthwise(weight, spec.lanes))]
-    if spec.int8:
-        return [relax.const(a) for a in weight_int8(spec, weight)]
-    return [relax.const(weight_float(spec, weight))]
-
-
-def _conv_name(spec: ConvSpec) -> str:
-    kind = ("q" if spec.int8 else "") + ("depthwise" if spec.depthwise else "conv")
+def _conv_name(spec: ConvSpec, choice: Choice) -> str:
+    plain = "winograd" if isinstance(choice, WinogradTile) else "depthwise" if spec.depthwise else "conv"
+    kind = ("q" if spec.int8 else "") + plain
     kernel = "x".join(str(k) for k in spec.kernel)
     tail = "_".join(step.op for step in spec.steps if step.op not in ("scale", "bias"))
     name = f"{kind}{kernel}_{spec.c}x{spec.h}x{spec.w}_{spec.o}_s{spec.stride[0]}"

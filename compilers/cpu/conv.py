@@ -2,7 +2,7 @@
 
 Data are (n, C/lanes, h, w, lanes) and weights (O/lanes, C/lanes, kh, kw, lanes in, lanes out): one vector of output
 channels is accumulated in registers for a tile of pixels over the whole reduction, and the epilogue (bias, residual,
-activation, requantisation) runs while the tile is still there. Nothing is tuned: see `convspec.choose_tile`.
+activation, requantisation) runs while the tile is still there. Nothing is tuned: see `tiles`.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from tvm import te
 from tvm.s_tir import Schedule
 
 from . import functions
-from .convspec import BUFFER_STEPS, ConvSpec, Step, Tile
+from .convspec import BUFFER_STEPS, ConvSpec, Step
 from .functions import const
 from .intrinsics import VNNI_DOT
+from .tiles import Tile
 
 
 def convolution(spec: ConvSpec, tile: Tile, *, vnni: bool = False) -> tvm.tirx.PrimFunc:
@@ -36,29 +37,38 @@ def epilogue(
     steps: Sequence[Step], lanes_shape: tuple[int, int], out_shape: tuple[int, ...], out_dtype: str
 ) -> tuple[list[te.Tensor], Callable[..., Any]]:
     """Placeholders of the steps that need a buffer, and a function (value, indices) -> value that applies them."""
-    buffers: list[te.Tensor] = []
-    for number, step in enumerate(steps):
-        if step.op in ("scale", "bias"):
-            buffers.append(te.placeholder(lanes_shape, name=f"{step.op}{number}"))
-        elif step.op in BUFFER_STEPS:
-            buffers.append(te.placeholder(out_shape, name=f"{step.op}{number}"))
+    buffers = [te.placeholder(shape, name=name) for name, shape in epilogue_buffers(steps, lanes_shape, out_shape)]
+    return buffers, lambda value, *indices: finish(steps, buffers, value, *indices)
 
-    def apply(value: Any, n: Any, block: Any, y: Any, x: Any, lane: Any) -> Any:
-        remaining = iter(buffers)
-        for step in steps:
-            if step.op == "scale":
-                value = value * next(remaining)[block, lane]
-            elif step.op == "bias":
-                value = value + next(remaining)[block, lane]
-            elif step.op == "add":
-                value = value + next(remaining)[n, block, y, x, lane]
-            elif step.op == "mul":
-                value = value * next(remaining)[n, block, y, x, lane]
-            else:
-                value = activation(step, value)
-        return value
 
-    return buffers, apply
+def epilogue_buffers(
+    steps: Sequence[Step], lanes_shape: tuple[int, int], out_shape: tuple[int, ...]
+) -> list[tuple[str, tuple[int, ...]]]:
+    """Name and shape of the buffer of each step that needs one."""
+    return [
+        (f"{step.op}{number}", lanes_shape if step.op in ("scale", "bias") else out_shape)
+        for number, step in enumerate(steps)
+        if step.op in BUFFER_STEPS
+    ]
+
+
+def finish(
+    steps: Sequence[Step], buffers: Sequence[Any], value: Any, n: Any, block: Any, y: Any, x: Any, lane: Any
+) -> Any:
+    """The value after all steps; `buffers` are those of `epilogue_buffers`."""
+    remaining = iter(buffers)
+    for step in steps:
+        if step.op == "scale":
+            value = value * next(remaining)[block, lane]
+        elif step.op == "bias":
+            value = value + next(remaining)[block, lane]
+        elif step.op == "add":
+            value = value + next(remaining)[n, block, y, x, lane]
+        elif step.op == "mul":
+            value = value * next(remaining)[n, block, y, x, lane]
+        else:
+            value = activation(step, value)
+    return value
 
 
 _FUNCTIONS: dict[str, Callable[[Any], Any]] = {

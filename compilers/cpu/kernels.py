@@ -1,0 +1,30 @@
+"""The convolution kernel of a choice, and its weights in the order in which it reads them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import tvm
+from numpy.typing import NDArray
+
+from .conv import convolution
+from .convspec import ConvSpec
+from .packing import weight_depthwise, weight_float, weight_int8
+from .tiles import Choice, WinogradTile
+from .winograd import winograd, winograd_weight
+
+
+def conv_kernel(spec: ConvSpec, choice: Choice, *, vnni: bool) -> tvm.tirx.PrimFunc:
+    """The function of (data, weights of `conv_weights`, one buffer a step, output)."""
+    if isinstance(choice, WinogradTile):
+        return winograd(spec, choice)
+    return convolution(spec, choice, vnni=vnni)
+
+
+def conv_weights(spec: ConvSpec, choice: Choice, weight: NDArray[Any]) -> list[NDArray[Any]]:
+    """The weights (o, c/groups, kh, kw), float32 or int8, as the kernel takes them."""
+    if isinstance(choice, WinogradTile):
+        return [winograd_weight(spec, weight, choice.m)]
+    if spec.depthwise:
+        return [weight_depthwise(weight, spec.lanes)]
+    return list(weight_int8(spec, weight)) if spec.int8 else [weight_float(spec, weight)]
