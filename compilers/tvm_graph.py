@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from tvm import relax
 
 from .compiler import CompileError
-from .cpu.convspec import Step
+from .cpu.convspec import EXPONENTIAL_STEPS, Step
 from .tvm_frontend import Imported, Mark
 
 Array = NDArray[Any]
@@ -217,6 +217,8 @@ def _grow(graph: Graph, head: Node, taken: set[int]) -> Chain:
         step = _as_step(graph, head, chain.last.var, user)
         if step is None or user.shape != head.shape:
             return chain
+        if step.step.op in EXPONENTIAL_STEPS and any(s.step.op in EXPONENTIAL_STEPS for s in chain.steps):
+            return chain
         chain.steps.append(step)
         chain.last = user
         if step.step.op == "quantize":
@@ -241,7 +243,7 @@ def _as_step(graph: Graph, head: Node, var: Any, user: Node) -> ChainStep | None
     array = graph.array(other)
     if array is not None:
         return _affine(head, user.op, array, first)
-    if user.op not in ("relax.add", "relax.multiply") or head.op not in ("qconv2d", "relax.nn.conv2d"):
+    if user.op not in ("relax.add", "relax.multiply"):
         return None
     if static_shape(other) != head.shape or str(other.ty.dtype) != "float32":
         return None

@@ -15,12 +15,13 @@ from tvm import relax
 from tvm.relax.expr_functor import PyExprMutator, mutator
 
 from .cpu.conv import activation, quantized
-from .cpu.convspec import Step
+from .cpu.convspec import EXPONENTIAL_STEPS, Step
 from .cpu.packing import per_channel
 from .tvm_graph import UNARY, Array, Graph, Node, chains, range_of, static_shape
 from .tvm_lower_conv import lower_convolution
 from .tvm_lower_dense import lower_dense
 from .tvm_lower_pool import lower_pooling
+from .tvm_lower_rows import lower_rows
 from .tvm_values import CpuTarget, Values
 
 # Elementwise operators that keep a lane of zeros finite, so they may run on blocked tensors with unused lanes.
@@ -79,7 +80,7 @@ class _Lowering:
             )
         elif node.mark is not None or (node.op in UNARY and str(node.var.ty.dtype) == "float32"):
             self._activation(node)
-        elif not (lower_pooling(self.values, node) or self._blocked_node(node)):
+        elif not (lower_pooling(self.values, node) or lower_rows(self.values, node) or self._blocked_node(node)):
             self._plain_node(node)
 
     def _activation(self, node: Node) -> None:
@@ -87,7 +88,9 @@ class _Lowering:
         step = Step(UNARY.get(node.op, node.op))
         forms = self.blocked if source in self.blocked else self.plain
         form = self.blocked[source] if source in self.blocked else self.values.as_plain(source)
-        forms[node.var] = self.values.elementwise(form, lambda v: activation(step, v), step.op)
+        forms[node.var] = self.values.elementwise(
+            form, lambda v: activation(step, v), step.op, fuse=step.op not in EXPONENTIAL_STEPS
+        )
 
     def _blocked_node(self, node: Node) -> bool:
         """Emits an operator on blocked operands where that is the same computation."""

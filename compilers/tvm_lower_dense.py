@@ -44,17 +44,17 @@ def lower_dense(values: Values, chain: Chain) -> None:
         steps=(*(Step(name) for name, _ in arrays), *(step.step for step in rest)),
         threads=values.target.threads if m * k * o >= PARALLEL_MACS else 1,
     )  # fmt: skip
-    data = values.as_plain(source)
-    if len(shape) != 2:
-        data = values.builder.emit(relax.op.reshape(data, (m, k)))
-    arguments = [data, *(dense_int8(weight, zero_point, values.lanes) if int8 else [dense_float(weight, values.lanes)])]
-    arguments = [arguments[0], *(relax.const(a) for a in arguments[1:])]
+    packed = dense_int8(weight, zero_point, values.lanes) if int8 else [dense_float(weight, values.lanes)]
+    arguments = [values.reshaped(values.as_plain(source), (m, k)), *(relax.const(array) for array in packed)]
     arguments += [relax.const(per_channel(array, spec.out_blocks, values.lanes)) for _, array in arrays]
-    arguments += values.step_arguments(rest, spec.out_blocks)
+    for step in rest:
+        if step.array is not None:
+            arguments.append(relax.const(per_channel(step.array, spec.out_blocks, values.lanes)))
+        elif step.operand is not None:
+            arguments.append(values.reshaped(values.as_plain(step.operand), (m, o)))
     name = f"{'q' if int8 else ''}dense_{m}x{k}_{o}"
-    kernel = values.kernel(spec, lambda: dense(spec, vnni=values.target.vnni), name)
-    dtype = "uint8" if any(step.op == "quantize" for step in spec.steps) else "float32"
-    value = values.call(kernel, arguments, relax.TensorType((m, o), dtype), head)
-    if len(shape) != 2:
-        value = values.builder.emit(relax.op.reshape(value, (*shape[:-1], o)))
-    values.plain[chain.last.var] = value
+    kernel = values.kernel(
+        spec, lambda: dense(spec, vnni=values.target.vnni, registers=values.target.registers), name
+    )
+    value = values.call(kernel, arguments, relax.TensorType((m, o), spec.out_dtype), head)
+    values.plain[chain.last.var] = values.reshaped(value, (*shape[:-1], o))

@@ -84,14 +84,22 @@ class Values:
         )
         return self.blocked[var]
 
-    def elementwise(self, value: Any, function: Callable[[Any], Any], name: str) -> Any:
-        """Emits a function of every element of a value, which fuses with its neighbours."""
+    def elementwise(self, value: Any, function: Callable[[Any], Any], name: str, *, fuse: bool = True) -> Any:
+        """Emits a function of every element of a value, which fuses with its neighbours unless it must not."""
         shape = static_shape(value)
-        return self.builder.emit_te(
-            lambda a: te.compute(shape, lambda *indices: function(a(*indices)), name=name),
-            value,
-            primfunc_name_hint=name,
-        )
+
+        def compute(a: Any) -> Any:
+            return te.compute(shape, lambda *indices: function(a(*indices)), name=name)
+
+        if fuse:
+            return self.builder.emit_te(compute, value, primfunc_name_hint=name)
+        data = te.placeholder(shape, str(value.ty.dtype), name="data")
+        kernel = te.create_prim_func([data, compute(data)]).without_attr("global_symbol").with_attr("op_pattern", 8)
+        return self.builder.emit(relax.call_tir(self.builder.add_func(kernel, name), [value], value.ty))
+
+    def reshaped(self, value: Any, shape: tuple[int, ...]) -> Any:
+        """The same values in another shape; nothing is copied."""
+        return value if static_shape(value) == shape else self.builder.emit(relax.op.reshape(value, shape))
 
     def call(self, kernel: Any, arguments: list[Any], out: Any, node: Node) -> Any:
         """Emits the call of a kernel for a node of the graph; `out` is the type of its result."""

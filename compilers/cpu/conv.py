@@ -33,16 +33,8 @@ def convolution(spec: ConvSpec, tile: Tile, *, vnni: bool = False) -> tvm.tirx.P
     return _schedule(spec, tile, function, vnni)
 
 
-def epilogue(
-    steps: Sequence[Step], lanes_shape: tuple[int, int], out_shape: tuple[int, ...], out_dtype: str
-) -> tuple[list[te.Tensor], Callable[..., Any]]:
-    """Placeholders of the steps that need a buffer, and a function (value, indices) -> value that applies them."""
-    buffers = [te.placeholder(shape, name=name) for name, shape in epilogue_buffers(steps, lanes_shape, out_shape)]
-    return buffers, lambda value, *indices: finish(steps, buffers, value, *indices)
-
-
 def epilogue_buffers(
-    steps: Sequence[Step], lanes_shape: tuple[int, int], out_shape: tuple[int, ...]
+    steps: Sequence[Step], lanes_shape: tuple[int, ...], out_shape: tuple[int, ...]
 ) -> list[tuple[str, tuple[int, ...]]]:
     """Name and shape of the buffer of each step that needs one."""
     return [
@@ -53,19 +45,19 @@ def epilogue_buffers(
 
 
 def finish(
-    steps: Sequence[Step], buffers: Sequence[Any], value: Any, n: Any, block: Any, y: Any, x: Any, lane: Any
+    steps: Sequence[Step], buffers: Sequence[Any], value: Any, channel: tuple[Any, ...], place: tuple[Any, ...]
 ) -> Any:
-    """The value after all steps; `buffers` are those of `epilogue_buffers`."""
+    """The value after all steps; `buffers` are those of `epilogue_buffers`, read at `channel` or `place`."""
     remaining = iter(buffers)
     for step in steps:
         if step.op == "scale":
-            value = value * next(remaining)[block, lane]
+            value = value * next(remaining)[channel]
         elif step.op == "bias":
-            value = value + next(remaining)[block, lane]
+            value = value + next(remaining)[channel]
         elif step.op == "add":
-            value = value + next(remaining)[n, block, y, x, lane]
+            value = value + next(remaining)[place]
         elif step.op == "mul":
-            value = value * next(remaining)[n, block, y, x, lane]
+            value = value * next(remaining)[place]
         else:
             value = activation(step, value)
     return value
@@ -156,13 +148,14 @@ def _compute(spec: ConvSpec, tile: Tile) -> list[te.Tensor]:
             ),
             name="conv",
         )
-    buffers, finish = epilogue(spec.steps, lanes_shape, out_shape, spec.out_dtype)
+    shapes = epilogue_buffers(spec.steps, lanes_shape, out_shape)
+    buffers = [te.placeholder(shape, name=name) for name, shape in shapes]
 
     def last(n: Any, b: Any, y: Any, x: Any, o: Any) -> Any:
         value = total[n, b, y, x, o]
         if extra:
             value = (value + extra[0][b, o]).astype("float32")
-        return finish(value, n, b, y, x, o)
+        return finish(spec.steps, buffers, value, (b, o), (n, b, y, x, o))
 
     out = te.compute(out_shape, last, name="out")
     return [source, weight, *extra, *buffers, out]

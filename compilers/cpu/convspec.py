@@ -19,6 +19,8 @@ class Step:
     values: tuple[float, ...] = ()
 
 
+# Of these one kernel takes one: LLVM's code generator expands what is nested, and three take it a minute.
+EXPONENTIAL_STEPS = frozenset({"sigmoid", "silu", "tanh", "gelu", "erf", "exp"})
 BUFFER_STEPS = ("scale", "bias", "add", "mul")
 
 

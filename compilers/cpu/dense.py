@@ -7,17 +7,20 @@ from math import ceil
 from typing import Any
 
 import tvm
-from tvm import te
-from tvm.s_tir import Schedule
+from tvm.tirx.script import builder as T
 
-from .conv import epilogue, quantized
+from .conv import epilogue_buffers, finish, quantized
 from .convspec import Step
-from .intrinsics import VNNI_DOT
+from .emit import argument, dot_product, kernel, local, loop, parts, product
+from .tiles import row_tile
 
 
 @dataclass(frozen=True)
 class DenseSpec:
-    """y[m, o] = steps(sum_k x[m, k] w[o, k]); `quantize` as in `ConvSpec`, and the result is float32 or uint8."""
+    """y[m, o] = steps(sum_k x[m, k] w[o, k]); `quantize` as in `ConvSpec`, and the result is float32 or uint8.
+
+    Tensors of the steps `add` and `mul` are (m, o).
+    """
 
     m: int
     k: int
@@ -39,98 +42,84 @@ class DenseSpec:
         """Multiply-accumulates, without the padding of the blocks."""
         return self.m * self.k * self.o
 
-
-def dense(spec: DenseSpec, *, vnni: bool = False) -> tvm.tirx.PrimFunc:
-    """The scheduled function; its arguments are data, weight, [zero-point correction], one buffer a step, output."""
-    function = te.create_prim_func(_compute(spec)).with_attr("tirx.noalias", True)
-    s = Schedule(tvm.IRModule({"main": function}))
-    names = [s.get(block).name_hint for block in s.get_child_blocks(s.get_sblock("root"))]
-    total, out = s.get_sblock("dense"), s.get_sblock("out")
-    use_vnni = spec.int8 and vnni
-    if not use_vnni:
-        s.set_scope(total, 0, "local")
-    m, block, lane, *reduction = s.get_loops(total)
-    # Six rows by four blocks of weights keep 24 of 32 registers busy; one row reads its weights once, in any case.
-    rows = next(r for r in (6, 5, 4, 3, 2, 1) if spec.m % r == 0)
-    blocks = next(b for b in (4, 3, 2, 1) if spec.out_blocks % b == 0)
-    m_outer, m_inner = s.split(m, [None, rows])
-    block_outer, block_inner = s.split(block, [None, blocks])
-    outer, inner = (reduction[:-1], reduction[-1:]) if spec.int8 else (reduction, [])
-    s.reorder(m_outer, block_outer, *outer, m_inner, block_inner, lane, *inner)
-    s.reverse_compute_at(out, block_outer, preserve_unit_loops=True)
-    s.unroll(m_inner)
-    s.unroll(block_inner)
-    if spec.threads > 1:
-        s.parallel(s.fuse(m_outer, block_outer))
-    if not use_vnni:
-        for loop in inner:
-            s.unroll(loop)
-        s.vectorize(lane)
-    init = s.decompose_reduction(total, outer[0])
-    if use_vnni:
-        s.tensorize(lane, VNNI_DOT)
-        s.vectorize(s.get_loops(init)[-1])
-    for loop in s.get_loops(init)[-3:-1]:
-        s.unroll(loop)
-    if spec.o % spec.lanes == 0:
-        s.vectorize(s.get_loops(out)[-1])
-    if "pad" in names:
-        loops = s.get_loops(s.get_sblock("pad"))
-        _, vector = s.split(loops[-1], [None, spec.lanes]) if _depth(spec) % spec.lanes == 0 else (None, None)
-        if vector is not None:
-            s.vectorize(vector)
-    return s.mod["main"]
+    @property
+    def out_dtype(self) -> str:
+        """`uint8` where the last step quantises, else `float32`."""
+        return "uint8" if any(step.op == "quantize" for step in self.steps) else "float32"
 
 
-def _depth(spec: DenseSpec) -> int:
-    return ceil(spec.k / 4) * 4 if spec.int8 else spec.k
+def dense(spec: DenseSpec, *, vnni: bool = False, registers: int = 32) -> tvm.tirx.PrimFunc:
+    """The function of (data, weight, [zero-point correction], one buffer a step, output)."""
+    with kernel() as (emitted, body):
+        dense_ = _Dense(spec, vnni and spec.int8, registers)
+        body(dense_.body)
+    return emitted.function
 
 
-def _compute(spec: DenseSpec) -> list[te.Tensor]:
-    source_dtype = "uint8" if spec.int8 and spec.quantize is None else "float32"
-    source = te.placeholder((spec.m, spec.k), name="data", dtype=source_dtype)
-    shape, lanes_shape = (spec.m, spec.out_blocks, spec.lanes), (spec.out_blocks, spec.lanes)
-    extra: list[te.Tensor] = []
-    if spec.int8:
-        data = _quantized_rows(spec, source)
-        rk, rj = te.reduce_axis((0, _depth(spec) // 4), "rk"), te.reduce_axis((0, 4), "rj")
-        weight = te.placeholder((spec.out_blocks, _depth(spec) // 4, spec.lanes, 4), name="weight", dtype="int8")
-        extra.append(te.placeholder(lanes_shape, name="correction", dtype="int32"))
-        total = te.compute(
-            shape,
-            lambda m, b, o: te.sum(
-                data[m, rk * 4 + rj].astype("int32") * weight[b, rk, o, rj].astype("int32"), axis=[rk, rj]
-            ),
-            name="dense",
-        )
-    else:
-        rk = te.reduce_axis((0, spec.k), "rk")
-        weight = te.placeholder((spec.out_blocks, spec.k, spec.lanes), name="weight")
-        total = te.compute(shape, lambda m, b, o: te.sum(source[m, rk] * weight[b, rk, o], axis=[rk]), name="dense")
-    out_dtype = "uint8" if any(step.op == "quantize" for step in spec.steps) else "float32"
-    # Steps see (n, block, y, x, lane); tensors added to a dense layer are plain (m, o).
-    buffers, finish = epilogue(spec.steps, lanes_shape, (spec.m, spec.out_blocks, 1, 1, spec.lanes), out_dtype)
+class _Dense:
+    def __init__(self, spec: DenseSpec, vnni: bool, registers: int) -> None:
+        self.spec, self.vnni = spec, vnni
+        lanes, blocks = spec.lanes, spec.out_blocks
+        direct = not spec.int8 or spec.quantize is not None
+        self.source = argument("data", (spec.m, spec.k), "float32" if direct else "uint8")
+        self.depth = ceil(spec.k / 4) if spec.int8 else spec.k
+        if spec.int8:
+            self.weight = argument("weight", (blocks, self.depth, lanes, 4), "int8")
+            self.correction = argument("correction", (blocks, lanes), "int32")
+        else:
+            self.weight = argument("weight", (blocks, self.depth, lanes))
+        shapes = epilogue_buffers(spec.steps, (blocks, lanes), (spec.m, spec.o))
+        self.extra = [argument(name, shape) for name, shape in shapes]
+        self.out = argument("out", (spec.m, spec.o), spec.out_dtype)
+        # The last block is a piece of its own where only some of its lanes exist.
+        self.whole = spec.o // lanes
+        self.rows, self.blocks = row_tile(spec.m, self.whole or 1, registers, spec.int8, spec.threads)
 
-    def last(m: Any, o: Any) -> Any:
-        block, lane = te.indexdiv(o, spec.lanes), te.indexmod(o, spec.lanes)
-        value = total[m, block, lane]
-        if extra:
-            value = (value + extra[0][block, lane]).astype("float32")
-        return finish(value, m, block, 0, 0, lane)
+    def body(self) -> None:
+        spec = self.spec
+        self.data = self._quantised() if spec.int8 and (spec.quantize or spec.k % 4) else self.source
+        columns = parts(self.whole, self.blocks)
+        if spec.o % spec.lanes:
+            columns.append((self.whole, 1, 1))
+        for row, row_count, rows in parts(spec.m, self.rows):
+            for block, block_count, blocks in columns:
+                with loop(row_count * block_count, spec.threads) as tile:
+                    # Rows are the inner loop: a panel of weights is read once and stays near.
+                    first_block = T.bind(block + tile // row_count * blocks)
+                    self._tile(T.bind(row + tile % row_count * rows), rows, first_block, blocks, block == self.whole)
 
-    out = te.compute((spec.m, spec.o), last, name="out")
-    return [source, weight, *extra, *buffers, out]
+    def _tile(self, row: Any, rows: int, block: Any, blocks: int, partial: bool) -> None:
+        spec = self.spec
+        if spec.int8:
+            sums = dot_product(
+                rows, blocks, spec.lanes, (self.depth,),
+                lambda i, r: (self.data, (row + i, r * 4)), lambda j, r: (self.weight, (block + j, r)), self.vnni,
+            )  # fmt: skip
+        else:
+            sums = product(
+                rows, blocks, spec.lanes, (self.depth,),
+                lambda i, r: self.data[row + i, r], lambda j, r, lane: self.weight[block + j, r, lane],
+            )  # fmt: skip
+        lanes = spec.o % spec.lanes if partial else spec.lanes
+        with T.serial(0, rows) as i, T.serial(0, blocks) as j, T.vectorized(0, lanes) as lane:
+            value = sums[i, j, lane]
+            if spec.int8:
+                value = T.cast(value + self.correction[block + j, lane], "float32")
+            place = (row + i, (block + j) * spec.lanes + lane)
+            value = finish(spec.steps, self.extra, value, (block + j, lane), place)
+            T.buffer_store(self.out, value, list(place))
 
-
-def _quantized_rows(spec: DenseSpec, source: te.Tensor) -> te.Tensor:
-    if spec.quantize is None and spec.k % 4 == 0:
-        return source
-    zero = tvm.tirx.const(spec.zero_point, "uint8")
-
-    def value(m: Any, k: Any) -> Any:
-        inside = source[m, k]
-        if spec.quantize is not None:
-            inside = quantized(inside, spec.quantize[0], spec.quantize[1])
-        return te.if_then_else(k < spec.k, inside, zero) if spec.k % 4 else inside
-
-    return te.compute((spec.m, _depth(spec)), value, name="pad")
+    def _quantised(self) -> Any:
+        spec = self.spec
+        rows = local((spec.m, self.depth * 4), "uint8", "global")
+        with T.serial(0, spec.m) as m:
+            for start, count, size in parts(spec.k, spec.lanes):
+                with T.serial(0, count) as part, T.vectorized(0, size) as lane:
+                    k = start + part * size + lane
+                    value = self.source[m, k]
+                    if spec.quantize is not None:
+                        value = quantized(value, *spec.quantize)
+                    T.buffer_store(rows, value, [m, k])
+            for k in range(spec.k, self.depth * 4):
+                T.buffer_store(rows, T.uint8(spec.zero_point), [m, k])
+        return rows

@@ -55,6 +55,26 @@ def choices(spec: ConvSpec, registers: int) -> list[Choice]:
     return sorted(found, key=lambda tile: found[tile])
 
 
+def row_tile(rows: int, blocks: int, registers: int, int8: bool, threads: int = 1) -> tuple[int, int]:
+    """(rows, blocks) of the register tile of a matrix product with the least estimated cycles, tails included."""
+
+    def cycles(tile: tuple[int, int]) -> float:
+        total = 0.0
+        for extent_rows, count_rows in ((tile[0], rows // tile[0]), (rows % tile[0], 1)):
+            for extent_blocks, count_blocks in ((tile[1], blocks // tile[1]), (blocks % tile[1], 1)):
+                if extent_rows and extent_blocks:
+                    total += ceil(count_rows * count_blocks / threads) * _step_cycles(extent_rows, extent_blocks, int8)
+        return total
+
+    tiles = [
+        (r, b)
+        for b in range(1, min(blocks, 8) + 1)
+        for r in range(1, min(rows, registers) + 1)
+        if r * b + b + 1 <= registers or (r, b) == (1, 1)
+    ]
+    return min(tiles, key=cycles)
+
+
 def winograd_applies(spec: ConvSpec) -> bool:
     """Whether the convolution is one of 3x3, stride 1, no dilation, float32, on whole blocks."""
     return (

@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 import tvm
 from numpy.typing import NDArray
-from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script import builder as T
 
 from .conv import epilogue_buffers, finish
 from .convspec import ConvSpec
+from .emit import argument, kernel, local, loop, product, when
 from .tiles import WinogradTile
 
 # G by m; B and A are written out as sums below.
@@ -48,51 +48,48 @@ def winograd_weight(spec: ConvSpec, weight: NDArray[Any], m: int) -> NDArray[Any
 
 def winograd(spec: ConvSpec, tile: WinogradTile) -> tvm.tirx.PrimFunc:
     """The function; its arguments are data, weight, one buffer a step, output."""
-    kernel = _Kernel(spec, tile)
-    with IRBuilder() as builder:
-        with T.prim_func(s_tir=True):
-            T.func_name("main")
-            T.func_attr({"tirx.noalias": True})
-            kernel.arguments()
-            with T.sblock("root"):
-                T.reads([])
-                T.writes([])
-                loop = T.parallel if spec.threads > 1 else T.serial
-                with loop(0, kernel.chunks) as chunk:
-                    kernel.body(chunk)
-    return builder.get()
+    with kernel() as (emitted, body):
+        body(_Winograd(spec, tile).body)
+    return emitted.function
 
 
-class _Kernel:
+class _Winograd:
     def __init__(self, spec: ConvSpec, tile: WinogradTile) -> None:
         self.spec, self.tile = spec, tile
         self.alpha = tile.m + 2
         self.rows, self.columns = ceil(spec.oh / tile.m), ceil(spec.ow / tile.m)
         self.count = spec.n * self.rows * self.columns
         self.chunks = ceil(self.count / tile.chunk)
-
-    def arguments(self) -> None:
-        spec, lanes = self.spec, self.spec.lanes
-        self.data = _argument("data", (spec.n, spec.in_blocks, spec.h, spec.w, lanes))
-        self.weight = _argument("weight", (self.alpha**2, spec.out_blocks, spec.group_blocks, lanes, lanes))
+        lanes = spec.lanes
+        self.data = argument("data", (spec.n, spec.in_blocks, spec.h, spec.w, lanes))
+        self.weight = argument("weight", (self.alpha**2, spec.out_blocks, spec.group_blocks, lanes, lanes))
         out_shape = (spec.n, spec.out_blocks, spec.oh, spec.ow, lanes)
         shapes = epilogue_buffers(spec.steps, (spec.out_blocks, lanes), out_shape)
-        self.extra = [_argument(name, shape) for name, shape in shapes]
-        self.out = _argument("out", out_shape, spec.out_dtype)
+        self.extra = [argument(name, shape) for name, shape in shapes]
+        self.out = argument("out", out_shape, spec.out_dtype)
 
-    def body(self, chunk: Any) -> None:
+    def body(self) -> None:
+        # Threads take whole chunks, or share the stages of each where there are too few of them.
+        many = self.chunks >= 2 * self.spec.threads
+        with loop(self.chunks, self.spec.threads if many else 1) as chunk:
+            self.chunk(chunk, 1 if many else self.spec.threads)
+
+    def chunk(self, chunk: Any, threads: int) -> None:
+        """The three stages of one chunk of tiles."""
         spec, lanes, alpha = self.spec, self.spec.lanes, self.alpha
         size = self.tile.chunk
         # An odd number of vectors apart: at powers of two the alpha**2 matrices would share the same cache sets.
-        self.v = _local((spec.in_blocks, alpha * alpha, size | 1, lanes), "global")
-        self.product = _local((spec.out_blocks, alpha * alpha, size | 1, lanes), "global")
-        with T.serial(0, spec.in_blocks) as block, T.serial(0, size) as t:
-            self.forward(block, t, *self.place(chunk * size + t))
-        with T.serial(0, alpha * alpha) as e, T.serial(0, spec.out_blocks // self.tile.blocks) as outer:
-            with T.serial(0, size // self.tile.tiles) as t:
-                self.multiply(e, outer * self.tile.blocks, t * self.tile.tiles)
-        with T.serial(0, spec.out_blocks) as block, T.serial(0, size) as t:
-            self.backward(block, t, chunk * size + t)
+        self.v = local((spec.in_blocks, alpha * alpha, size | 1, lanes), scope="global")
+        self.product = local((spec.out_blocks, alpha * alpha, size | 1, lanes), scope="global")
+        with loop(spec.in_blocks * size, threads) as place:
+            t = T.bind(place % size)
+            self.forward(T.bind(place // size), t, *self.place(chunk * size + t))
+        outer = spec.out_blocks // self.tile.blocks
+        with loop(alpha * alpha * outer, threads) as place, T.serial(0, size // self.tile.tiles) as t:
+            self.multiply(T.bind(place // outer), T.bind(place % outer * self.tile.blocks), t * self.tile.tiles)
+        with loop(spec.out_blocks * size, threads) as place:
+            t = T.bind(place % size)
+            self.backward(T.bind(place // size), t, T.bind(chunk * size + t))
 
     def place(self, p: Any) -> tuple[Any, Any, Any]:
         """Image, row and column of a tile; what the last chunk has too many repeats the last tile."""
@@ -104,13 +101,12 @@ class _Kernel:
         """B'dB of one tile and one block of channels."""
         spec, m, alpha = self.spec, self.tile.m, self.alpha
         top, left = T.bind(ty * m - spec.padding[0]), T.bind(tx * m - spec.padding[1])
-        inside = [self._within(top, spec.h), self._within(left, spec.w)]
-        needed = [c for c in inside if c is not None]
-        whole = T.bind(T.And(*needed) if len(needed) == 2 else needed[0]) if needed else None
+        rows = T.And(top >= 0, top + alpha <= spec.h)
+        whole = T.And(rows, T.And(left >= 0, left + alpha <= spec.w))
 
         def emit(load: Callable[[int, int, Any], Any]) -> None:
-            half = _local((alpha, alpha, spec.lanes))
-            with T.vectorized(spec.lanes) as lane:
+            half = local((alpha, alpha, spec.lanes))
+            with T.vectorized(0, spec.lanes) as lane:
                 for x in range(alpha):
                     for a, value in enumerate(_forward(m, [T.bind(load(y, x, lane)) for y in range(alpha)])):
                         T.buffer_store(half, value, [a, x, lane])
@@ -128,34 +124,22 @@ class _Kernel:
             good = T.And(T.And(row >= 0, row < spec.h), T.And(column >= 0, column < spec.w))
             return T.Select(good, value, T.float32(0))
 
-        if whole is None:
-            emit(plain)
-            return
         with T.If(whole):
             with T.Then():
                 emit(plain)
             with T.Else():
                 emit(bounded)
 
-    def _within(self, start: Any, extent: int) -> Any:
-        return T.And(start >= 0, start + self.alpha <= extent)
-
     def multiply(self, e: Any, block: Any, t: Any) -> None:
         """One register tile of one of the alpha**2 matrix products."""
         spec, tile, lanes = self.spec, self.tile, self.spec.lanes
-        sums = _local((tile.tiles, tile.blocks, lanes))
-        first = block // (spec.out_blocks // spec.groups) * spec.group_blocks
-        with T.vectorized(lanes) as lane:
-            for i in range(tile.tiles):
-                for j in range(tile.blocks):
-                    T.buffer_store(sums, T.float32(0), [i, j, lane])
-        with T.serial(0, spec.group_blocks) as rb, T.serial(0, lanes) as ri, T.vectorized(lanes) as lane:
-            weights = [T.bind(self.weight[e, block + j, rb, ri, lane]) for j in range(tile.blocks)]
-            for i in range(tile.tiles):
-                for j in range(tile.blocks):
-                    value = self.v[first + rb, e, t + i, ri] * weights[j]
-                    T.buffer_store(sums, sums[i, j, lane] + value, [i, j, lane])
-        with T.vectorized(lanes) as lane:
+        first = T.bind(block // (spec.out_blocks // spec.groups) * spec.group_blocks)
+        sums = product(
+            tile.tiles, tile.blocks, lanes, (spec.group_blocks, lanes),
+            lambda i, rb, ri: self.v[first + rb, e, t + i, ri],
+            lambda j, rb, ri, lane: self.weight[e, block + j, rb, ri, lane],
+        )  # fmt: skip
+        with T.vectorized(0, lanes) as lane:
             for j in range(tile.blocks):
                 for i in range(tile.tiles):
                     T.buffer_store(self.product, sums[i, j, lane], [block + j, e, t + i, lane])
@@ -163,8 +147,8 @@ class _Kernel:
     def backward(self, block: Any, t: Any, p: Any) -> None:
         """A'[...]A of one tile and one block of channels, and the epilogue."""
         spec, m, alpha = self.spec, self.tile.m, self.alpha
-        half, result = _local((m, alpha, spec.lanes)), _local((m, m, spec.lanes))
-        with T.vectorized(spec.lanes) as lane:
+        half, result = local((m, alpha, spec.lanes)), local((m, m, spec.lanes))
+        with T.vectorized(0, spec.lanes) as lane:
             for x in range(alpha):
                 column = [T.bind(self.product[block, y * alpha + x, t, lane]) for y in range(alpha)]
                 for y, value in enumerate(_backward(m, column)):
@@ -176,19 +160,17 @@ class _Kernel:
         n, top, left = T.bind(p // image), T.bind(p % image // self.columns * m), T.bind(p % self.columns * m)
         surplus = self.chunks * self.tile.chunk > self.count
 
-        def store(y: int, x: int) -> None:
-            with T.vectorized(spec.lanes) as lane:
-                value = finish(spec.steps, self.extra, result[y, x, lane], n, block, top + y, left + x, lane)
-                T.buffer_store(self.out, value, [n, block, top + y, left + x, lane])
+        def store(y: Any, x: Any) -> None:
+            with T.vectorized(0, spec.lanes) as lane:
+                place = (n, block, top + y, left + x, lane)
+                value = finish(spec.steps, self.extra, result[y, x, lane], (block, lane), place)
+                T.buffer_store(self.out, value, list(place))
 
-        for y in range(m):
-            for x in range(m):
-                conditions = [p < self.count] if surplus else []
-                if spec.oh % m and y:
-                    conditions.append(top + y < spec.oh)
-                if spec.ow % m and x:
-                    conditions.append(left + x < spec.ow)
-                _when(conditions, lambda y=y, x=x: store(y, x))
+        with T.serial(0, m) as y, T.serial(0, m) as x:
+            conditions = [p < self.count] if surplus else []
+            conditions += [top + y < spec.oh] if spec.oh % m else []
+            conditions += [left + x < spec.ow] if spec.ow % m else []
+            when(conditions, lambda: store(y, x))
 
 
 def _forward(m: int, d: Sequence[Any]) -> list[Any]:
@@ -214,22 +196,3 @@ def _backward(m: int, v: Sequence[Any]) -> list[Any]:
 
 def _clamp(index: Any, extent: int) -> Any:
     return T.max(T.min(index, extent - 1), 0)
-
-
-def _when(conditions: Sequence[Any], emit: Callable[[], None]) -> None:
-    if not conditions:
-        emit()
-        return
-    condition = conditions[0]
-    for other in conditions[1:]:
-        condition = T.And(condition, other)
-    with T.If(condition), T.Then():
-        emit()
-
-
-def _argument(name: str, shape: tuple[int, ...], dtype: str = "float32") -> Any:
-    return T.arg(name, T.buffer(shape, dtype, layout=None, buffer_name=name))
-
-
-def _local(shape: tuple[int, ...], scope: str = "local") -> Any:
-    return T.alloc_buffer(shape, "float32", scope=scope, layout=None, align=64)

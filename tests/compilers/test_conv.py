@@ -18,8 +18,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from planish.compilers.cpu.convspec import BUFFER_STEPS, ConvSpec, Step, Tile, choose_tile
-from planish.compilers.cpu.packing import per_channel, weight_depthwise, weight_float, weight_int8
+from planish.compilers.cpu.convspec import BUFFER_STEPS, EXPONENTIAL_STEPS, ConvSpec, Step
+from planish.compilers.cpu.packing import per_channel, weight_int8
+from planish.compilers.cpu.tiles import Choice, Tile, WinogradTile, choices, winograd_applies
 from planish.hwmodels.device import host
 
 Array = NDArray[Any]
@@ -31,18 +32,28 @@ HAS_VNNI = "avx512_vnni" in host().features
 QUANTIZE = Step("quantize", (0.25, 7))
 AFFINE = (Step("scale"), Step("bias"))
 EXACT = [*AFFINE, Step("add"), Step("mul"), Step("relu"), Step("clip", (-2.0, 6.0)), Step("hardswish"), QUANTIZE]
-SMOOTH = [Step("sigmoid"), Step("silu"), Step("tanh"), Step("hardsigmoid")]
+SMOOTH = [Step(op) for op in ("sigmoid", "silu", "tanh", "hardsigmoid", "gelu", "erf")]
+STEEP = [Step("exp")]  # of a rounded argument its value is another one
 # hardswish divides by six, which is no power of two.
 TOLERANCE = 2e-6
+# Of the largest sum, for F(4x4, 3x3) in float32: its transforms' constants reach 8, and their products 64.
+WINOGRAD_TOLERANCE = 5e-6
 
 few = settings(max_examples=12, derandomize=True, deadline=None)
 
 
 def steps() -> st.SearchStrategy[tuple[Step, ...]]:
-    """Up to three steps, of which only the last may quantise."""
-    return st.lists(st.sampled_from([*EXACT, *SMOOTH]), max_size=3).map(
-        lambda found: tuple(step for i, step in enumerate(found) if step is not QUANTIZE or i == len(found) - 1)
-    )
+    """Up to three steps, of which only the last may quantise, and one may be an exponential."""
+
+    def allowed(found: list[Step]) -> tuple[Step, ...]:
+        kept: list[Step] = []
+        for i, step in enumerate(found):
+            second = step.op in EXPONENTIAL_STEPS and any(other.op in EXPONENTIAL_STEPS for other in kept)
+            if not second and (step is not QUANTIZE or i == len(found) - 1):
+                kept.append(step)
+        return tuple(kept)
+
+    return st.lists(st.sampled_from([*EXACT, *SMOOTH]), max_size=3).map(allowed)
 
 
 FORMS = ["plain", "blocked", "grouped", "depthwise"]
@@ -101,6 +112,9 @@ def apply_steps(spec: ConvSpec, value: torch.Tensor, extra: list[Array]) -> Arra
         "tanh": torch.tanh,
         "hardswish": F.hardswish,
         "hardsigmoid": F.hardsigmoid,
+        "gelu": F.gelu,
+        "erf": torch.erf,
+        "exp": lambda v: torch.exp(v.clamp(-87.3, 88.0)),
     }
     for step in spec.steps:
         if step.op in ("scale", "mul"):
@@ -116,9 +130,18 @@ def apply_steps(spec: ConvSpec, value: torch.Tensor, extra: list[Array]) -> Arra
     return value.numpy()
 
 
-def check(spec: ConvSpec, layout: Any, run: Run, tile: Tile | None = None, vnni: bool = False, seed: int = 0) -> None:
+def direct(spec: ConvSpec, registers: int = 32) -> Tile:
+    """The tile that is chosen of the direct form, whose sums of whole numbers are exact."""
+    return next(choice for choice in choices(spec, registers) if isinstance(choice, Tile))
+
+
+def check(
+    spec: ConvSpec, layout: Any, run: Run, choice: Choice | None = None, vnni: bool = False, seed: int = 0
+) -> None:
     """Runs the kernel of a spec on random data and compares it with torch."""
-    from planish.compilers.cpu.conv import convolution
+    from planish.compilers.cpu.kernels import conv_kernel, conv_weights
+
+    choice = choice or direct(spec)
 
     rng = np.random.default_rng(seed)
     groups = spec.c if spec.depthwise else spec.groups
@@ -152,19 +175,19 @@ def check(spec: ConvSpec, layout: Any, run: Run, tile: Tile | None = None, vnni:
     expected = apply_steps(spec, total, extra)
 
     packed = data if spec.in_lanes != spec.lanes else layout.block(data, spec.lanes, fill=9)
-    if spec.depthwise:
-        weights = [weight_depthwise(weight, spec.lanes)]
-    elif spec.int8:
-        weights = list(weight_int8(spec, weight))
-    else:
-        weights = [weight_float(spec, weight)]
-    function = convolution(spec, tile or choose_tile(spec, 32), vnni=vnni)
+    weights = conv_weights(spec, choice, weight)
+    function = conv_kernel(spec, choice, vnni=vnni)
     shape = (spec.n, spec.out_blocks, spec.oh, spec.ow, spec.lanes)
     output = run(function, [packed, *weights, *arguments], shape, spec.out_dtype)
     assert np.isfinite(output).all(), "a lane without a channel must stay finite for whatever reads it next"
     result = layout.unblock(output, spec.o).astype(np.float64)
-    rounded = any(step in (*SMOOTH, Step("hardswish")) for step in spec.steps)
-    if not rounded:
+    rounded = any(step in (*SMOOTH, *STEEP, Step("hardswish")) for step in spec.steps)
+    if isinstance(choice, WinogradTile):
+        # Its transforms round: the error follows the size of the sums before the steps, which may cancel, and
+        # each of three steps may double it.
+        tolerance = WINOGRAD_TOLERANCE * max(1, float(total.abs().max())) * 16
+        np.testing.assert_allclose(result, expected, rtol=0, atol=1 if spec.out_dtype == "uint8" else tolerance)
+    elif not rounded:
         np.testing.assert_array_equal(result, expected)
     elif spec.out_dtype == "uint8":  # float32 may lie on the other side of a boundary between two steps
         np.testing.assert_allclose(result, expected, rtol=0, atol=1)
@@ -210,10 +233,30 @@ def test_int8_convolutions_with_vnni_equal_integer_arithmetic(
 def test_every_tile_gives_the_same_result(
     layout: Any, run_kernel: Run, form: str, data: st.DataObject, tile: Tile
 ) -> None:
-    check(data.draw(specs(form)), layout, run_kernel, tile=tile)
+    check(data.draw(specs(form)), layout, run_kernel, tile)
 
 
-@pytest.mark.parametrize("step", [*EXACT, *SMOOTH], ids=lambda step: step.op)
+@st.composite
+def winograd_cases(draw: st.DrawFn) -> tuple[ConvSpec, WinogradTile]:
+    """3x3 convolutions of stride 1 on whole blocks, and any way to cut them."""
+    spec = draw(specs(draw(st.sampled_from(["blocked", "grouped"]))))
+    h, w = (max(spec.h, 3 - spec.padding[0] - spec.padding[2]), max(spec.w, 3 - spec.padding[1] - spec.padding[3]))
+    spec = replace(spec, kernel=(3, 3), stride=(1, 1), dilation=(1, 1), h=h, w=w)
+    tiles, times = draw(st.integers(1, 5)), draw(st.integers(1, 3))
+    blocks = draw(st.sampled_from([b for b in (1, 2) if (spec.out_blocks // spec.groups) % b == 0]))
+    return spec, WinogradTile(draw(st.sampled_from([2, 4])), tiles * times, tiles, blocks)
+
+
+@settings(max_examples=30, derandomize=True, deadline=None)
+@given(case=winograd_cases(), seed=st.integers(0, 99))
+def test_winograd_convolutions_equal_torch(
+    layout: Any, run_kernel: Run, case: tuple[ConvSpec, WinogradTile], seed: int
+) -> None:
+    assert winograd_applies(case[0])
+    check(case[0], layout, run_kernel, case[1], seed=seed)
+
+
+@pytest.mark.parametrize("step", [*EXACT, *SMOOTH, *STEEP], ids=lambda step: step.op)
 def test_every_step_is_what_torch_computes(layout: Any, run_kernel: Run, step: Step) -> None:
     spec = ConvSpec(1, 8, 5, 5, 11, (3, 3), padding=(1, 1, 1, 1), lanes=8, in_lanes=8, steps=(step,))
     check(spec, layout, run_kernel)
@@ -230,7 +273,7 @@ def test_the_largest_sums_of_bytes_do_not_overflow(layout: Any, run_kernel: Run,
     weight, correction = weight_int8(spec, np.full((16, 64, 3, 3), extreme, np.int8))
     ones, zeros = np.ones((1, 16), np.float32), np.zeros((1, 16), np.float32)
     data = np.full((1, 4, 3, 3, 16), 255, np.uint8)
-    function = convolution(spec, choose_tile(spec, 32), vnni=vnni)
+    function = convolution(spec, direct(spec), vnni=vnni)
     output = run_kernel(function, [data, weight, correction, ones, zeros], (1, 1, 1, 1, 16), "float32")
     assert (output == 255 * extreme * 9 * 64).all()
 
@@ -259,7 +302,7 @@ def test_an_unknown_step_is_refused_by_name() -> None:
 @settings(max_examples=200, derandomize=True)
 @given(st.sampled_from(FORMS).flatmap(specs), st.sampled_from([16, 32]))
 def test_a_chosen_tile_fits_the_registers_and_divides_the_blocks(spec: ConvSpec, registers: int) -> None:
-    tile = choose_tile(spec, registers)
+    tile = direct(spec, registers)
     assert tile.accumulators < registers
     blocks = 1 if spec.depthwise else spec.out_blocks // spec.groups
     assert blocks % tile.blocks == 0
