@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -85,6 +86,16 @@ class Graph:
         # Where an operator was translated into more than one product the names would be wrong: then there are none.
         whole = len(products) == len(imported.sites)
         self.sites = {n.index: site for n, site in zip(products, imported.sites, strict=True)} if whole else {}
+
+    @cached_property
+    def weight_bytes(self) -> int:
+        """The weights of all convolutions and dense layers."""
+        total = 0
+        for node in self.nodes:
+            if node.op in _PRODUCTS:
+                weight = node.mark.attributes["weight"] if node.mark else self.array(node.args[1])
+                total += weight.nbytes if weight is not None else 0
+        return total
 
     def resolve(self, var: Any) -> Any:
         """The variable that this one only renames."""

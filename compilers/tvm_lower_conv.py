@@ -67,7 +67,7 @@ def lower_convolution(values: Values, chain: Chain) -> None:
     if values.target.threads > 1 and spec.macs >= PARALLEL_MACS:
         spec = replace(spec, threads=values.target.threads)
     data = values.as_plain(source) if plain else values.as_blocked(source)
-    choice = choices(spec, values.target.registers)[0]
+    choice = choices(spec, values.target.registers, values.graph.weight_bytes)[0]
     arguments = [data, *(relax.const(array) for array in conv_weights(spec, choice, weight))]
     arguments += [relax.const(per_channel(array, spec.out_blocks, values.lanes)) for _, array in arrays]
     arguments += values.step_arguments(rest, spec.out_blocks)

@@ -21,8 +21,11 @@ _SCHEMAS = {
 
 @torch.library.custom_op("planish::quantize", mutates_args=(), schema=_SCHEMAS["planish::quantize"])
 def quantize(x: Tensor, scale: float, zero_point: int) -> Tensor:
-    """clamp(round(x / scale) + zero_point, 0, 255) as uint8; halves round to even, the division is in float32."""
-    steps = torch.round(x / torch.tensor(scale, dtype=torch.float32))
+    """clamp(round(x * (1 / scale)) + zero_point, 0, 255) as uint8; halves round to even, both products are float32.
+
+    A factor and not a divisor, as torch's own quantisation has it: CPUs divide vectors ten times slower.
+    """
+    steps = torch.round(x * (1 / torch.tensor(scale, dtype=torch.float32)))
     return torch.clamp(steps + zero_point, 0, 255).to(torch.uint8)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import tvm
 from tvm import te
 from tvm.s_tir import Schedule
@@ -83,11 +84,12 @@ def activation(step: Step, value: Any) -> Any:
 
 
 def quantized(value: Any, scale: float, zero_point: int) -> Any:
-    """clamp(round(value / scale) + zero point, 0, 255) as uint8; rounds half to even, as torch does.
+    """clamp(round(value * (1 / scale)) + zero point, 0, 255) as uint8; rounds half to even (see `spaces.integer`).
 
     The clamp comes first, in float: a saturating conversion of a huge value would be undefined.
     """
-    steps = te.nearbyint(value / const(scale)) + const(zero_point)
+    factor = float(np.float32(1) / np.float32(scale))
+    steps = te.nearbyint(value * const(factor)) + const(zero_point)
     # Through int32: LLVM converts a whole vector of float32 to int32 in one instruction, but not to uint8.
     return te.min(te.max(steps, const(0)), const(255)).astype("int32").astype("uint8")
 

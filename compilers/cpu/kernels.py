@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from .conv import convolution
 from .convspec import ConvSpec
+from .depthwise import depthwise
 from .packing import weight_depthwise, weight_float, weight_int8
 from .tiles import Choice, WinogradTile
 from .winograd import winograd, winograd_weight
@@ -18,6 +19,8 @@ def conv_kernel(spec: ConvSpec, choice: Choice, *, vnni: bool) -> tvm.tirx.PrimF
     """The function of (data, weights of `conv_weights`, one buffer a step, output)."""
     if isinstance(choice, WinogradTile):
         return winograd(spec, choice)
+    if spec.depthwise and spec.quantize is None:
+        return depthwise(spec, choice.ow)
     return convolution(spec, choice, vnni=vnni)
 
 

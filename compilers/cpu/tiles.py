@@ -11,7 +11,7 @@ from .convspec import ConvSpec
 # Bytes that stay near a core: the first level holds a chunk's tiles, the second the weights that every chunk reads.
 _L1_BYTES, _L2_BYTES = 32 << 10, 1 << 20
 # Cycles to move 64 bytes to or from the second level, the third level and memory, as measured on one core.
-_L2_CYCLES, _L3_CYCLES, _MEMORY_CYCLES = 0.5, 1.0, 3.0
+_L2_CYCLES, _L3_CYCLES, _MEMORY_CYCLES = 0.5, 1.0, 5.0
 _L3_BYTES = 16 << 20
 
 
@@ -47,11 +47,18 @@ class WinogradTile:
 Choice = Tile | WinogradTile
 
 
-def choices(spec: ConvSpec, registers: int) -> list[Choice]:
-    """Every way to compute a convolution that may be the fastest, by estimated cycles, the fewest first."""
-    found: dict[Choice, float] = {tile: direct_cycles(spec, tile) for tile in _direct(spec, registers)}
+def choices(spec: ConvSpec, registers: int, model_bytes: int = 0) -> list[Choice]:
+    """Every way to compute a convolution that may be the fastest, by estimated cycles, the fewest first.
+
+    Args:
+        spec: The convolution.
+        registers: Vector registers of the CPU.
+        model_bytes: The weights of the whole model. Between two uses of one layer's weights all others are read, so
+            that they come from the level of cache that holds them all.
+    """
+    found: dict[Choice, float] = {tile: direct_cycles(spec, tile, model_bytes) for tile in _direct(spec, registers)}
     if winograd_applies(spec):
-        found |= {tile: winograd_cycles(spec, tile) for tile in _winograd(spec, registers)}
+        found |= {tile: winograd_cycles(spec, tile, model_bytes) for tile in _winograd(spec, registers)}
     return sorted(found, key=lambda tile: found[tile])
 
 
@@ -84,7 +91,7 @@ def winograd_applies(spec: ConvSpec) -> bool:
     )
 
 
-def direct_cycles(spec: ConvSpec, tile: Tile) -> float:
+def direct_cycles(spec: ConvSpec, tile: Tile, model_bytes: int = 0) -> float:
     """Estimated cycles of the direct form, by counting what one step of the reduction issues.
 
     A step multiplies `oh * ow` broadcast inputs with `blocks` weight vectors. Two loads or about one vector
@@ -97,10 +104,11 @@ def direct_cycles(spec: ConvSpec, tile: Tile) -> float:
     cycles = _step_cycles(tile.oh * tile.ow, tile.blocks, spec.int8)
     if spec.int8 and tile.accumulators > 20:
         cycles *= 1.1  # the compiler spills the byte broadcasts beyond this (measured: 28x1 is slower than 14x1)
-    return tiles * depth * spec.kernel[0] * spec.kernel[1] * cycles
+    weights = spec.out_blocks * spec.kernel[0] * spec.kernel[1] * depth * spec.lanes * 4
+    return _with_weights(tiles * depth * spec.kernel[0] * spec.kernel[1] * cycles, weights, model_bytes)
 
 
-def winograd_cycles(spec: ConvSpec, tile: WinogradTile) -> float:
+def winograd_cycles(spec: ConvSpec, tile: WinogradTile, model_bytes: int = 0) -> float:
     """Estimated cycles of Winograd's form: the products, the two transforms, and what the caches cannot hold."""
     products = (tile.m + 2) ** 2
     count = spec.n * ceil(spec.oh / tile.m) * ceil(spec.ow / tile.m)
@@ -115,8 +123,16 @@ def winograd_cycles(spec: ConvSpec, tile: WinogradTile) -> float:
     weights = products * spec.out_blocks * spec.group_blocks * spec.lanes * vector
     # What lies between the stages is written and read once a chunk.
     total += chunks * 2 * between / 64 * _line_cycles(between)
-    total += (chunks if weights + between > _L2_BYTES else 1) * weights / 64 * _line_cycles(weights + between)
-    return total
+    if weights + between > _L2_BYTES:  # every further chunk reads them again
+        total += (chunks - 1) * weights / 64 * _line_cycles(weights + between)
+    # The other layers' weights grow too where they take this form.
+    return _with_weights(total, weights, model_bytes * products / 9)
+
+
+def _with_weights(cycles: float, weights: float, model_bytes: float) -> float:
+    """The cycles with the first reading of the weights, most of which passes while the products are computed."""
+    reading = weights / 64 * _line_cycles(max(weights, model_bytes))
+    return max(cycles, reading) + 0.3 * min(cycles, reading)
 
 
 def _line_cycles(size: int) -> float:
