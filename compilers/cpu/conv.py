@@ -86,12 +86,12 @@ def activation(step: Step, value: Any) -> Any:
 def quantized(value: Any, scale: float, zero_point: int) -> Any:
     """clamp(round(value * (1 / scale)) + zero point, 0, 255) as uint8; rounds half to even (see `spaces.integer`).
 
-    The clamp comes first, in float: a saturating conversion of a huge value would be undefined.
+    The clamp comes first: its bounds are whole numbers, so that rounding does not cross them.
     """
     factor = float(np.float32(1) / np.float32(scale))
-    steps = te.nearbyint(value * const(factor)) + const(zero_point)
-    # Through int32: LLVM converts a whole vector of float32 to int32 in one instruction, but not to uint8.
-    return te.min(te.max(steps, const(0)), const(255)).astype("int32").astype("uint8")
+    bounded = te.min(te.max(value * const(factor), const(-zero_point)), const(255 - zero_point))
+    # Through int32: LLVM narrows a whole vector of int32 in one instruction.
+    return (functions.whole(bounded) + tvm.tirx.const(zero_point, "int32")).astype("uint8")
 
 
 def _compute(spec: ConvSpec, tile: Tile) -> list[te.Tensor]:

@@ -14,25 +14,41 @@ def const(number: float) -> Any:
     return tvm.tirx.const(number, "float32")
 
 
+# 1.5 * 2**23: added to a float32 of less than 2**22, it leaves no room for a fraction, so the sum is rounded, halves to
+# even, and its low bits are the whole number. TVM calls for `nearbyint` a lane at a time, and so for all around it.
+_WHOLE = 12582912.0
+_WHOLE_BITS = 0x4B400000
+
+
+def whole(x: Any) -> Any:
+    """round(x) as int32, halves to even; |x| must be less than 2**22."""
+    return tvm.tirx.reinterpret("int32", x + const(_WHOLE)) - tvm.tirx.const(_WHOLE_BITS, "int32")
+
+
 def exp(x: Any) -> Any:
     """e**x to about one unit in the last place; of the argument only -87.3 to 88 counts, so no result is infinite.
 
     2**n e**r with |r| <= ln(2) / 2, n from rounding and e**r by the polynomial of Moshier's Cephes library (expf).
     """
 
-    def from_steps(x: Any, n: Any) -> Any:
-        # ln(2) in two parts, the first exact in 10 bits: n times it loses nothing.
-        return _let(x - n * const(0.693359375) + n * const(2.12194440e-4), lambda r: power(r, n))
+    def from_steps(x: Any, shifted: Any) -> Any:
+        return _let(shifted - const(_WHOLE), lambda n: remainder(x, n, shifted))
 
-    def power(r: Any, n: Any) -> Any:
+    def remainder(x: Any, n: Any, shifted: Any) -> Any:
+        # ln(2) in two parts, the first exact in 10 bits: n times it loses nothing.
+        return _let(x - n * const(0.693359375) + n * const(2.12194440e-4), lambda r: power(r, shifted))
+
+    def power(r: Any, shifted: Any) -> Any:
         p = const(1.9875691500e-4)
         for coefficient in (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1):
             p = p * r + const(coefficient)
-        exponent = (n.astype("int32") + tvm.tirx.const(127, "int32")) << tvm.tirx.const(23, "int32")
-        return (p * (r * r) + r + const(1)) * tvm.tirx.reinterpret("float32", exponent)
+        # The low bits of the shifted number are n; as an exponent they stand 23 bits further up, on a bias of 127.
+        bits = tvm.tirx.reinterpret("int32", shifted) << tvm.tirx.const(23, "int32")
+        two_to_n = tvm.tirx.reinterpret("float32", bits + tvm.tirx.const(127 << 23, "int32"))
+        return (p * (r * r) + r + const(1)) * two_to_n
 
     bounded = te.min(te.max(x, const(-87.3)), const(88.0))
-    return _let(bounded, lambda x: _let(te.nearbyint(x * const(1.4426950408889634)), lambda n: from_steps(x, n)))
+    return _let(bounded, lambda x: _let(x * const(1.4426950408889634) + const(_WHOLE), lambda n: from_steps(x, n)))
 
 
 def sigmoid(x: Any) -> Any:
