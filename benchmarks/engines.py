@@ -135,7 +135,7 @@ def folded(module: nn.Module) -> nn.Module:
     """The module with every batch norm folded into the convolution before it, as every engine would."""
     from torch.fx.experimental.optimization import fuse
 
-    return fuse(module)
+    return fuse(module) if any(isinstance(layer, nn.BatchNorm2d) for layer in module.modules()) else module
 
 
 def quantised(module: nn.Module, calibration: Tensor) -> nn.Module:

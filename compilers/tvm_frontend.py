@@ -139,7 +139,18 @@ def import_program(program: ExportedProgram) -> Imported:
         value = emit(relax.op.nn.conv2d(env[x], env[weight], stride, around, dilation, groups, out_dtype="float32"))
         return value if bias is None else emit(relax.op.add(value, relax.op.reshape(env[bias], (1, -1, 1, 1))))
 
+    def layer_norm(node: Any, importer: Any) -> Any:
+        # TVM's own translation fails where the layer has no weights.
+        defaults: tuple[Any, ...] = (None, (), None, None, 1e-5)
+        x, shape, weight, bias, epsilon = (tuple(node.args) + defaults[len(node.args) :])[:5]
+        fill = {"weight": np.ones(shape, np.float32), "bias": np.zeros(shape, np.float32)}
+        given = {"weight": weight, "bias": bias}
+        gamma, beta = (relax.const(fill[k]) if given[k] is None else importer.env[given[k]] for k in given)
+        axes = list(range(-len(shape), 0))
+        return importer.block_builder.emit(relax.op.nn.layer_norm(importer.env[x], gamma, beta, axes, float(epsilon)))
+
     converters = {
+        "layer_norm.default": layer_norm,
         "quantize.default": quantize,
         "qconv2d.default": qconv2d,
         "qlinear.default": qlinear,

@@ -53,8 +53,6 @@ def lower_dense(values: Values, chain: Chain) -> None:
         elif step.operand is not None:
             arguments.append(values.reshaped(values.as_plain(step.operand), (m, o)))
     name = f"{'q' if int8 else ''}dense_{m}x{k}_{o}"
-    kernel = values.kernel(
-        spec, lambda: dense(spec, vnni=values.target.vnni, registers=values.target.registers), name
-    )
+    kernel = values.kernel(spec, lambda: dense(spec, vnni=values.target.vnni, registers=values.target.registers), name)
     value = values.call(kernel, arguments, relax.TensorType((m, o), spec.out_dtype), head)
     values.plain[chain.last.var] = values.reshaped(value, (*shape[:-1], o))

@@ -21,18 +21,17 @@ class Emitted:
 def kernel() -> Iterator[tuple[Emitted, Callable[[Callable[[], None]], None]]]:
     """A function without schedule: declare its arguments, then hand its body to the second value."""
     emitted = Emitted()
-    with IRBuilder() as builder:
-        with T.prim_func(s_tir=True):
-            T.func_name("main")
-            T.func_attr({"tirx.noalias": True})
+    with IRBuilder() as builder, T.prim_func(s_tir=True):
+        T.func_name("main")
+        T.func_attr({"tirx.noalias": True})
 
-            def body(emit: Callable[[], None]) -> None:
-                with T.sblock("root"):
-                    T.reads([])
-                    T.writes([])
-                    emit()
+        def body(emit: Callable[[], None]) -> None:
+            with T.sblock("root"):
+                T.reads([])
+                T.writes([])
+                emit()
 
-            yield emitted, body
+        yield emitted, body
     emitted.function = builder.get()
 
 
@@ -78,7 +77,7 @@ def product(
     left: Callable[..., Any],
     right: Callable[..., Any],
 ) -> Any:
-    """Sums of left(i, *r) * right(j, *r, lane) over the indices r of `depth`, in registers; shape (rows, blocks, lanes).
+    """Sums of left(i, *r) * right(j, *r, lane) over the indices r of `depth`, in registers: (rows, blocks, lanes).
 
     The result is a buffer that any index may read: the registers are copied to it when the sums are complete.
     """
@@ -109,7 +108,10 @@ def dot_product(
     right: Callable[..., Any],
     vnni: bool,
 ) -> Any:
-    """As `product` for bytes, int32 sums: left(i, *r) are (buffer, indices) of 4 uint8, right(j, *r) of lanes x 4 int8."""
+    """As `product` for bytes, with int32 sums.
+
+    left(i, *r) is (buffer, indices) of the first of 4 uint8; right(j, *r) is (buffer, indices) of lanes x 4 int8.
+    """
     sums = local((rows, blocks, lanes), "int32")
     with T.vectorized(0, lanes) as lane:
         for i in range(rows):

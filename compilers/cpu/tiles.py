@@ -135,7 +135,7 @@ def _with_weights(cycles: float, weights: float, model_bytes: float) -> float:
     return max(cycles, reading) + 0.3 * min(cycles, reading)
 
 
-def _line_cycles(size: int) -> float:
+def _line_cycles(size: float) -> float:
     """Cycles to move 64 bytes of a working set of that size."""
     if size <= _L1_BYTES:
         return 0.25
@@ -158,7 +158,7 @@ def _direct(spec: ConvSpec, registers: int) -> Iterator[Tile]:
                 tile = Tile(oh, ow, blocks)
                 # A weight vector for each block and one broadcast input stay in registers beside the accumulators.
                 fits = tile.accumulators + blocks + 1 <= registers
-                if fits and oh <= spec.oh and (oh == 1 or ow == spec.ow) or tile.accumulators == 1:
+                if (fits and oh <= spec.oh and (oh == 1 or ow == spec.ow)) or tile.accumulators == 1:
                     yield tile
 
 

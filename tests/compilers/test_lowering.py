@@ -345,3 +345,52 @@ def test_the_peak_of_intermediate_values_is_reused_storage(compile_model: Compil
     # A layer reads one value and writes another: a deeper chain needs no more.
     assert peaks[0] == peaks[1]
     assert 2 * one <= peaks[0] <= 3 * one
+
+
+class Encoder(nn.Module):
+    """A transformer's block: layer norms, attention, two layers with GELU between, shortcuts."""
+
+    def __init__(self, width: int = 32, heads: int = 2) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width, elementwise_affine=False)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, tokens, width = x.shape
+        qkv = self.qkv(self.norm1(x)).reshape(n, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        heads = F.scaled_dot_product_attention(qkv[0], qkv[1], qkv[2]).transpose(1, 2)
+        x = x + self.out(heads.reshape(n, tokens, width))
+        result: Tensor = x + self.down(F.gelu(self.up(self.norm2(x))))
+        return result
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 17])
+def test_a_transformers_block_runs_on_kernels_of_ours(
+    compile_model: Compile, difference: Callable[..., float], tokens: int
+) -> None:
+    artifact = compile_model(Encoder().eval(), (2, tokens, 32))
+    assert difference(artifact) <= artifact.manifest.tolerance
+    names = [kernel.partition("_")[0] for kernel, _ in artifact.manifest.kernels]
+    # The shortcuts and GELU are inside the dense kernels: nothing else is called.
+    assert names == ["layer", "dense", "attention", "dense", "layer", "dense", "dense"]
+
+
+@pytest.mark.parametrize("function", [torch.sigmoid, F.gelu, F.silu, torch.tanh])
+def test_a_chain_of_exponentials_is_compiled_one_by_one(
+    compile_model: Compile, difference: Callable[..., float], function: Callable[[Tensor], Tensor]
+) -> None:
+    def forward(net: Any, x: Tensor) -> Tensor:
+        return function(function(function(net.a(x))))
+
+    artifact = compile_model(Net(forward, a=wide(16, 16)).eval(), (1, 16, 5, 5))
+    assert difference(artifact) <= artifact.manifest.tolerance
+
+
+def test_convolutions_of_three_by_three_take_winograds_form(
+    compile_model: Compile, difference: Callable[..., float]
+) -> None:
+    artifact = compile_model(nn.Conv2d(32, 32, 3, padding=1).eval(), (1, 32, 24, 24))
+    assert artifact.manifest.kernels[0][0].startswith("winograd")
+    assert difference(artifact) <= artifact.manifest.tolerance

@@ -32,8 +32,8 @@ def test_a_layer_norm_is_torchs(run_kernel: Run, m: int, k: int, lanes: int, thr
     rng = np.random.default_rng(k)
     x = (rng.standard_normal((m, k)) + shift).astype(np.float32)
     weight, bias = (rng.standard_normal(k).astype(np.float32) for _ in range(2))
-    seen, *affine = (torch.from_numpy(a).double() for a in (x, weight, bias))
-    expected = F.layer_norm(seen, (k,), *affine, 1e-5)
+    seen, factor, offset = (torch.from_numpy(a).double() for a in (x, weight, bias))
+    expected = F.layer_norm(seen, (k,), factor, offset, 1e-5)
     got = run_kernel(rows(RowSpec("layer_norm", m, k, 1e-5, lanes, threads)), [x, weight, bias], (m, k), "float32")
     # A mean of 100 in float32 is known to 1e-5, and the smallest deviation of two numbers may be not much larger.
     np.testing.assert_allclose(got, expected.numpy(), rtol=0, atol=2e-5 if shift == 0 else 2e-2)
@@ -58,7 +58,8 @@ def test_attention_is_torchs(
     rng = np.random.default_rng(t)
     dv = wide * lanes
     q, k, v = (
-        rng.standard_normal(shape).astype(np.float32) for shape in ((n, s, heads, d), (n, t, heads, d), (n, t, heads, dv))
+        rng.standard_normal(shape).astype(np.float32)
+        for shape in ((n, s, heads, d), (n, t, heads, d), (n, t, heads, dv))
     )
     scores = np.einsum("nshd,nthd->nhst", q.astype(np.float64), k.astype(np.float64)) * 0.7
     weights = torch.from_numpy(scores).softmax(-1).numpy()
