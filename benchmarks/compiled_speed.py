@@ -126,7 +126,40 @@ def summarise(rows: Sequence[Row]) -> dict[str, float | None]:
         if r["precision"] == "int8" and (key := (r["model"], r["batch"], r["threads"])) in whole
     ]
     summary["int8_over_fp32"] = round(statistics.geometric_mean(gains), 3) if gains else None
+    compiled = [r["compile_s"] for r in rows if r["model"] == "resnet50" and r["precision"] == "fp32"]
+    summary["compile_s_cold"] = max(compiled, default=None)
     return summary
+
+
+def kernel_shares(quick: bool) -> dict[str, float | None]:
+    """The shares of the machine's peaks that `roofline.py` finds, in a process of its own."""
+    command = [sys.executable, str(Path(__file__).with_name("roofline.py")), "--json", *(["--quick"] if quick else [])]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        print(f"roofline.py: {(done.stderr.strip().splitlines() or ['no reason given'])[-1]}", file=sys.stderr)
+        return {}
+    summary = json.loads(done.stdout)["summary"]
+    return {key: value for key, value in summary.items() if "share" in key}
+
+
+def write_table(path: Path, rows: Sequence[Row], summary: dict[str, float | None], command: str) -> None:
+    """The rows, the summary and the machine as Markdown."""
+    peers = [peer for peer in PEERS if any(peer in r["ms"] for r in rows)]
+    header = ["model", "precision", "batch", "threads", "planish ms", *(f"{peer} ms (ratio)" for peer in peers)]
+    lines = ["# Compiled models and their peers", "", f"`{command}`", ""]
+    lines += [f"- {key}: {value}" for key, value in machine().items() if key != "versions"]
+    lines += [f"- {name} {version}" for name, version in machine()["versions"].items()]
+    lines += ["", "A ratio is the peer's time over Planish's; times are medians, in turns in one process.", ""]
+    lines += ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    for r in rows:
+        cells = [r["model"], r["precision"], r["batch"], r["threads"], f"{r['ms']['planish']:.3f}"]
+        cells += [
+            f"{r['ms'][peer]:.3f} ({r['peer_over_planish'][peer]:.2f}x)" if peer in r["ms"] else "" for peer in peers
+        ]
+        lines.append("| " + " | ".join(str(cell) for cell in cells) + " |")
+    lines += ["", "Summary: " + ", ".join(f"{key} {value}" for key, value in summary.items()), ""]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(lines), encoding="utf-8")
 
 
 def machine() -> dict[str, Any]:
@@ -165,6 +198,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--threads", nargs="+", type=int)
     parser.add_argument("--peers", nargs="+", choices=PEERS, default=list(PEERS))
     parser.add_argument("--turns", type=int, default=15, help="turns of every engine, each at least 20 ms")
+    parser.add_argument("--no-roofline", action="store_true", help="leave out the kernels' shares of the peaks")
+    parser.add_argument("--write", type=Path, metavar="FILE", help="write the table as Markdown too")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
     if args.case:
@@ -208,6 +243,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
             print(f"{model:16} {precision:5} {batch:5} {count:7} {row['ms']['planish']:11.3f}  {peers}", flush=True)
     summary = summarise(rows)
+    if not args.no_roofline:
+        summary |= kernel_shares(args.quick)
+    if args.write:
+        given = sys.argv[1:] if arguments is None else arguments
+        write_table(args.write, rows, summary, " ".join(["python benchmarks/compiled_speed.py", *given]))
     if args.json:
         print(json.dumps({"rows": rows, "summary": summary, "machine": machine()}, indent=1))
     else:
