@@ -29,12 +29,12 @@ def peaks() -> dict[str, float]:
     import tvm
     from tvm.tirx.script import builder as T
 
-    from planish.compilers.cpu.emit import argument, kernel, local
-    from planish.compilers.tvm_build import cpu_target, tvm_target
+    from planish.compilers.cpu.emit import argument, dot_step, kernel, local
+    from planish.compilers.tvm_build import cpu_machine, tvm_target
     from planish.hwmodels.device import parse_device
 
     device = parse_device("cpu")
-    cpu, target = cpu_target(device), tvm_target(device)
+    cpu, target = cpu_machine(device), tvm_target(device)
     lanes, ways = cpu.lanes, 12 if cpu.registers == 16 else 24
     number = 2_000_000
 
@@ -62,29 +62,30 @@ def peaks() -> dict[str, float]:
     half, ones = np.full((2, lanes), 0.5, np.float32), np.ones((ways, lanes), np.float32)
     found = {"fp32_macs_per_s": number * ways * lanes / seconds(multiply.function, half, ones)}
 
-    if cpu.vnni:
-        with kernel() as (dot, body):
-            data, weight = argument("data", (16, 4), "uint8"), argument("weight", (16, 4), "int8")
-            out = argument("out", (ways, 16), "int32")
+    dot, kind = cpu.dot, f"x{lanes * cpu.dot.depth}"
+    with kernel() as (dots, body):
+        weight_type = "int16" if dot.data == "int16" else "int8"
+        data = argument("data", (lanes, dot.depth), dot.data)
+        weight = argument("weight", (lanes, dot.depth), weight_type)
+        out = argument("out", (ways, lanes), "int32")
 
-            def dots() -> None:
-                sums = local((ways, 16), "int32")
+        def sums_of_bytes() -> None:
+            sums = local((ways, lanes), "int32")
+            whole = T.ramp(0, 1, lanes)
+            for i in range(ways):
+                T.buffer_store(sums, out.vload([i, 0], f"int32x{lanes}"), [i, whole])
+            with T.serial(0, number):
                 for i in range(ways):
-                    T.buffer_store(sums, out.vload([i, 0], "int32x16"), [i, T.ramp(0, 1, 16)])
-                with T.serial(0, number):
-                    for i in range(ways):
-                        total = T.call_llvm_pure_intrin(
-                            "int32x16", T.llvm_lookup_intrinsic_id("llvm.x86.avx512.vpdpbusd.512"),
-                            sums.vload([i, 0], "int32x16"), data.vload([0, 0], "uint8x64"),
-                            weight.vload([0, 0], "int8x64"),
-                        )  # fmt: skip
-                        T.buffer_store(sums, total, [i, T.ramp(0, 1, 16)])
-                for i in range(ways):
-                    T.buffer_store(out, sums.vload([i, 0], "int32x16"), [i, T.ramp(0, 1, 16)])
+                    factors = data.vload([0, 0], dot.data + kind), weight.vload([0, 0], weight_type + kind)
+                    total = dot_step(dot, lanes, sums.vload([i, 0], f"int32x{lanes}"), *factors)
+                    T.buffer_store(sums, total, [i, whole])
+            for i in range(ways):
+                T.buffer_store(out, sums.vload([i, 0], f"int32x{lanes}"), [i, whole])
 
-            body(dots)
-        arrays = np.ones((16, 4), np.uint8), np.ones((16, 4), np.int8), np.zeros((ways, 16), np.int32)
-        found["int8_macs_per_s"] = number * ways * 64 / seconds(dot.function, *arrays)
+        body(sums_of_bytes)
+    shape, zeros = (lanes, dot.depth), np.zeros((ways, lanes), np.int32)
+    arrays = np.ones(shape, dot.data), np.ones(shape, weight_type), zeros
+    found["int8_macs_per_s"] = number * ways * lanes * dot.depth / seconds(dots.function, *arrays)
 
     rows = 1 << 20  # 8 vectors each: half a gigabyte of AVX-512, more than any cache
     with kernel() as (read, body):

@@ -88,13 +88,13 @@ class Graph:
         self.sites = {n.index: site for n, site in zip(products, imported.sites, strict=True)} if whole else {}
 
     @cached_property
-    def weight_bytes(self) -> int:
-        """The weights of all convolutions and dense layers."""
+    def weight_count(self) -> int:
+        """The number of weights of all convolutions and dense layers."""
         total = 0
         for node in self.nodes:
             if node.op in _PRODUCTS:
                 weight = node.mark.attributes["weight"] if node.mark else self.array(node.args[1])
-                total += weight.nbytes if weight is not None else 0
+                total += weight.size if weight is not None else 0
         return total
 
     def resolve(self, var: Any) -> Any:

@@ -14,15 +14,16 @@ import tvm
 from tvm import relax
 from tvm.relax.expr_functor import PyExprMutator, mutator
 
-from .cpu.conv import activation, quantized
 from .cpu.convspec import EXPONENTIAL_STEPS, Step
+from .cpu.epilogue import activation
+from .cpu.machine import Machine
 from .cpu.packing import per_channel
 from .tvm_graph import UNARY, Array, Graph, Node, chains, range_of, static_shape
 from .tvm_lower_conv import lower_convolution
 from .tvm_lower_dense import lower_dense
 from .tvm_lower_pool import lower_pooling
 from .tvm_lower_rows import lower_rows
-from .tvm_values import CpuTarget, Values
+from .tvm_values import Values
 
 # Elementwise operators that keep a lane of zeros finite, so they may run on blocked tensors with unused lanes.
 _BLOCKED_ELEMENTWISE = {
@@ -34,14 +35,14 @@ _BLOCKED_ELEMENTWISE = {
 }
 
 
-def lower(graph: Graph, target: CpuTarget) -> tuple[tvm.IRModule, list[tuple[str, str]]]:
+def lower(graph: Graph, target: Machine) -> tuple[tvm.IRModule, list[tuple[str, str]]]:
     """The module with `main` and the kernels it calls; and (kernel, site) of every call of a kernel, in order."""
     lowering = _Lowering(graph, target)
     return lowering.run(), lowering.values.calls
 
 
 class _Lowering:
-    def __init__(self, graph: Graph, target: CpuTarget) -> None:
+    def __init__(self, graph: Graph, target: Machine) -> None:
         self.graph = graph
         self.values = Values(graph, target)
         self.lanes = target.lanes
@@ -73,10 +74,8 @@ class _Lowering:
             if all(user.op in ("qconv2d", "qlinear") for user in self.graph.users[node.var]):
                 return  # its readers quantise where they pad
             attributes = node.mark.attributes  # type: ignore[union-attr]
-            self.plain[node.var] = self.values.elementwise(
-                self.values.as_plain(node.args[0]),
-                lambda v: quantized(v, attributes["scale"], attributes["zero_point"]),
-                "quantize",
+            self.plain[node.var] = self.values.quantized(
+                self.values.as_plain(node.args[0]), attributes["scale"], attributes["zero_point"]
             )
         elif node.mark is not None or (node.op in UNARY and str(node.var.ty.dtype) == "float32"):
             self._activation(node)

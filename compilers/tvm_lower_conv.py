@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from math import ceil
 
 import numpy as np
 from tvm import relax
 
 from .cpu.convspec import ConvSpec, Step
 from .cpu.kernels import conv_kernel, conv_weights
-from .cpu.packing import per_channel
+from .cpu.packing import largest_sum, per_channel
 from .cpu.tiles import Choice, WinogradTile, choices
 from .tvm_affine import leading_affine
 from .tvm_graph import Array, Chain, ChainStep, static_shape
@@ -51,7 +50,8 @@ def lower_convolution(values: Values, chain: Chain) -> None:
     if not int8:
         weight = weight * affine[0].reshape(-1, 1, 1, 1)
     plain = not depthwise and c < values.lanes and source not in values.blocked
-    in_lanes = (ceil(c / 4) * 4 if int8 else 1) if plain else values.lanes
+    dot = values.target.dot if int8 else None
+    in_lanes = (dot.depth if dot else 1) if plain else values.lanes
     plain = in_lanes != values.lanes
     arrays = ([("scale", affine[0])] if int8 else []) + [("bias", affine[1])]
     if not int8 and not affine[1].any():
@@ -59,18 +59,21 @@ def lower_convolution(values: Values, chain: Chain) -> None:
     spec = ConvSpec(
         n=n, c=c, h=h, w=w, o=o, kernel=(weight.shape[2], weight.shape[3]), stride=stride, padding=padding,
         dilation=dilation, groups=1 if depthwise else groups, lanes=values.lanes, in_lanes=in_lanes,
-        depthwise=depthwise, int8=int8, zero_point=zero_point, quantize=quantize,
+        depthwise=depthwise, dot=dot, zero_point=zero_point, quantize=quantize,
         steps=(*(Step(name) for name, _ in arrays), *(step.step for step in rest)),
         threads=1,
     )  # fmt: skip
     if values.target.threads > 1 and spec.macs >= PARALLEL_MACS:
         spec = replace(spec, threads=values.target.threads)
     data = values.as_plain(source) if plain else values.as_blocked(source)
-    choice = choices(spec, values.target.registers, values.graph.weight_bytes)[0]
-    arguments = [data, *(relax.const(array) for array in conv_weights(spec, choice, weight))]
+    if depthwise and quantize is not None:  # every byte is read once for each tap: quantise it once
+        data, spec = values.quantized(data, *quantize), replace(spec, quantize=None)
+    bound = largest_sum(weight, zero_point) if int8 else 0
+    choice = choices(spec, values.target, values.graph.weight_count, bound)[0]
+    arguments = [data, *(relax.const(array) for array in conv_weights(spec, choice, values.target, weight))]
     arguments += [relax.const(per_channel(array, spec.out_blocks, values.lanes)) for _, array in arrays]
     arguments += values.step_arguments(rest, spec.out_blocks)
-    kernel = values.kernel(spec, lambda: conv_kernel(spec, choice, vnni=values.target.vnni), _conv_name(spec, choice))
+    kernel = values.kernel(spec, lambda: conv_kernel(spec, choice, values.target), _conv_name(spec, choice))
     out = relax.TensorType((n, spec.out_blocks, spec.oh, spec.ow, values.lanes), spec.out_dtype)
     values.blocked[chain.last.var] = values.call(kernel, arguments, out, head)
 

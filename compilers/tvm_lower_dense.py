@@ -38,13 +38,13 @@ def lower_dense(values: Values, chain: Chain) -> None:
     if not int8:
         weight = weight * affine[0].reshape(-1, 1)
     arrays = ([("scale", affine[0])] if int8 else []) + [("bias", affine[1])]
-    m = int(np.prod(shape[:-1]))
+    m, dot = int(np.prod(shape[:-1])), values.target.dot if int8 else None
     spec = DenseSpec(
-        m=m, k=k, o=o, lanes=values.lanes, int8=int8, zero_point=zero_point, quantize=quantize,
+        m=m, k=k, o=o, lanes=values.lanes, dot=dot, zero_point=zero_point, quantize=quantize,
         steps=(*(Step(name) for name, _ in arrays), *(step.step for step in rest)),
         threads=values.target.threads if m * k * o >= PARALLEL_MACS else 1,
     )  # fmt: skip
-    packed = dense_int8(weight, zero_point, values.lanes) if int8 else [dense_float(weight, values.lanes)]
+    packed = dense_int8(weight, zero_point, values.lanes, dot) if dot else [dense_float(weight, values.lanes)]
     arguments = [values.reshaped(values.as_plain(source), (m, k)), *(relax.const(array) for array in packed)]
     arguments += [relax.const(per_channel(array, spec.out_blocks, values.lanes)) for _, array in arrays]
     for step in rest:
@@ -53,6 +53,6 @@ def lower_dense(values: Values, chain: Chain) -> None:
         elif step.operand is not None:
             arguments.append(values.reshaped(values.as_plain(step.operand), (m, o)))
     name = f"{'q' if int8 else ''}dense_{m}x{k}_{o}"
-    kernel = values.kernel(spec, lambda: dense(spec, vnni=values.target.vnni, registers=values.target.registers), name)
+    kernel = values.kernel(spec, lambda: dense(spec, values.target), name)
     value = values.call(kernel, arguments, relax.TensorType((m, o), spec.out_dtype), head)
     values.plain[chain.last.var] = values.reshaped(value, (*shape[:-1], o))

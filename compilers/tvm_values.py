@@ -3,25 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from math import ceil
 from typing import Any
 
 import tvm
 from tvm import relax, te
 
+from .cpu.epilogue import quantized
+from .cpu.machine import Machine
 from .cpu.packing import per_channel
 from .tvm_graph import ChainStep, Graph, Node, static_shape
-
-
-@dataclass(frozen=True)
-class CpuTarget:
-    """What the kernels need to know of the CPU: float32 lanes and registers of a vector, VNNI, threads."""
-
-    lanes: int
-    registers: int
-    vnni: bool
-    threads: int
 
 
 class Values:
@@ -33,7 +24,7 @@ class Values:
         calls: (kernel, site) of every call of a kernel, in order.
     """
 
-    def __init__(self, graph: Graph, target: CpuTarget) -> None:
+    def __init__(self, graph: Graph, target: Machine) -> None:
         """Starts with no values; the caller adds the parameters to `plain`."""
         self.graph = graph
         self.target = target
@@ -96,6 +87,10 @@ class Values:
         data = te.placeholder(shape, str(value.ty.dtype), name="data")
         kernel = te.create_prim_func([data, compute(data)]).without_attr("global_symbol").with_attr("op_pattern", 8)
         return self.builder.emit(relax.call_tir(self.builder.add_func(kernel, name), [value], value.ty))
+
+    def quantized(self, value: Any, scale: float, zero_point: int) -> Any:
+        """The bytes of a float value."""
+        return self.elementwise(value, lambda v: quantized(v, scale, zero_point), "quantize")
 
     def reshaped(self, value: Any, shape: tuple[int, ...]) -> Any:
         """The same values in another shape; nothing is copied."""

@@ -93,7 +93,8 @@ def host() -> Device:
     """This machine's CPU with one thread."""
     flags, hertz = cpu_flags(), _cpu_hertz()
     lanes = 16 if "avx512f" in flags else 8 if "avx2" in flags else 4
-    features = tuple(f for f in ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "asimd", "asimddp") if f in flags)
+    known = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "asimd", "asimddp")
+    features = tuple(f for f in known if f in flags)
     # One fused multiply-add of a whole vector in a cycle: what one core keeps up with certainty; more is a bonus.
     rate = hertz * lanes
     return Device(

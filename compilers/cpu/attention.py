@@ -9,7 +9,7 @@ from typing import Any
 import tvm
 from tvm.tirx.script import builder as T
 
-from .emit import argument, kernel, local, loop, parts, product
+from .emit import argument, copied, kernel, local, loop, parts, product
 from .functions import exp
 from .rows import reduce_row
 
@@ -84,8 +84,9 @@ class _Attention:
                     lambda i, r: self.q[n, row + i, head, r],
                     lambda j, r, lane, first=first: turned[n, head, first + j, r, lane],
                 )  # fmt: skip
+                sums = copied(sums, rows, blocks, lanes)
                 with T.serial(0, rows) as i, T.serial(0, blocks) as j, T.vectorized(0, lanes) as lane:
-                    T.buffer_store(scores, sums[i, j, lane] * T.float32(spec.scale), [i, (first + j) * lanes + lane])
+                    T.buffer_store(scores, sums(i, j, lane) * T.float32(spec.scale), [i, (first + j) * lanes + lane])
         factors = local((rows,), scope="global")
         with T.serial(0, rows) as i:
             most = T.bind(reduce_row(spec.t, lanes, lambda k: scores[i, k], "max"))
@@ -102,6 +103,7 @@ class _Attention:
                     lambda i, r: scores[i, r],
                     lambda j, r, lane, first=first: self.v[n, r, head, (first + j) * lanes + lane],
                 )  # fmt: skip
+                sums = copied(sums, rows, blocks, lanes)
                 with T.serial(0, rows) as i, T.serial(0, blocks) as j, T.vectorized(0, lanes) as lane:
-                    value = sums[i, j, lane] * factors[i]
+                    value = sums(i, j, lane) * factors[i]
                     T.buffer_store(self.out, value, [n, row + i, head, (first + j) * lanes + lane])

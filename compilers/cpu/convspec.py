@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import ceil
 
+from .machine import Dot
+
 
 @dataclass(frozen=True)
 class Step:
@@ -50,11 +52,27 @@ class ConvSpec:
     lanes: int = 16
     in_lanes: int = 16
     depthwise: bool = False
-    int8: bool = False
+    dot: Dot | None = None
     zero_point: int = 0
     quantize: tuple[float, int] | None = None
     steps: tuple[Step, ...] = ()
     threads: int = 1
+
+    @property
+    def int8(self) -> bool:
+        """Whether it sums integers."""
+        return self.dot is not None
+
+    @property
+    def corrected(self) -> bool:
+        """Whether the zero point is taken from the sums, by an argument of their channels, and not from the data."""
+        return self.dot is not None and self.dot.data != "int16" and not self.depthwise
+
+    @property
+    def flat(self) -> bool:
+        """Whether it is a matrix product over all pixels of an image."""
+        alone = (self.kernel, self.stride, self.padding) == ((1, 1), (1, 1), (0, 0, 0, 0))
+        return alone and self.in_lanes == self.lanes and not self.depthwise
 
     @property
     def oh(self) -> int:
@@ -78,7 +96,7 @@ class ConvSpec:
         """Input lanes that are summed: a single block with few channels is not read to its end."""
         if self.in_blocks > 1 or self.c >= self.in_lanes:
             return self.in_lanes
-        return ceil(self.c / 4) * 4 if self.int8 else self.c
+        return ceil(self.c / self.dot.depth) * self.dot.depth if self.dot else self.c
 
     @property
     def out_blocks(self) -> int:

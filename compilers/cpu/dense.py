@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 from typing import Any
 
 import tvm
 from tvm.tirx.script import builder as T
 
-from .conv import epilogue_buffers, finish, quantized
 from .convspec import Step
-from .emit import argument, dot_product, kernel, local, loop, parts, product
+from .emit import argument, copied, dot_product, kernel, local, loop, parts, product
+from .epilogue import epilogue_buffers, finish, quantized_steps
+from .machine import Dot, Machine
 from .tiles import row_tile
 
 
@@ -26,11 +27,21 @@ class DenseSpec:
     k: int
     o: int
     lanes: int = 16
-    int8: bool = False
+    dot: Dot | None = None
     zero_point: int = 0
     quantize: tuple[float, int] | None = None
     steps: tuple[Step, ...] = ()
     threads: int = 1
+
+    @property
+    def int8(self) -> bool:
+        """Whether it sums integers."""
+        return self.dot is not None
+
+    @property
+    def corrected(self) -> bool:
+        """Whether the zero point is taken from the sums, by an argument of their features, and not from the data."""
+        return self.dot is not None and self.dot.data != "int16"
 
     @property
     def out_blocks(self) -> int:
@@ -48,78 +59,86 @@ class DenseSpec:
         return "uint8" if any(step.op == "quantize" for step in self.steps) else "float32"
 
 
-def dense(spec: DenseSpec, *, vnni: bool = False, registers: int = 32) -> tvm.tirx.PrimFunc:
+def dense(spec: DenseSpec, machine: Machine) -> tvm.tirx.PrimFunc:
     """The function of (data, weight, [zero-point correction], one buffer a step, output)."""
     with kernel() as (emitted, body):
-        dense_ = _Dense(spec, vnni and spec.int8, registers)
-        body(dense_.body)
+        body(_Dense(spec, machine).body)
     return emitted.function
 
 
 class _Dense:
-    def __init__(self, spec: DenseSpec, vnni: bool, registers: int) -> None:
-        self.spec, self.vnni = spec, vnni
-        lanes, blocks = spec.lanes, spec.out_blocks
-        direct = not spec.int8 or spec.quantize is not None
+    def __init__(self, spec: DenseSpec, machine: Machine) -> None:
+        self.spec = spec
+        lanes, blocks, dot = spec.lanes, spec.out_blocks, spec.dot
+        direct = dot is None or spec.quantize is not None
         self.source = argument("data", (spec.m, spec.k), "float32" if direct else "uint8")
-        self.depth = ceil(spec.k / 4) if spec.int8 else spec.k
-        if spec.int8:
-            self.weight = argument("weight", (blocks, self.depth, lanes, 4), "int8")
-            self.correction = argument("correction", (blocks, lanes), "int32")
-        else:
-            self.weight = argument("weight", (blocks, self.depth, lanes))
+        self.depth = ceil(spec.k / dot.depth) if dot else spec.k
+        inner = (lanes, dot.depth) if dot else (lanes,)
+        self.weight = argument("weight", (blocks, self.depth, *inner), "int8" if dot else "float32")
+        self.correction = argument("correction", (blocks, lanes), "int32") if spec.corrected else None
         shapes = epilogue_buffers(spec.steps, (blocks, lanes), (spec.m, spec.o))
         self.extra = [argument(name, shape) for name, shape in shapes]
         self.out = argument("out", (spec.m, spec.o), spec.out_dtype)
         # The last block is a piece of its own where only some of its lanes exist.
         self.whole = spec.o // lanes
-        self.rows, self.blocks = row_tile(spec.m, self.whole or 1, registers, spec.int8, spec.threads)
+        self.rows, self.blocks = row_tile(spec.m, self.whole or 1, replace(machine, threads=spec.threads), dot)
 
     def body(self) -> None:
-        spec = self.spec
-        self.data = self._quantised() if spec.int8 and (spec.quantize or spec.k % 4) else self.source
-        columns = parts(self.whole, self.blocks)
-        if spec.o % spec.lanes:
-            columns.append((self.whole, 1, 1))
-        for row, row_count, rows in parts(spec.m, self.rows):
-            for block, block_count, blocks in columns:
-                with loop(row_count * block_count, spec.threads) as tile:
-                    # Rows are the inner loop: a panel of weights is read once and stays near.
-                    first_block = T.bind(block + tile // row_count * blocks)
-                    self._tile(T.bind(row + tile % row_count * rows), rows, first_block, blocks, block == self.whole)
+        spec, dot = self.spec, self.spec.dot
+        copy = dot and (spec.quantize or spec.k % dot.depth or dot.data != "uint8")
+        self.data = self._copied() if copy else self.source
+        rows, tiles = self.rows, ceil(spec.m / self.rows)
+        # The last block alone where only some of its lanes exist.
+        panels = [(0, self.whole, self.blocks)] if self.whole else []
+        panels += [(self.whole, 1, 1)] if spec.o % spec.lanes else []
+        for start, extent, blocks in panels:
+            with loop(tiles * ceil(extent / blocks), spec.threads) as place:
+                # Rows are the inner loop: a panel of weights is read once and stays near. The last tile of rows, and
+                # the last panel, begin early enough, as in `cover`.
+                row = T.bind(T.min(place % tiles * rows, spec.m - rows))
+                block = T.bind(start + T.min(place // tiles * blocks, extent - blocks))
+                self._tile(row, rows, block, blocks, start == self.whole)
 
     def _tile(self, row: Any, rows: int, block: Any, blocks: int, partial: bool) -> None:
-        spec = self.spec
-        if spec.int8:
+        spec, dot = self.spec, self.spec.dot
+        if dot:
             sums = dot_product(
                 rows, blocks, spec.lanes, (self.depth,),
-                lambda i, r: (self.data, (row + i, r * 4)), lambda j, r: (self.weight, (block + j, r)), self.vnni,
+                lambda i, r: (self.data, (row + i, r * dot.depth)), lambda j, r: (self.weight, (block + j, r)), dot,
             )  # fmt: skip
         else:
             sums = product(
                 rows, blocks, spec.lanes, (self.depth,),
                 lambda i, r: self.data[row + i, r], lambda j, r, lane: self.weight[block + j, r, lane],
             )  # fmt: skip
+        sums = copied(sums, rows, blocks, spec.lanes, "int32" if dot else "float32")
         lanes = spec.o % spec.lanes if partial else spec.lanes
         with T.serial(0, rows) as i, T.serial(0, blocks) as j, T.vectorized(0, lanes) as lane:
-            value = sums[i, j, lane]
-            if spec.int8:
-                value = T.cast(value + self.correction[block + j, lane], "float32")
+            value = sums(i, j, lane)
+            if self.correction is not None:
+                value = value + self.correction[block + j, lane]
+            if dot:
+                value = T.cast(value, "float32")
             place = (row + i, (block + j) * spec.lanes + lane)
             value = finish(spec.steps, self.extra, value, (block + j, lane), place)
             T.buffer_store(self.out, value, list(place))
 
-    def _quantised(self) -> Any:
-        spec = self.spec
-        rows = local((spec.m, self.depth * 4), "uint8", "global")
-        with T.serial(0, spec.m) as m:
+    def _copied(self) -> Any:
+        """The data as the products take them: quantised, widened, filled up to whole steps."""
+        spec, dot = self.spec, self.spec.dot
+        assert dot is not None
+        offset = dot.offset(spec.zero_point)
+        rows = local((spec.m, self.depth * dot.depth), dot.data, "global")
+        with loop(spec.m, spec.threads) as m:
             for start, count, size in parts(spec.k, spec.lanes):
                 with T.serial(0, count) as part, T.vectorized(0, size) as lane:
                     k = start + part * size + lane
                     value = self.source[m, k]
                     if spec.quantize is not None:
-                        value = quantized(value, *spec.quantize)
-                    T.buffer_store(rows, value, [m, k])
-            for k in range(spec.k, self.depth * 4):
-                T.buffer_store(rows, T.uint8(spec.zero_point), [m, k])
+                        value = quantized_steps(value, *spec.quantize, offset)
+                    elif dot.data != "uint8":
+                        value = T.cast(value, "int16") - T.int16(offset)
+                    T.buffer_store(rows, T.cast(value, dot.data), [m, k])
+            for k in range(spec.k, self.depth * dot.depth):
+                T.buffer_store(rows, tvm.tirx.const(spec.zero_point - offset, dot.data), [m, k])
         return rows

@@ -11,9 +11,9 @@ from typing import Any
 import tvm
 from tvm.tirx.script import builder as T
 
-from .conv import epilogue_buffers, finish
 from .convspec import ConvSpec
 from .emit import argument, kernel, local, loop, parts
+from .epilogue import epilogue_buffers, finish
 
 
 def depthwise(spec: ConvSpec, columns: int) -> tvm.tirx.PrimFunc:

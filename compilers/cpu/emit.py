@@ -4,11 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from math import ceil
 from typing import Any
 
 import tvm
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script import builder as T
+
+from .machine import Dot
+
+# The sum of (input, block, lane).
+Sums = Callable[[Any, Any, Any], Any]
 
 
 class Emitted:
@@ -45,21 +51,42 @@ def local(shape: Sequence[int], dtype: str = "float32", scope: str = "local") ->
     return T.alloc_buffer(tuple(shape), dtype, scope=scope, layout=None, align=64)
 
 
+def view(buffer: Any, shape: Sequence[Any], dtype: str) -> Any:
+    """The same memory in another shape."""
+    return T.decl_buffer(tuple(shape), dtype, data=buffer.data, layout=None)
+
+
 def loop(extent: int, threads: int = 1) -> Any:
     """A loop, shared by the threads where there are several."""
     return T.parallel(0, extent) if threads > 1 and extent > 1 else T.serial(0, extent)
 
 
-def when(conditions: Sequence[Any], emit: Callable[[], None]) -> None:
-    """Emits what happens where all conditions hold."""
+@contextmanager
+def cover(extent: int, size: int, threads: int = 1) -> Iterator[tuple[Any, Any]]:
+    """A loop over pieces of one size that cover an extent: (number of the piece, where it begins).
+
+    The last one begins early enough and computes some outputs once more. With a smaller piece for the rest a kernel
+    would hold its innermost loops twice, of which LLVM gave one three registers of sixteen (measured).
+    """
+    with loop(ceil(extent / size), threads) as number:
+        first = number * size
+        yield number, T.bind(T.min(first, extent - size) if extent % size else first)
+
+
+def when(conditions: Sequence[Any], emit: Callable[[], None], otherwise: Callable[[], None] | None = None) -> None:
+    """Emits what happens where all conditions hold, and what where one does not."""
     if not conditions:
         emit()
         return
     condition = conditions[0]
     for other in conditions[1:]:
         condition = T.And(condition, other)
-    with T.If(condition), T.Then():
-        emit()
+    with T.If(condition):
+        with T.Then():
+            emit()
+        if otherwise is not None:
+            with T.Else():
+                otherwise()
 
 
 def parts(extent: int, size: int, start: int = 0) -> list[tuple[int, int, int]]:
@@ -76,16 +103,17 @@ def product(
     depth: Sequence[int],
     left: Callable[..., Any],
     right: Callable[..., Any],
-) -> Any:
+    start: Callable[[int, int, Any], Any] | None = None,
+) -> Sums:
     """Sums of left(i, *r) * right(j, *r, lane) over the indices r of `depth`, in registers: (rows, blocks, lanes).
 
-    The result is a buffer that any index may read: the registers are copied to it when the sums are complete.
+    They begin at start(i, j, lane), or at zero. The result gives the sum of (i, j, lane); i and j must be numbers.
     """
     sums = local((rows, blocks, lanes))
     tile = [(i, j) for i in range(rows) for j in range(blocks)]
     with T.vectorized(0, lanes) as lane:
         for i, j in tile:
-            T.buffer_store(sums, T.float32(0), [i, j, lane])
+            T.buffer_store(sums, T.float32(0) if start is None else start(i, j, lane), [i, j, lane])
 
     def step(*r: Any) -> None:
         with T.vectorized(0, lanes) as lane:
@@ -96,7 +124,13 @@ def product(
                     T.buffer_store(sums, sums[i, j, lane] + value * weights[j], [i, j, lane])
 
     _nest(depth, step)
-    return _copied(sums, rows, blocks, lanes, "float32")
+    return lambda i, j, lane: sums[i, j, lane]
+
+
+# LLVM's names of the instructions by the lanes of their int32 results.
+_QUADS = {16: "llvm.x86.avx512.vpdpbusd.512", 8: "llvm.x86.avx512.vpdpbusd.256"}
+_WORDS = {16: "llvm.x86.avx512.vpdpwssd.512", 8: "llvm.x86.avx512.vpdpwssd.256"}
+_MADD = {16: "llvm.x86.avx512.pmaddw.d.512", 8: "llvm.x86.avx2.pmadd.wd", 4: "llvm.x86.sse2.pmadd.wd"}
 
 
 def dot_product(
@@ -106,52 +140,66 @@ def dot_product(
     depth: Sequence[int],
     left: Callable[..., Any],
     right: Callable[..., Any],
-    vnni: bool,
-) -> Any:
-    """As `product` for bytes, with int32 sums.
+    dot: Dot,
+    start: Callable[[int, int, Any], Any] | None = None,
+) -> Sums:
+    """As `product` for integers, with int32 sums.
 
-    left(i, *r) is (buffer, indices) of the first of 4 uint8; right(j, *r) is (buffer, indices) of lanes x 4 int8.
+    left(i, *r) is (buffer, indices) of the first of `dot.depth` inputs; right(j, *r) is (buffer, indices) of the first
+    of lanes x `dot.depth` weights.
     """
     sums = local((rows, blocks, lanes), "int32")
-    with T.vectorized(0, lanes) as lane:
-        for i in range(rows):
-            for j in range(blocks):
-                T.buffer_store(sums, T.int32(0), [i, j, lane])
+    whole, kind = f"int32x{lanes}", f"x{lanes * dot.depth}"
+    for i in range(rows):
+        for j in range(blocks):
+            first = T.broadcast(T.int32(0), lanes) if start is None else start(i, j, T.ramp(0, 1, lanes))
+            T.buffer_store(sums, first, [i, j, T.ramp(0, 1, lanes)])
 
-    def step_vnni(*r: Any) -> None:
+    def step(*r: Any) -> None:
         weights = []
         for j in range(blocks):
             buffer, indices = right(j, *r)
-            weights.append(T.bind(buffer.vload([*indices, 0, 0], "int8x64")))
+            weight = buffer.vload([*indices, 0, 0], str(buffer.dtype) + kind)
+            # Bytes are widened as they are read, which costs less than twice as much memory.
+            weights.append(T.bind(T.cast(weight, "int16" + kind) if dot.data == "int16" else weight))
         for i in range(rows):
             buffer, indices = left(i, *r)
-            four = T.reinterpret("int32", buffer.vload(list(indices), "uint8x4"))
-            # LLVM 22 wants <64 x i8> operands here.
-            value = T.bind(T.reinterpret("uint8x64", T.broadcast(four, 16)))
+            if dot.depth == 1:
+                value = T.bind(T.broadcast(T.cast(buffer[tuple(indices)], "int32"), lanes))
+            else:
+                near = buffer.vload(list(indices), f"{dot.data}x{dot.depth}")
+                value = T.bind(T.reinterpret(dot.data + kind, T.broadcast(T.reinterpret("int32", near), lanes)))
             for j in range(blocks):
-                total = T.call_llvm_pure_intrin(
-                    "int32x16",
-                    T.llvm_lookup_intrinsic_id("llvm.x86.avx512.vpdpbusd.512"),
-                    sums.vload([i, j, 0], "int32x16"),
-                    value,
-                    weights[j],
-                )
-                T.buffer_store(sums, total, [i, j, T.ramp(0, 1, 16)])
+                total = sums.vload([i, j, 0], whole)
+                T.buffer_store(sums, dot_step(dot, lanes, total, value, weights[j]), [i, j, T.ramp(0, 1, lanes)])
 
-    def step_plain(*r: Any) -> None:
-        with T.vectorized(0, lanes) as lane:
-            for i in range(rows):
-                data, place = left(i, *r)
-                for j in range(blocks):
-                    weight, indices = right(j, *r)
-                    total = sums[i, j, lane]
-                    for q in range(4):
-                        value = T.cast(data[(*place[:-1], place[-1] + q)], "int32")
-                        total = total + value * T.cast(weight[(*indices, lane, q)], "int32")
-                    T.buffer_store(sums, total, [i, j, lane])
+    _nest(depth, step)
+    return lambda i, j, lane: sums[i, j, lane]
 
-    _nest(depth, step_vnni if vnni else step_plain)
-    return _copied(sums, rows, blocks, lanes, "int32")
+
+def dot_step(dot: Dot, lanes: int, total: Any, value: Any, weight: Any) -> Any:
+    """The sums after one step."""
+    whole = f"int32x{lanes}"
+    if dot.name == "vnni":
+        return T.call_llvm_pure_intrin(whole, T.llvm_lookup_intrinsic_id(_QUADS[lanes]), total, value, weight)
+    if dot.name == "sdot":
+        number = T.llvm_lookup_intrinsic_id("llvm.aarch64.neon.sdot")
+        return T.call_llvm_pure_intrin(whole, number, total, value, weight)
+    if dot.name == "words":
+        return T.call_llvm_pure_intrin(whole, T.llvm_lookup_intrinsic_id(_WORDS[lanes]), total, value, weight)
+    if dot.name == "madd":
+        return total + T.call_llvm_pure_intrin(whole, T.llvm_lookup_intrinsic_id(_MADD[lanes]), value, weight)
+    return total + value * T.cast(weight, whole)
+
+
+def copied(sums: Sums, rows: int, blocks: int, lanes: int, dtype: str = "float32") -> Sums:
+    """The registers of sums(i, j, lane) in memory, so that i and j may be anything."""
+    found = local((rows, blocks, lanes), dtype)
+    with T.vectorized(0, lanes) as lane:
+        for i in range(rows):
+            for j in range(blocks):
+                T.buffer_store(found, sums(i, j, lane), [i, j, lane])
+    return lambda i, j, lane: found[i, j, lane]
 
 
 def _nest(depth: Sequence[int], step: Callable[..., None], *outer: Any) -> None:
@@ -160,12 +208,3 @@ def _nest(depth: Sequence[int], step: Callable[..., None], *outer: Any) -> None:
         return
     with T.serial(0, depth[0]) as index:
         _nest(depth[1:], step, *outer, index)
-
-
-def _copied(sums: Any, rows: int, blocks: int, lanes: int, dtype: str) -> Any:
-    found = local((rows, blocks, lanes), dtype)
-    with T.vectorized(0, lanes) as lane:
-        for i in range(rows):
-            for j in range(blocks):
-                T.buffer_store(found, sums[i, j, lane], [i, j, lane])
-    return found

@@ -7,27 +7,26 @@ from typing import Any
 import tvm
 from numpy.typing import NDArray
 
-from .conv import convolution
 from .convspec import ConvSpec
 from .depthwise import depthwise
+from .direct import convolution
+from .machine import Machine
 from .packing import weight_depthwise, weight_float, weight_int8
 from .tiles import Choice, WinogradTile
 from .winograd import winograd, winograd_weight
 
 
-def conv_kernel(spec: ConvSpec, choice: Choice, *, vnni: bool) -> tvm.tirx.PrimFunc:
+def conv_kernel(spec: ConvSpec, choice: Choice, machine: Machine) -> tvm.tirx.PrimFunc:
     """The function of (data, weights of `conv_weights`, one buffer a step, output)."""
     if isinstance(choice, WinogradTile):
-        return winograd(spec, choice)
-    if spec.depthwise and spec.quantize is None:
-        return depthwise(spec, choice.ow)
-    return convolution(spec, choice, vnni=vnni)
+        return winograd(spec, choice, machine.pairs)
+    return depthwise(spec, choice.ow) if spec.depthwise else convolution(spec, choice)
 
 
-def conv_weights(spec: ConvSpec, choice: Choice, weight: NDArray[Any]) -> list[NDArray[Any]]:
+def conv_weights(spec: ConvSpec, choice: Choice, machine: Machine, weight: NDArray[Any]) -> list[NDArray[Any]]:
     """The weights (o, c/groups, kh, kw), float32 or int8, as the kernel takes them."""
     if isinstance(choice, WinogradTile):
-        return [winograd_weight(spec, weight, choice.m)]
+        return [winograd_weight(spec, weight, choice.m, machine.pairs)]
     if spec.depthwise:
         return [weight_depthwise(weight, spec.lanes)]
-    return list(weight_int8(spec, weight)) if spec.int8 else [weight_float(spec, weight)]
+    return weight_int8(spec, weight) if spec.int8 else [weight_float(spec, weight)]

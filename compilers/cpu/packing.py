@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .convspec import ConvSpec
+from .machine import Dot
 
 Array = NDArray[Any]
 
@@ -27,17 +28,30 @@ def weight_float(spec: ConvSpec, weight: Array) -> Array:
     return np.ascontiguousarray(blocked.transpose(0, 2, 4, 5, 3, 1))
 
 
-def weight_int8(spec: ConvSpec, weight: Array) -> tuple[Array, Array]:
-    """(o, c/groups, kh, kw) int8 to (blocks, input blocks, kh, kw, lanes in / 4, lanes out, 4), and the correction.
+def weight_int8(spec: ConvSpec, weight: Array) -> list[Array]:
+    """(o, c/groups, kh, kw) int8 to (blocks, input blocks, kh, kw, lanes in / depth, lanes out, depth), `spec.dot`'s.
 
-    The correction, int32 (blocks, lanes), is `-zero_point * sum w`: what the data's zero point adds to every sum.
+    Where the data still hold their zero point a correction follows, int32 (blocks, lanes): what it adds to every sum.
     """
+    assert spec.dot is not None
+    depth, o, lanes = spec.dot.depth, spec.out_blocks, spec.lanes
     filled = _filled(spec, weight, np.int8)
-    o, lanes = spec.out_blocks, spec.lanes
-    correction = -spec.zero_point * filled.astype(np.int32).sum((1, 2, 3), dtype=np.int32)
-    blocked = filled.reshape(o, lanes, spec.group_blocks, spec.reduce_lanes // 4, 4, *spec.kernel)
+    blocked = filled.reshape(o, lanes, spec.group_blocks, spec.reduce_lanes // depth, depth, *spec.kernel)
     packed = np.ascontiguousarray(blocked.transpose(0, 2, 5, 6, 3, 1, 4))
-    return packed, correction.astype(np.int32).reshape(o, lanes)
+    return [packed, *_correction(filled, spec.dot, spec.zero_point, o)] if spec.corrected else [packed]
+
+
+def _correction(filled: Array, dot: Dot, zero_point: int, blocks: int) -> list[Array]:
+    total = filled.astype(np.int32).reshape(len(filled), -1).sum(1, dtype=np.int32)
+    return [((dot.offset(zero_point) - zero_point) * total).astype(np.int32).reshape(blocks, -1)]
+
+
+def largest_sum(weight: Array, zero_point: int) -> int:
+    """The largest magnitude that a sum of (byte - zero point) * weight can have over one output's int8 weights."""
+    flat = weight.astype(np.int64).reshape(len(weight), -1)
+    up, down = np.maximum(flat, 0).sum(1), np.maximum(-flat, 0).sum(1)
+    high, low = 255 - zero_point, zero_point
+    return int(max((up * high + down * low).max(), (up * low + down * high).max(), 1))
 
 
 def weight_depthwise(weight: Array, lanes: int) -> Array:
@@ -58,14 +72,15 @@ def dense_float(weight: Array, lanes: int) -> Array:
     return np.ascontiguousarray(filled.reshape(blocks, lanes, k).transpose(0, 2, 1))
 
 
-def dense_int8(weight: Array, zero_point: int, lanes: int) -> list[Array]:
-    """(o, k) int8 to (blocks, k / 4, lanes, 4), and the correction as in `weight_int8`."""
+def dense_int8(weight: Array, zero_point: int, lanes: int, dot: Dot) -> list[Array]:
+    """(o, k) int8 to (blocks, k / depth, lanes, depth), and where it is needed the correction as in `weight_int8`."""
     o, k = weight.shape
-    blocks, depth = -(-o // lanes), -(-k // 4) * 4
+    blocks, depth = -(-o // lanes), -(-k // dot.depth) * dot.depth
     filled = np.zeros((blocks * lanes, depth), np.int8)
     filled[:o, :k] = weight
-    correction = (-zero_point * filled.astype(np.int32).sum(1)).astype(np.int32).reshape(blocks, lanes)
-    return [np.ascontiguousarray(filled.reshape(blocks, lanes, depth // 4, 4).transpose(0, 2, 1, 3)), correction]
+    packed = filled.reshape(blocks, lanes, depth // dot.depth, dot.depth).transpose(0, 2, 1, 3)
+    correction = [] if dot.data == "int16" else _correction(filled, dot, zero_point, blocks)
+    return [np.ascontiguousarray(packed), *correction]
 
 
 def _filled(spec: ConvSpec, weight: Array, dtype: Any) -> Array:

@@ -7,21 +7,25 @@ from dataclasses import dataclass
 from math import ceil
 
 from .convspec import ConvSpec
-
-# Bytes that stay near a core: the first level holds a chunk's tiles, the second the weights that every chunk reads.
-_L1_BYTES, _L2_BYTES = 32 << 10, 1 << 20
-# Cycles to move 64 bytes to or from the second level, the third level and memory, as measured on one core.
-_L2_CYCLES, _L3_CYCLES, _MEMORY_CYCLES = 0.5, 1.0, 5.0
-_L3_BYTES = 16 << 20
+from .machine import Dot, Machine
 
 
 @dataclass(frozen=True)
 class Tile:
-    """The outputs that are accumulated in registers at once: rows x columns x blocks of lanes."""
+    """The direct form: the outputs that are summed in registers at once, rows x columns x blocks of lanes.
+
+    Attributes:
+        depth: Blocks of input channels that are summed before the next tile; 0 is all of them.
+        strip: Rows of output, or pixels of a flat convolution, whose input is kept near; 0 is the whole image.
+        split_blocks: Threads share the output channels of a strip, not the strips.
+    """
 
     oh: int
     ow: int
     blocks: int
+    depth: int = 0
+    strip: int = 0
+    split_blocks: bool = False
 
     @property
     def accumulators(self) -> int:
@@ -47,130 +51,185 @@ class WinogradTile:
 Choice = Tile | WinogradTile
 
 
-def choices(spec: ConvSpec, registers: int, model_bytes: int = 0) -> list[Choice]:
+def choices(spec: ConvSpec, machine: Machine, model_weights: int = 0, largest_sum: int = 0) -> list[Choice]:
     """Every way to compute a convolution that may be the fastest, by estimated cycles, the fewest first.
 
     Args:
         spec: The convolution.
-        registers: Vector registers of the CPU.
-        model_bytes: The weights of the whole model. Between two uses of one layer's weights all others are read, so
-            that they come from the level of cache that holds them all.
+        machine: The CPU.
+        model_weights: The number of the whole model's weights. Between two uses of one layer's weights all others are
+            read, so that they come from the level of cache that holds them all.
+        largest_sum: The largest sum that an int8 convolution's weights permit, as `largest_sum` of its weights gives
+            it; 0 where it is not known.
     """
-    found: dict[Choice, float] = {tile: direct_cycles(spec, tile, model_bytes) for tile in _direct(spec, registers)}
-    if winograd_applies(spec):
-        found |= {tile: winograd_cycles(spec, tile, model_bytes) for tile in _winograd(spec, registers)}
+    found: dict[Choice, float] = {
+        tile: direct_cycles(spec, tile, machine, model_weights) for tile in _direct(spec, machine)
+    }
+    sizes = winograd_sizes(spec, largest_sum)
+    found |= {
+        tile: winograd_cycles(spec, tile, machine, model_weights) for m in sizes for tile in _winograd(spec, machine, m)
+    }
     return sorted(found, key=lambda tile: found[tile])
 
 
-def row_tile(rows: int, blocks: int, registers: int, int8: bool, threads: int = 1) -> tuple[int, int]:
-    """(rows, blocks) of the register tile of a matrix product with the least estimated cycles, tails included."""
+def row_tile(rows: int, blocks: int, machine: Machine, dot: Dot | None = None) -> tuple[int, int]:
+    """(rows, blocks) of the register tile of a matrix product with the least estimated cycles."""
 
     def cycles(tile: tuple[int, int]) -> float:
-        total = 0.0
-        for extent_rows, count_rows in ((tile[0], rows // tile[0]), (rows % tile[0], 1)):
-            for extent_blocks, count_blocks in ((tile[1], blocks // tile[1]), (blocks % tile[1], 1)):
-                if extent_rows and extent_blocks:
-                    total += ceil(count_rows * count_blocks / threads) * _step_cycles(extent_rows, extent_blocks, int8)
-        return total
+        return ceil(ceil(rows / tile[0]) * ceil(blocks / tile[1]) / machine.threads) * machine.step(*tile, dot)
 
     tiles = [
         (r, b)
         for b in range(1, min(blocks, 8) + 1)
-        for r in range(1, min(rows, registers) + 1)
-        if r * b + b + 1 <= registers or (r, b) == (1, 1)
+        for r in range(1, min(rows, machine.registers) + 1)
+        if fits(r, b, machine, dot) or (r, b) == (1, 1)
     ]
     return min(tiles, key=cycles)
 
 
-def winograd_applies(spec: ConvSpec) -> bool:
-    """Whether the convolution is one of 3x3, stride 1, no dilation, float32, on whole blocks."""
-    return (
-        (spec.kernel, spec.stride, spec.dilation) == ((3, 3), (1, 1), (1, 1))
-        and not (spec.depthwise or spec.int8)
-        and spec.in_lanes == spec.lanes
-    )
+def fits(inputs: int, blocks: int, machine: Machine, dot: Dot | None) -> bool:
+    """Whether the sums stay in registers beside a weight vector for each block and one broadcast input.
+
+    Where the multiplication is an instruction of its own its result needs a register too, and with 16 registers LLVM
+    spills where none is to spare (measured: 4 x 3 sums ran at 60 % of the peak, 6 x 2 at 93 %).
+    """
+    spare = 1 + (machine.registers < 32 or (dot is not None and dot.depth < 4))
+    return inputs * blocks + blocks + spare <= machine.registers
 
 
-def direct_cycles(spec: ConvSpec, tile: Tile, model_bytes: int = 0) -> float:
+def winograd_sizes(spec: ConvSpec, largest_sum: int = 0) -> tuple[int, ...]:
+    """The sizes m of Winograd's F(m x m, 3x3) that may compute it: 3x3, stride 1, no dilation, on whole blocks.
+
+    In integers both are exact (see `winograd`): F(2x2) as long as 4 times a sum, F(4x4) as long as 64 times a sum,
+    fits in 32 bits.
+    """
+    if (spec.kernel, spec.stride, spec.dilation) != ((3, 3), (1, 1), (1, 1)) or spec.depthwise:
+        return ()
+    if spec.in_lanes != spec.lanes:
+        return ()
+    if not spec.int8:
+        return (2, 4)
+    return tuple(m for m, factor in ((2, 4), (4, 64)) if 0 < largest_sum < 2**31 // factor)
+
+
+def direct_cycles(spec: ConvSpec, tile: Tile, machine: Machine, model_weights: int = 0) -> float:
     """Estimated cycles of the direct form, by counting what one step of the reduction issues.
 
-    A step multiplies `oh * ow` broadcast inputs with `blocks` weight vectors. Two loads or about one vector
-    multiply-accumulate can start in a cycle, and a chain of fewer than about eight independent accumulators waits for
-    the multiplier's latency. Outputs that a tile computes beyond the edge are lost work.
+    A step multiplies `oh * ow` broadcast inputs with `blocks` weight vectors.
     """
-    tiles = spec.n * ceil(spec.out_blocks / tile.blocks) * ceil(spec.oh / tile.oh) * ceil(spec.ow / tile.ow)
-    depth = 1 if spec.depthwise else spec.group_blocks * spec.reduce_lanes / (4 if spec.int8 else 1)
-    # A depthwise step loads its inputs as whole vectors; a dense one broadcasts them.
-    cycles = _step_cycles(tile.oh * tile.ow, tile.blocks, spec.int8)
-    if spec.int8 and tile.accumulators > 20:
-        cycles *= 1.1  # the compiler spills the byte broadcasts beyond this (measured: 28x1 is slower than 14x1)
-    weights = spec.out_blocks * spec.kernel[0] * spec.kernel[1] * depth * spec.lanes * 4
-    return _with_weights(tiles * depth * spec.kernel[0] * spec.kernel[1] * cycles, weights, model_bytes)
+    dot = spec.dot
+    oh, ow = (1, spec.oh * spec.ow) if spec.flat else (spec.oh, spec.ow)
+    depth = 1 if spec.depthwise else spec.group_blocks * spec.reduce_lanes // (dot.depth if dot else 1)
+    taps = spec.kernel[0] * spec.kernel[1]
+    # The last tile of a row, column or group computes some outputs once more.
+    tiles = ceil(oh / tile.oh) * ceil(ow / tile.ow) * ceil(spec.out_blocks // spec.groups / tile.blocks)
+    step = machine.step(tile.oh * tile.ow, tile.blocks, dot)
+    # About a dozen instructions begin and end a sum.
+    total = spec.n * spec.groups * tiles * (depth * taps * step + 12)
+    if dot and dot.depth == 4 and tile.accumulators > 20:
+        total *= 1.1  # the compiler spills the byte broadcasts beyond this (measured: 28x1 is slower than 14x1)
+    vector = 4 * spec.lanes
+    outputs = spec.n * spec.out_blocks * oh * ow
+    size = 1 if dot else 4
+    panel = tile.blocks * spec.lanes * depth * (dot.depth if dot else 1) * taps * size
+    chunks = ceil(spec.group_blocks / tile.depth) if tile.depth else 1
+    if chunks > 1:  # sums are stored and read again
+        total += 2 * outputs * (chunks - 1)
+    elif panel > machine.caches[0] * 3 // 4:  # every tile reads the panel from the second level again
+        total += 0.25 * outputs / tile.accumulators * panel / 64 * machine.line(panel)
+    inputs = spec.n * spec.in_blocks * spec.h * spec.w * (vector // 2 if dot else vector)
+    if any(spec.padding) or dot or spec.in_lanes != spec.lanes:
+        total += 2 * inputs / 32
+    weights = spec.out_blocks * spec.lanes * depth * (dot.depth if dot else 1) * taps * size
+    strips = ceil((ow if spec.flat else oh) / tile.strip) if tile.strip else 1
+    near = inputs / spec.n / strips
+    total += 0.3 * ceil(spec.out_blocks / tile.blocks) * inputs / 64 * machine.line(near)
+    total += 0.3 * (strips * spec.n - 1) * weights / 64 * machine.line(weights)
+    return _with_weights(total, weights, model_weights * size, machine)
 
 
-def winograd_cycles(spec: ConvSpec, tile: WinogradTile, model_bytes: int = 0) -> float:
+def winograd_cycles(spec: ConvSpec, tile: WinogradTile, machine: Machine, model_weights: int = 0) -> float:
     """Estimated cycles of Winograd's form: the products, the two transforms, and what the caches cannot hold."""
     products = (tile.m + 2) ** 2
     count = spec.n * ceil(spec.oh / tile.m) * ceil(spec.ow / tile.m)
     chunks = ceil(count / tile.chunk)
+    pairs = machine.pairs if spec.int8 else None
+    depth = pairs.depth if pairs else 1
+    size = 2 if pairs else 4
     vector = 4 * spec.lanes
     steps = chunks * ceil(tile.chunk / tile.tiles) * products * ceil(spec.out_blocks / tile.blocks)
-    total = steps * spec.group_blocks * spec.lanes * _step_cycles(tile.tiles, tile.blocks, False)
+    total = steps * (spec.group_blocks * spec.lanes / depth * machine.step(tile.tiles, tile.blocks, pairs) + 8)
     # Vector instructions of B'dB and A'[...]A, with their loads and stores, as counted in the assembly.
-    forward, backward = (300, 220) if tile.m == 4 else (90, 70)
-    total += chunks * tile.chunk * (spec.in_blocks * forward + spec.out_blocks * backward)
-    between = products * tile.chunk * (spec.in_blocks + spec.out_blocks) * vector
-    weights = products * spec.out_blocks * spec.group_blocks * spec.lanes * vector
+    forward, backward = (300.0, 220.0) if tile.m == 4 else (90.0, 70.0)
+    if pairs:
+        forward, backward = (0.7 * forward, 1.3 * backward)
+    total += chunks * tile.chunk * (spec.in_blocks * forward + spec.out_blocks * backward) / machine.fmas
+    between = products * tile.chunk * (spec.in_blocks * vector * size // 4 + spec.out_blocks * vector)
+    weights = products * spec.out_blocks * spec.group_blocks * spec.lanes * spec.lanes * size
     # What lies between the stages is written and read once a chunk.
-    total += chunks * 2 * between / 64 * _line_cycles(between)
-    if weights + between > _L2_BYTES:  # every further chunk reads them again
-        total += (chunks - 1) * weights / 64 * _line_cycles(weights + between)
+    total += chunks * 2 * between / 64 * machine.line(between)
+    if weights + between > machine.caches[1]:  # every further chunk reads them again
+        total += (chunks - 1) * weights / 64 * machine.line(weights + between)
     # The other layers' weights grow too where they take this form.
-    return _with_weights(total, weights, model_bytes * products / 9)
+    return _with_weights(total, weights, model_weights * products / 9 * size, machine)
 
 
-def _with_weights(cycles: float, weights: float, model_bytes: float) -> float:
+def _with_weights(cycles: float, weights: float, model_bytes: float, machine: Machine) -> float:
     """The cycles with the first reading of the weights, most of which passes while the products are computed."""
-    reading = weights / 64 * _line_cycles(max(weights, model_bytes))
+    reading = weights / 64 * machine.line(max(weights, model_bytes))
     return max(cycles, reading) + 0.3 * min(cycles, reading)
 
 
-def _line_cycles(size: float) -> float:
-    """Cycles to move 64 bytes of a working set of that size."""
-    if size <= _L1_BYTES:
-        return 0.25
-    return _L2_CYCLES if size <= _L2_BYTES else _L3_CYCLES if size <= _L3_BYTES else _MEMORY_CYCLES
+def _direct(spec: ConvSpec, machine: Machine) -> Iterator[Tile]:
+    group_out = 1 if spec.depthwise else spec.out_blocks // spec.groups
+    oh_all, ow_all = (1, spec.oh * spec.ow) if spec.flat else (spec.oh, spec.ow)
+    size = 1 if spec.dot else 4
+    row = spec.kernel[0] * spec.kernel[1] * spec.reduce_lanes * spec.lanes * size
+    strip = 0 if spec.depthwise else _strip(spec, machine)
+    split = _split_blocks(spec, machine)
+    for blocks in range(1, min(group_out, 4) + 1):
+        # A panel that the second level does not hold is read from the third for every tile; one that it holds costs
+        # little, as measured, and cutting the sum costs as much.
+        room = machine.caches[1] // 2
+        depth = 0 if spec.depthwise or row * blocks * spec.group_blocks <= room else max(1, room // 4 // (row * blocks))
+        for ow in range(1, min(ow_all, 28) + 1):
+            for oh in (1, 2, 3, 4, 7, 8):
+                whole = oh <= oh_all and (oh == 1 or ow == ow_all)
+                if whole and (fits(oh * ow, blocks, machine, spec.dot) or oh * ow * blocks == 1):
+                    yield Tile(oh, ow, blocks, depth, strip, split)
 
 
-def _step_cycles(inputs: int, blocks: int, int8: bool) -> float:
-    """Estimated cycles to multiply so many broadcast inputs with so many weight vectors."""
-    loads = (inputs + blocks) / 2
-    return max(inputs * blocks, 8.0 if int8 else 10.0, loads) + 0.1 * loads
+def _strip(spec: ConvSpec, machine: Machine) -> int:
+    """Rows or pixels whose input fills half of the second level of cache; 0 where all do not fill it."""
+    pixel = spec.in_blocks * spec.in_lanes * ({"uint8": 1, "int8": 1, "int16": 2}[spec.dot.data] if spec.dot else 4)
+    room = machine.caches[1] // 2
+    if spec.flat:
+        count = room // pixel
+        return 0 if count >= spec.oh * spec.ow else max(count, 16)
+    rows = room // (pixel * (spec.w + spec.padding[1] + spec.padding[3])) - spec.dilation[0] * (spec.kernel[0] - 1)
+    count = rows // spec.stride[0]
+    return 0 if count >= spec.oh else max(count, 4)
 
 
-def _direct(spec: ConvSpec, registers: int) -> Iterator[Tile]:
-    group_out = spec.out_blocks if spec.depthwise else spec.out_blocks // spec.groups
-    for blocks in (1,) if spec.depthwise else (1, 2, 3, 4):
-        if group_out % blocks:
+def _split_blocks(spec: ConvSpec, machine: Machine) -> bool:
+    """Whether threads share the output channels: where weights are more than data, or rows too few to share well."""
+    if spec.threads == 1 or spec.n >= spec.threads:
+        return False
+    weights = spec.o * spec.c // spec.groups * spec.kernel[0] * spec.kernel[1]
+    return weights > 2 * spec.c * spec.h * spec.w and spec.out_blocks // spec.groups >= 4 * spec.threads
+
+
+def _winograd(spec: ConvSpec, machine: Machine, m: int) -> Iterator[WinogradTile]:
+    dot = machine.pairs if spec.int8 else None
+    count = spec.n * ceil(spec.oh / m) * ceil(spec.ow / m)
+    for blocks in (1, 2, 3, 4):
+        if (spec.out_blocks // spec.groups) % blocks:
             continue
-        for ow in range(1, min(spec.ow, 28) + 1):
-            for oh in (1, 2, 4, 7, 8):
-                tile = Tile(oh, ow, blocks)
-                # A weight vector for each block and one broadcast input stay in registers beside the accumulators.
-                fits = tile.accumulators + blocks + 1 <= registers
-                if (fits and oh <= spec.oh and (oh == 1 or ow == spec.ow)) or tile.accumulators == 1:
-                    yield tile
-
-
-def _winograd(spec: ConvSpec, registers: int) -> Iterator[WinogradTile]:
-    for m in (2, 4):
-        count = spec.n * ceil(spec.oh / m) * ceil(spec.ow / m)
-        for blocks in (1, 2, 3, 4):
-            if (spec.out_blocks // spec.groups) % blocks:
+        for tiles in range(1, machine.registers):
+            if not fits(tiles, blocks, machine, dot):
+                break
+            if tiles > count or (tiles * blocks < 8 and tiles < count):
                 continue
-            for tiles in range(1, (registers - 1 - blocks) // blocks + 1):
-                if tiles > count or (tiles * blocks < 8 and tiles < count):
-                    continue
-                for times in (1, 2, 3, 4, 5, 7, 8, 14):
-                    if (times - 1) * tiles < count:
-                        yield WinogradTile(m, times * tiles, tiles, blocks)
+            for times in (1, 2, 3, 4, 5, 7, 8, 14):
+                if (times - 1) * tiles < count:
+                    yield WinogradTile(m, times * tiles, tiles, blocks)

@@ -13,9 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from planish.compilers.compiler import CompileError
-from planish.compilers.tvm_build import cpu_target, tvm_target
+from planish.compilers.tvm_build import cpu_machine, tvm_target
 from planish.compilers.tvm_compiler import TvmCompiler
-from planish.compilers.tvm_values import CpuTarget
 from planish.hwmodels.device import host, parse_device
 
 pytestmark = pytest.mark.tvm
@@ -95,11 +94,19 @@ def test_a_target_that_tvm_does_not_know_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "lanes", "registers", "vnni"),
-    [("cpu/x86-64-v3", 8, 16, False), ("cpu/cascadelake?threads=4", 16, 32, True), ("cpu/cortex-a72", 4, 32, False)],
+    ("name", "lanes", "registers", "dot"),
+    [
+        ("cpu/x86-64-v3", 8, 16, "madd"),
+        ("cpu/cascadelake?threads=4", 16, 32, "vnni"),
+        ("cpu/cortex-a72", 4, 32, "widen"),
+        ("cpu/cortex-a76", 4, 32, "sdot"),
+    ],
 )
-def test_the_kernels_are_told_what_the_device_has(name: str, lanes: int, registers: int, vnni: bool) -> None:
+def test_the_kernels_are_told_what_the_device_has(name: str, lanes: int, registers: int, dot: str) -> None:
     device = parse_device(name)
-    assert cpu_target(device) == CpuTarget(lanes, registers, vnni, device.threads)
+    machine = cpu_machine(device)
+    assert (machine.lanes, machine.registers, machine.dot.name, machine.threads) == (
+        lanes, registers, dot, device.threads,
+    )  # fmt: skip
     assert int(tvm_target(device).attrs["num-cores"]) == device.threads
     assert str(tvm_target(device).attrs["mcpu"]) == device.target["mcpu"]

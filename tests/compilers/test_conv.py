@@ -19,8 +19,9 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from planish.compilers.cpu.convspec import BUFFER_STEPS, EXPONENTIAL_STEPS, ConvSpec, Step
-from planish.compilers.cpu.packing import per_channel, weight_int8
-from planish.compilers.cpu.tiles import Choice, Tile, WinogradTile, choices, winograd_applies
+from planish.compilers.cpu.machine import DOTS, Dot, Machine, usable_dots
+from planish.compilers.cpu.packing import largest_sum, per_channel, weight_int8
+from planish.compilers.cpu.tiles import Choice, Tile, WinogradTile, choices, winograd_sizes
 from planish.hwmodels.device import host
 
 Array = NDArray[Any]
@@ -28,7 +29,9 @@ Run = Callable[..., Array]
 
 pytestmark = pytest.mark.tvm
 
-HAS_VNNI = "avx512_vnni" in host().features
+WIDE = Machine(16, 32)
+# What multiplies bytes on this CPU, and the lanes that it takes.
+HERE = [(dot, lanes) for lanes in (4, 8, 16) for dot in usable_dots(host().features, lanes)]
 QUANTIZE = Step("quantize", (0.25, 7))
 AFFINE = (Step("scale"), Step("bias"))
 EXACT = [*AFFINE, Step("add"), Step("mul"), Step("relu"), Step("clip", (-2.0, 6.0)), Step("hardswish"), QUANTIZE]
@@ -63,6 +66,9 @@ FORMS = ["plain", "blocked", "grouped", "depthwise"]
 def specs(draw: st.DrawFn, form: str, int8: bool = False) -> ConvSpec:
     """Small convolutions of one of the forms that the lowering can ask for."""
     lanes = draw(st.sampled_from([4, 8, 16]))
+    dot: Dot | None = None
+    if int8:
+        dot, lanes = draw(st.sampled_from(HERE))
     kernel = (draw(st.integers(1, 3)), draw(st.integers(1, 3)))
     dilation = (draw(st.integers(1, 2)), draw(st.integers(1, 2)))
     padding = draw(st.tuples(*[st.integers(0, 2)] * 4))
@@ -92,11 +98,11 @@ def specs(draw: st.DrawFn, form: str, int8: bool = False) -> ConvSpec:
         dilation=dilation,
         groups=groups,
         lanes=lanes,
-        in_lanes=(-(-c // 4) * 4 if int8 else 1) if form == "plain" else lanes,
+        in_lanes=(dot.depth if dot else 1) if form == "plain" else lanes,
         depthwise=form == "depthwise",
-        int8=int8,
+        dot=dot,
         zero_point=zero_point,
-        quantize=draw(st.sampled_from([None, (0.25, zero_point)])) if int8 else None,
+        quantize=draw(st.sampled_from([None, (0.25, zero_point)])) if int8 and form != "depthwise" else None,
         steps=(*AFFINE, *draw(steps())) if int8 else draw(steps()),
         threads=draw(st.sampled_from([1, 1, 2])),
     )
@@ -130,14 +136,17 @@ def apply_steps(spec: ConvSpec, value: torch.Tensor, extra: list[Array]) -> Arra
     return value.numpy()
 
 
-def direct(spec: ConvSpec, registers: int = 32) -> Tile:
+def direct(spec: ConvSpec, machine: Machine = WIDE) -> Tile:
     """The tile that is chosen of the direct form, whose sums of whole numbers are exact."""
-    return next(choice for choice in choices(spec, registers) if isinstance(choice, Tile))
+    return next(choice for choice in choices(spec, machine) if isinstance(choice, Tile))
 
 
-def check(
-    spec: ConvSpec, layout: Any, run: Run, choice: Choice | None = None, vnni: bool = False, seed: int = 0
-) -> None:
+def pairs(spec: ConvSpec) -> Machine:
+    """A machine that multiplies as the spec says."""
+    return Machine(spec.lanes, 32, spec.dot or DOTS["widen"])
+
+
+def check(spec: ConvSpec, layout: Any, run: Run, choice: Choice | None = None, seed: int = 0) -> None:
     """Runs the kernel of a spec on random data and compares it with torch."""
     from planish.compilers.cpu.kernels import conv_kernel, conv_weights
 
@@ -175,14 +184,14 @@ def check(
     expected = apply_steps(spec, total, extra)
 
     packed = data if spec.in_lanes != spec.lanes else layout.block(data, spec.lanes, fill=9)
-    weights = conv_weights(spec, choice, weight)
-    function = conv_kernel(spec, choice, vnni=vnni)
+    weights = conv_weights(spec, choice, pairs(spec), weight)
+    function = conv_kernel(spec, choice, pairs(spec))
     shape = (spec.n, spec.out_blocks, spec.oh, spec.ow, spec.lanes)
     output = run(function, [packed, *weights, *arguments], shape, spec.out_dtype)
     assert np.isfinite(output).all(), "a lane without a channel must stay finite for whatever reads it next"
     result = layout.unblock(output, spec.o).astype(np.float64)
     rounded = any(step in (*SMOOTH, *STEEP, Step("hardswish")) for step in spec.steps)
-    if isinstance(choice, WinogradTile):
+    if isinstance(choice, WinogradTile) and not spec.int8:
         # Its transforms round: the error follows the size of the sums before the steps, which may cancel, and
         # each of three steps may double it.
         tolerance = WINOGRAD_TOLERANCE * max(1, float(total.abs().max())) * 16
@@ -213,33 +222,44 @@ def test_int8_convolutions_equal_integer_arithmetic(
     check(data.draw(specs(form, int8=True)), layout, run_kernel, seed=seed)
 
 
-@pytest.mark.skipif(not HAS_VNNI, reason="this CPU has no AVX-512 VNNI")
-@pytest.mark.parametrize("form", FORMS[:-1])
+@st.composite
+def tiles(draw: st.DrawFn, spec: ConvSpec) -> Tile:
+    """Any way to cut the direct form, whatever it costs."""
+    oh, ow = (1, spec.oh * spec.ow) if spec.flat else (spec.oh, spec.ow)
+    group_out = 1 if spec.depthwise else spec.out_blocks // spec.groups
+    rows, blocks = draw(st.integers(1, min(oh, 3))), draw(st.integers(1, group_out))
+    # More sums than registers would be as right, but take LLVM long.
+    columns = draw(st.integers(1, max(1, min(ow, 12 // (rows * blocks)))))
+    return Tile(rows, columns, blocks, draw(st.integers(0, 2)), draw(st.integers(0, oh + 1)), draw(st.booleans()))
+
+
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("form", FORMS)
+@settings(max_examples=15, derandomize=True, deadline=None)
+@given(data=st.data(), seed=st.integers(0, 99))
+def test_every_tile_gives_the_same_result(
+    layout: Any, run_kernel: Run, form: str, int8: bool, data: st.DataObject, seed: int
+) -> None:
+    spec = data.draw(specs(form, int8))
+    check(spec, layout, run_kernel, data.draw(tiles(spec)), seed)
+
+
+@pytest.mark.parametrize("int8", [False, True])
 @few
 @given(data=st.data(), seed=st.integers(0, 99))
-def test_int8_convolutions_with_vnni_equal_integer_arithmetic(
-    layout: Any, run_kernel: Run, form: str, data: st.DataObject, seed: int
+def test_products_over_all_pixels_equal_torch(
+    layout: Any, run_kernel: Run, int8: bool, data: st.DataObject, seed: int
 ) -> None:
-    spec = data.draw(specs(form, int8=True))
-    wide = replace(spec, lanes=16, in_lanes=spec.in_lanes if form == "plain" else 16)
-    if form == "grouped":
-        wide = replace(wide, c=spec.groups * 16, o=spec.groups * 16)
-    check(wide, layout, run_kernel, vnni=True, seed=seed)
-
-
-@pytest.mark.parametrize("form", ["blocked", "depthwise"])
-@few
-@given(data=st.data(), tile=st.builds(Tile, st.integers(1, 4), st.integers(1, 9), st.just(1)))
-def test_every_tile_gives_the_same_result(
-    layout: Any, run_kernel: Run, form: str, data: st.DataObject, tile: Tile
-) -> None:
-    check(data.draw(specs(form)), layout, run_kernel, tile)
+    drawn = data.draw(specs(data.draw(st.sampled_from(["blocked", "grouped"])), int8))
+    spec = replace(drawn, kernel=(1, 1), stride=(1, 1), padding=(0, 0, 0, 0))
+    assert spec.flat
+    check(spec, layout, run_kernel, data.draw(tiles(spec)), seed)
 
 
 @st.composite
-def winograd_cases(draw: st.DrawFn) -> tuple[ConvSpec, WinogradTile]:
+def winograd_cases(draw: st.DrawFn, int8: bool = False) -> tuple[ConvSpec, WinogradTile]:
     """3x3 convolutions of stride 1 on whole blocks, and any way to cut them."""
-    spec = draw(specs(draw(st.sampled_from(["blocked", "grouped"]))))
+    spec = draw(specs(draw(st.sampled_from(["blocked", "grouped"])), int8))
     h, w = (max(spec.h, 3 - spec.padding[0] - spec.padding[2]), max(spec.w, 3 - spec.padding[1] - spec.padding[3]))
     spec = replace(spec, kernel=(3, 3), stride=(1, 1), dilation=(1, 1), h=h, w=w)
     tiles, times = draw(st.integers(1, 5)), draw(st.integers(1, 3))
@@ -252,8 +272,75 @@ def winograd_cases(draw: st.DrawFn) -> tuple[ConvSpec, WinogradTile]:
 def test_winograd_convolutions_equal_torch(
     layout: Any, run_kernel: Run, case: tuple[ConvSpec, WinogradTile], seed: int
 ) -> None:
-    assert winograd_applies(case[0])
+    assert winograd_sizes(case[0]) == (2, 4)
     check(case[0], layout, run_kernel, case[1], seed=seed)
+
+
+@settings(max_examples=30, derandomize=True, deadline=None)
+@given(case=winograd_cases(int8=True), seed=st.integers(0, 99))
+def test_winograd_convolutions_of_bytes_equal_integer_arithmetic(
+    layout: Any, run_kernel: Run, case: tuple[ConvSpec, WinogradTile], seed: int
+) -> None:
+    check(case[0], layout, run_kernel, case[1], seed=seed)
+
+
+@pytest.mark.parametrize("m", [2, 4])
+@pytest.mark.parametrize(("dot", "lanes"), [(usable_dots(host().features, host().lanes)[0], host().lanes)])
+@pytest.mark.parametrize(("sign", "zero_point"), [(1, 0), (-1, 0), (1, 255), (0, 128)])
+def test_winograd_of_bytes_is_exact_at_the_largest_sums_it_is_chosen_for(
+    layout: Any, run_kernel: Run, m: int, dot: Dot, lanes: int, sign: int, zero_point: int
+) -> None:
+    # As many channels as the bound permits; on the way the sums overflow 32 bits many times over.
+    c, o = (1840 if m == 2 else 112) // lanes * lanes, lanes
+    rng = np.random.default_rng(0)
+    weight = (
+        np.full((o, c, 3, 3), 127 * sign, np.int8) if sign else rng.choice([-128, 127], (o, c, 3, 3)).astype(np.int8)
+    )
+    data = rng.choice([0, 255], (1, c, 5, 5)).astype(np.uint8) if sign == 0 else np.full((1, c, 5, 5), 255, np.uint8)
+    if zero_point == 255:
+        data[:] = 0
+    spec = ConvSpec(
+        1,
+        c,
+        5,
+        5,
+        o,
+        (3, 3),
+        lanes=lanes,
+        in_lanes=lanes,
+        dot=dot,
+        zero_point=zero_point,
+        steps=(Step("scale"), Step("bias")),
+    )
+    bound = largest_sum(weight, zero_point)
+    assert m in winograd_sizes(spec, bound)
+    total = F.conv2d(torch.from_numpy(data).double() - zero_point, torch.from_numpy(weight).double()).numpy()
+    assert np.abs(total).max() <= bound
+    assert sign == 0 or np.abs(total).max() == bound
+    from planish.compilers.cpu.kernels import conv_kernel, conv_weights
+
+    machine, choice = pairs(spec), WinogradTile(m, 1, 1, 1)
+    arguments = [layout.block(data, lanes), *conv_weights(spec, choice, machine, weight)]
+    arguments += [per_channel(np.full(o, value), 1, lanes) for value in (2.0**-16, 0.0)]
+    output = run_kernel(conv_kernel(spec, choice, machine), arguments, (1, 1, 3, 3, lanes), "float32")
+    np.testing.assert_array_equal(layout.unblock(output, o), (total.astype(np.float32) * np.float32(2.0**-16)))
+
+
+def test_winograd_is_not_chosen_for_sums_that_it_cannot_hold() -> None:
+    spec = ConvSpec(1, 64, 8, 8, 16, (3, 3), padding=(1, 1, 1, 1), dot=DOTS["vnni"])
+    assert winograd_sizes(spec, 2**25 - 1) == (2, 4)
+    assert winograd_sizes(spec, 2**25) == (2,)
+    assert winograd_sizes(spec, 2**29) == ()
+    assert winograd_sizes(spec, 0) == (), "of weights that are not known nothing is promised"
+
+
+@settings(max_examples=100, derandomize=True)
+@given(st.integers(0, 999), st.sampled_from([0, 3, 128, 255]))
+def test_the_largest_sum_is_that_of_the_worst_bytes(seed: int, zero_point: int) -> None:
+    weight = np.random.default_rng(seed).integers(-128, 128, (2, 2, 1, 2)).astype(np.int8)
+    corners = np.array(np.meshgrid(*[[0, 255]] * 4)).reshape(4, -1).astype(np.int64) - zero_point
+    sums = np.abs(weight.reshape(2, 4).astype(np.int64) @ corners)
+    assert largest_sum(weight, zero_point) == max(sums.max(), 1)
 
 
 @pytest.mark.parametrize("step", [*EXACT, *SMOOTH, *STEEP], ids=lambda step: step.op)
@@ -264,35 +351,44 @@ def test_every_step_is_what_torch_computes(layout: Any, run_kernel: Run, step: S
         check(replace(spec, steps=(*AFFINE, step, Step("relu"), QUANTIZE)), layout, run_kernel)
 
 
-@pytest.mark.parametrize("vnni", [False, pytest.param(True, marks=pytest.mark.skipif(not HAS_VNNI, reason="no VNNI"))])
+@pytest.mark.parametrize(("dot", "lanes"), HERE, ids=lambda value: getattr(value, "name", str(value)))
 @pytest.mark.parametrize("extreme", [127, -128])
-def test_the_largest_sums_of_bytes_do_not_overflow(layout: Any, run_kernel: Run, vnni: bool, extreme: int) -> None:
-    from planish.compilers.cpu.conv import convolution
+def test_the_largest_sums_of_bytes_do_not_overflow(
+    layout: Any, run_kernel: Run, dot: Dot, lanes: int, extreme: int
+) -> None:
+    from planish.compilers.cpu.direct import convolution
 
-    spec = ConvSpec(1, 64, 3, 3, 16, (3, 3), int8=True, steps=(Step("scale"), Step("bias")))
-    weight, correction = weight_int8(spec, np.full((16, 64, 3, 3), extreme, np.int8))
-    ones, zeros = np.ones((1, 16), np.float32), np.zeros((1, 16), np.float32)
-    data = np.full((1, 4, 3, 3, 16), 255, np.uint8)
-    function = convolution(spec, direct(spec), vnni=vnni)
-    output = run_kernel(function, [data, weight, correction, ones, zeros], (1, 1, 1, 1, 16), "float32")
+    spec = ConvSpec(
+        1, 64, 3, 3, lanes, (3, 3), lanes=lanes, in_lanes=lanes, dot=dot, steps=(Step("scale"), Step("bias"))
+    )
+    weights = weight_int8(spec, np.full((lanes, 64, 3, 3), extreme, np.int8))
+    ones, zeros = np.ones((1, lanes), np.float32), np.zeros((1, lanes), np.float32)
+    data = np.full((1, 64 // lanes, 3, 3, lanes), 255, np.uint8)
+    function = convolution(spec, direct(spec))
+    output = run_kernel(function, [data, *weights, ones, zeros], (1, 1, 1, 1, lanes), "float32")
     assert (output == 255 * extreme * 9 * 64).all()
 
 
 @pytest.mark.parametrize("threads", [1, 2])
 def test_more_threads_share_the_rows_of_every_kernel(threads: int) -> None:
-    from planish.compilers.cpu.conv import convolution
     from planish.compilers.cpu.dense import DenseSpec, dense
+    from planish.compilers.cpu.direct import convolution
     from planish.compilers.cpu.pool import PoolSpec, pool
 
     spec = ConvSpec(1, 16, 9, 9, 16, (3, 3), padding=(1, 1, 1, 1), threads=threads)
     pooled = PoolSpec(1, 1, 9, 9, (3, 3), (1, 1), (1, 1, 1, 1), (9, 9), True, threads=threads)
-    kernels = (convolution(spec, Tile(1, 3, 1)), dense(DenseSpec(4, 8, 32, threads=threads)), pool(pooled))
-    # The convolution's frame is filled by a loop of its own.
-    assert [kernel.script().count("T.parallel") for kernel in kernels] == ([2, 1, 1] if threads > 1 else [0, 0, 0])
+    kernels = (
+        convolution(spec, Tile(1, 3, 1)),
+        convolution(spec, Tile(1, 3, 1, split_blocks=True)),
+        dense(DenseSpec(4, 8, 32, threads=threads), WIDE),
+        pool(pooled),
+    )
+    # A block of output channels cannot be shared: then threads take strips of rows, each with its own copy of the data.
+    assert [kernel.script().count("T.parallel") for kernel in kernels] == [1 if threads > 1 else 0] * 4
 
 
 def test_an_unknown_step_is_refused_by_name() -> None:
-    from planish.compilers.cpu.conv import convolution
+    from planish.compilers.cpu.direct import convolution
 
     spec = ConvSpec(1, 16, 3, 3, 16, (1, 1), steps=(Step("softplus"),))
     with pytest.raises(ValueError, match="'softplus'"):
@@ -301,13 +397,12 @@ def test_an_unknown_step_is_refused_by_name() -> None:
 
 @settings(max_examples=200, derandomize=True)
 @given(st.sampled_from(FORMS).flatmap(specs), st.sampled_from([16, 32]))
-def test_a_chosen_tile_fits_the_registers_and_divides_the_blocks(spec: ConvSpec, registers: int) -> None:
-    tile = direct(spec, registers)
+def test_a_chosen_tile_fits_the_registers_and_the_output(spec: ConvSpec, registers: int) -> None:
+    tile = direct(spec, Machine(spec.lanes, registers))
     assert tile.accumulators < registers
-    blocks = 1 if spec.depthwise else spec.out_blocks // spec.groups
-    assert blocks % tile.blocks == 0
-    assert tile.ow <= spec.ow
-    assert tile.oh <= spec.oh
+    assert tile.blocks <= (1 if spec.depthwise else spec.out_blocks // spec.groups)
+    assert tile.oh * tile.ow <= spec.oh * spec.ow
+    assert spec.flat or (tile.ow <= spec.ow and tile.oh <= spec.oh)
 
 
 @settings(max_examples=100, derandomize=True)

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from planish.compilers.cpu.machine import usable_dots
 from planish.hwmodels.device import host
 
 try:
@@ -82,7 +83,8 @@ def test_compiling_never_imports_tvms_tensor_intrinsics() -> None:
         from pathlib import Path
         import planish.compilers.tvm_build
         from planish.compilers.tvm_compiler import TvmCompiler
-        from planish.hwmodels.device import host
+        from planish.compilers.cpu.machine import usable_dots
+from planish.hwmodels.device import host
         x = torch.zeros(1, 3, 4, 4)
         program = torch.export.export(torch.nn.Conv2d(3, 16, 3), (x,))
         with tempfile.TemporaryDirectory() as folder:
@@ -92,45 +94,73 @@ def test_compiling_never_imports_tvms_tensor_intrinsics() -> None:
     assert child(code) == "[]"
 
 
-# -- VNNI -------------------------------------------------------------------------------------------------------------
+# -- Instructions -----------------------------------------------------------------------------------------------------
 
 
-def dot_function() -> Any:
-    """out[i] = sum_k a[k] * b[i, k] over 4 k, sixteen i, by the intrinsic."""
+def dot_function(name: str, lanes: int) -> Any:
+    """out[i] = sum_k a[k] * b[i, k], one step of a sum."""
+    from planish.compilers.cpu.emit import argument, dot_product, kernel
+    from planish.compilers.cpu.machine import DOTS
+
+    dot = DOTS[name]
+    with kernel() as (emitted, body):
+        a = argument("a", (1, dot.depth), dot.data)
+        b = argument("b", (1, lanes, dot.depth), "int16" if name == "words" else "int8")
+        out = argument("out", (1, lanes), "int32")
+
+        def emit() -> None:
+            from tvm.tirx.script import builder as T
+
+            sums = dot_product(1, 1, lanes, (1,), lambda i, r: (a, (r, 0)), lambda j, r: (b, (r,)), dot)
+            with T.vectorized(0, lanes) as lane:
+                T.buffer_store(out, sums(0, 0, lane), [0, lane])
+
+        body(emit)
+    return emitted.function
+
+
+@pytest.mark.parametrize(
+    ("name", "lanes", "target", "instruction"),
+    [
+        ("vnni", 16, "x86_64-linux-gnu cascadelake", "vpdpbusd"),
+        ("vnni", 8, "x86_64-linux-gnu alderlake", "vpdpbusd"),
+        ("words", 16, "x86_64-linux-gnu cascadelake", "vpdpwssd"),
+        ("words", 8, "x86_64-linux-gnu alderlake", "vpdpwssd"),
+        ("madd", 16, "x86_64-linux-gnu skylake-avx512", "vpmaddwd"),
+        ("madd", 8, "x86_64-linux-gnu x86-64-v3", "vpmaddwd"),
+        ("madd", 4, "x86_64-linux-gnu x86-64-v2", "pmaddwd"),
+        ("sdot", 4, "aarch64-linux-gnu cortex-a76", "sdot"),
+        ("widen", 4, "aarch64-linux-gnu cortex-a72", "smull"),
+    ],
+)
+def test_products_of_bytes_compile_to_the_instruction(name: str, lanes: int, target: str, instruction: str) -> None:
     import tvm
-    from tvm import te
-    from tvm.s_tir import Schedule
 
-    from planish.compilers.cpu.intrinsics import VNNI_DOT
-
-    a, b = te.placeholder((4,), "uint8", name="a"), te.placeholder((16, 4), "int8", name="b")
-    k = te.reduce_axis((0, 4), "k")
-    total = te.compute((16,), lambda i: te.sum(a[k].astype("int32") * b[i, k].astype("int32"), axis=[k]), name="total")
-    s = Schedule(tvm.IRModule({"main": te.create_prim_func([a, b, total])}))
-    block = s.get_sblock("total")
-    outer, inner = s.split(s.get_loops(block)[0], [None, 16])
-    s.decompose_reduction(block, outer)
-    s.tensorize(inner, VNNI_DOT)
-    return s.mod["main"]
+    triple, cpu = target.split()
+    module = tvm.IRModule({"main": dot_function(name, lanes).with_attr("global_symbol", "main")})
+    built = tvm.compile(module, target=tvm.target.Target({"kind": "llvm", "mcpu": cpu, "mtriple": triple}))
+    assert instruction in built.mod.inspect_source("asm")
 
 
-def test_the_vnni_intrinsic_compiles_to_the_instruction() -> None:
-    import tvm
-
-    target = tvm.target.Target({"kind": "llvm", "mcpu": "cascadelake", "mtriple": "x86_64-linux-gnu"})
-    module = tvm.IRModule({"main": dot_function().with_attr("global_symbol", "main")})
-    assert "vpdpbusd" in tvm.compile(module, target=target).mod.inspect_source("asm")
+HERE = [(dot.name, lanes) for lanes in (4, 8, 16) for dot in usable_dots(host().features, lanes)]
+HERE += [("words", lanes) for name, lanes in HERE if name == "vnni"]
 
 
-@pytest.mark.skipif("avx512_vnni" not in host().features, reason="this CPU has no AVX-512 VNNI")
+@pytest.mark.parametrize(("name", "lanes"), HERE)
 @pytest.mark.parametrize("a", [(255,) * 4, (0, 255, 0, 255), (1, 2, 3, 4), (128,) * 4])
-def test_the_vnni_intrinsic_is_exact_at_the_extremes(a: tuple[int, ...], run_kernel: Compile) -> None:
+def test_products_of_bytes_are_exact_at_the_extremes(
+    name: str, lanes: int, a: tuple[int, ...], run_kernel: Compile
+) -> None:
+    from planish.compilers.cpu.machine import DOTS
+
+    dot = DOTS[name]
     rows = [(127,) * 4, (-128,) * 4, (127, -128, 127, -128), (-1, 1, -1, 1), (0,) * 4]
-    b = np.array((rows * 4)[:16], np.int8)
-    data = np.array(a, np.uint8)
+    b = np.array((rows * 4)[:lanes])[:, : dot.depth].astype(np.int16 if name == "words" else np.int8)
+    data = (np.array(a)[: dot.depth] - (128 if name == "sdot" else 0)).astype(dot.data)
     # The saturating 16-bit sums of vpmaddubsw would give 32767 for 2 * 255 * 127.
     expected = b.astype(np.int64) @ data.astype(np.int64)
-    np.testing.assert_array_equal(run_kernel(dot_function(), [data, b], (16,), "int32"), expected)
+    output = run_kernel(dot_function(name, lanes), [data[None], b[None]], (1, lanes), "int32")
+    np.testing.assert_array_equal(output[0], expected)
 
 
 # -- batch norm -------------------------------------------------------------------------------------------------------
@@ -211,14 +241,14 @@ def test_a_batch_norm_with_random_statistics_equals_torchs(
 
 @pytest.mark.parametrize("name", ["after a convolution", "without factor and offset", "after a dense layer"])
 def test_a_batch_norm_after_a_product_is_folded_into_its_weights(name: str) -> None:
-    from planish.compilers.tvm_build import cpu_target
+    from planish.compilers.tvm_build import cpu_machine
     from planish.compilers.tvm_frontend import import_program
     from planish.compilers.tvm_graph import Graph
     from planish.compilers.tvm_lower import lower
 
     model, shape = NORMS[name]
     program = torch.export.export(with_statistics(model), (torch.zeros(shape),))
-    module, calls = lower(Graph(import_program(program)), cpu_target(host()))
+    module, calls = lower(Graph(import_program(program)), cpu_machine(host()))
     assert len(calls) == 1
     assert not [word for word in ("R.multiply", "R.add", "R.subtract", "R.divide") if word in module["main"].script()]
 

@@ -1,0 +1,96 @@
+"""What the kernels and their cost estimates need to know of a CPU. No TVM here, so tests and models can use it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Dot:
+    """How a CPU multiplies and sums bytes: so many neighbouring inputs of each int32 lane in one step.
+
+    Attributes:
+        depth: Inputs that one step sums in each lane.
+        data: Type of the activations that it reads: `uint8` as stored, `int8` less 128, `int16` less the zero point.
+        sums: Vector steps that the CPU starts in a cycle (VPMADDWD: as measured, its additions take multiplier ports).
+    """
+
+    name: str
+    depth: int
+    data: str
+    sums: float
+
+    def offset(self, zero_point: int) -> int:
+        """What is subtracted from a stored byte before it is multiplied."""
+        return {"uint8": 0, "int8": 128, "int16": zero_point}[self.data]
+
+
+# x86's VPDPBUSD and Arm's SDOT take four bytes a lane; VPDPWSSD and VPMADDWD pairs of 16 bits, because VPMADDUBSW, for
+# bytes, saturates at 16 bits and so is not exact; anything else multiplies 16 bits by 16 bits.
+DOTS = {
+    "vnni": Dot("vnni", 4, "uint8", 1),
+    "sdot": Dot("sdot", 4, "int8", 2),
+    "words": Dot("words", 2, "int16", 1),
+    "madd": Dot("madd", 2, "int16", 1.3),
+    "widen": Dot("widen", 1, "int16", 1),
+}
+
+
+# Which instructions need which feature of a device, for how many lanes of int32; the fastest first.
+_NEEDED = (
+    ("vnni", 16, "avx512_vnni"),
+    ("vnni", 8, "avx_vnni"),
+    ("sdot", 4, "asimddp"),
+    ("madd", 16, "avx512f"),
+    ("madd", 8, "avx2"),
+    ("madd", 4, "avx2"),
+)
+
+
+def usable_dots(features: Collection[str], lanes: int) -> list[Dot]:
+    """The ways to multiply bytes of a CPU with these features, of a `Device`, on vectors of so many int32."""
+    found = [DOTS[name] for name, width, feature in _NEEDED if width == lanes and feature in features]
+    return [*found, DOTS["widen"]]
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A CPU: float32 lanes and number of its vector registers, how it multiplies bytes, threads, and rates.
+
+    Attributes:
+        fmas: Vector multiply-accumulates of float32 that start in a cycle, each ready after `latency` cycles.
+        caches: Bytes of the three levels of cache.
+        line_cycles: Cycles to read 64 bytes from the second level, the third and memory, one after the other.
+    """
+
+    lanes: int
+    registers: int
+    dot: Dot = DOTS["widen"]
+    threads: int = 1
+    fmas: float = 1
+    latency: int = 5
+    caches: tuple[int, int, int] = (32 << 10, 1 << 20, 16 << 20)
+    line_cycles: tuple[float, float, float] = (0.5, 1.0, 5.0)
+
+    @property
+    def pairs(self) -> Dot:
+        """How it multiplies 16 bits: two products a lane where it can."""
+        return DOTS["words"] if self.dot.name == "vnni" else DOTS["madd" if self.dot.name == "madd" else "widen"]
+
+    def line(self, size: float) -> float:
+        """Cycles to move 64 bytes of a working set of that size."""
+        if size <= self.caches[0]:
+            return 0.25
+        level = 0 if size <= self.caches[1] else 1 if size <= self.caches[2] else 2
+        return self.line_cycles[level]
+
+    def step(self, inputs: int, blocks: int, dot: Dot | None = None) -> float:
+        """Estimated cycles to multiply so many broadcast inputs with so many weight vectors, in one step of a sum.
+
+        Two loads can start in a cycle. A chain of too few independent sums waits for the multiplier's latency; where
+        the multiplication is an instruction of its own, only the addition's single cycle is waited for.
+        """
+        loads, sums = (inputs + blocks) / 2, dot.sums if dot else self.fmas
+        waits = 1.0 if dot and dot.depth < 4 else float(self.latency) * (0.8 if dot else 1)
+        return max(inputs * blocks / sums, 2 * waits if self.fmas == 1 else waits, loads) + 0.1 * loads
