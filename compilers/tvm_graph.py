@@ -14,6 +14,7 @@ from tvm import relax
 
 from .compiler import CompileError
 from .cpu.convspec import EXPONENTIAL_STEPS, Step
+from .cpu.epilogue import quantize_numbers
 from .tvm_frontend import Imported, Mark
 
 Array = NDArray[Any]
@@ -50,7 +51,10 @@ class Node:
 
 @dataclass(frozen=True)
 class ChainStep:
-    """A step of an epilogue with what it reads: an array a channel (`scale`, `bias`) or another node's value."""
+    """A step of an epilogue with what it reads: an array or another node's value.
+
+    The array has a value a channel, or holds the numbers of `quantize`.
+    """
 
     step: Step
     array: Array | None = None
@@ -243,7 +247,7 @@ def _as_step(graph: Graph, head: Node, var: Any, user: Node) -> ChainStep | None
         return ChainStep(Step(user.op))
     if user.op == "quantize" and user.mark is not None:
         attributes = user.mark.attributes
-        return ChainStep(Step("quantize", (attributes["scale"], attributes["zero_point"])))
+        return ChainStep(Step("quantize"), array=quantize_numbers(attributes["scale"], attributes["zero_point"]))
     if user.op in ("relax.clip", "relax.nn.relu6"):
         bounds = (0.0, 6.0) if user.op == "relax.nn.relu6" else tuple(float(_number(a)) for a in user.args[1:3])
         return ChainStep(Step("clip", bounds))

@@ -8,6 +8,7 @@ import numpy as np
 from tvm import relax
 
 from .cpu.convspec import ConvSpec, Step
+from .cpu.epilogue import quantize_numbers
 from .cpu.kernels import conv_kernel, conv_weights
 from .cpu.packing import largest_sum, per_channel
 from .cpu.tiles import Choice, WinogradTile, choices
@@ -23,7 +24,7 @@ PARALLEL_MACS = 1_000_000
 def lower_convolution(values: Values, chain: Chain) -> None:
     """Emits the call of the kernel that computes a chain which begins with a convolution; its result is blocked."""
     head, int8 = chain.head, chain.head.op == "qconv2d"
-    source, quantize = values.quantized_source(head.args[0]) if int8 else (head.args[0], None)
+    source, quantize = values.quantized_source(head.args[0]) if int8 else (head.args[0], False)
     n, c, h, w = static_shape(source)
     steps = list(chain.steps)
     if int8:
@@ -59,18 +60,24 @@ def lower_convolution(values: Values, chain: Chain) -> None:
     spec = ConvSpec(
         n=n, c=c, h=h, w=w, o=o, kernel=(weight.shape[2], weight.shape[3]), stride=stride, padding=padding,
         dilation=dilation, groups=1 if depthwise else groups, lanes=values.lanes, in_lanes=in_lanes,
-        depthwise=depthwise, dot=dot, zero_point=zero_point, quantize=quantize,
+        depthwise=depthwise, dot=dot, quantize=quantize,
         steps=(*(Step(name) for name, _ in arrays), *(step.step for step in rest)),
         threads=1,
     )  # fmt: skip
     if values.target.threads > 1 and spec.macs >= PARALLEL_MACS:
         spec = replace(spec, threads=values.target.threads)
     data = values.as_plain(source) if plain else values.as_blocked(source)
-    if depthwise and quantize is not None:  # every byte is read once for each tap: quantise it once
-        data, spec = values.quantized(data, *quantize), replace(spec, quantize=None)
+    if depthwise and quantize:  # every byte is read once for each tap: quantise it once
+        data, spec = values.quantized(data, *values.quantizer(head.args[0])), replace(spec, quantize=False)
     bound = largest_sum(weight, zero_point) if int8 else 0
     choice = choices(spec, values.target, values.graph.weight_count, bound)[0]
-    arguments = [data, *(relax.const(array) for array in conv_weights(spec, choice, values.target, weight))]
+    arguments = [data]
+    if int8:
+        # 1 / scale counts only where this kernel quantises.
+        scale = values.quantizer(head.args[0])[0] if spec.quantize else 1.0
+        arguments.append(relax.const(quantize_numbers(scale, zero_point)))
+    packed = conv_weights(spec, choice, values.target, weight, zero_point)
+    arguments += [relax.const(array) for array in packed]
     arguments += [relax.const(per_channel(array, spec.out_blocks, values.lanes)) for _, array in arrays]
     arguments += values.step_arguments(rest, spec.out_blocks)
     kernel = values.kernel(spec, lambda: conv_kernel(spec, choice, values.target), _conv_name(spec, choice))

@@ -7,6 +7,7 @@ from tvm import relax
 
 from .cpu.convspec import Step
 from .cpu.dense import DenseSpec, dense
+from .cpu.epilogue import quantize_numbers
 from .cpu.packing import dense_float, dense_int8, per_channel
 from .tvm_affine import leading_affine
 from .tvm_graph import Chain, ChainStep, static_shape
@@ -17,7 +18,7 @@ from .tvm_values import Values
 def lower_dense(values: Values, chain: Chain) -> None:
     """Emits the call of the kernel that computes a chain which begins with a dense layer; its result is plain."""
     head, int8 = chain.head, chain.head.op == "qlinear"
-    source, quantize = values.quantized_source(head.args[0]) if int8 else (head.args[0], None)
+    source, quantize = values.quantized_source(head.args[0]) if int8 else (head.args[0], False)
     shape = static_shape(source)
     steps = list(chain.steps)
     zero_point = 0
@@ -40,15 +41,21 @@ def lower_dense(values: Values, chain: Chain) -> None:
     arrays = ([("scale", affine[0])] if int8 else []) + [("bias", affine[1])]
     m, dot = int(np.prod(shape[:-1])), values.target.dot if int8 else None
     spec = DenseSpec(
-        m=m, k=k, o=o, lanes=values.lanes, dot=dot, zero_point=zero_point, quantize=quantize,
+        m=m, k=k, o=o, lanes=values.lanes, dot=dot, quantize=quantize,
         steps=(*(Step(name) for name, _ in arrays), *(step.step for step in rest)),
         threads=values.target.threads if m * k * o >= PARALLEL_MACS else 1,
     )  # fmt: skip
     packed = dense_int8(weight, zero_point, values.lanes, dot) if dot else [dense_float(weight, values.lanes)]
-    arguments = [values.reshaped(values.as_plain(source), (m, k)), *(relax.const(array) for array in packed)]
+    arguments = [values.reshaped(values.as_plain(source), (m, k))]
+    if int8:
+        scale = values.quantizer(head.args[0])[0] if quantize else 1.0
+        arguments.append(relax.const(quantize_numbers(scale, zero_point)))
+    arguments += [relax.const(array) for array in packed]
     arguments += [relax.const(per_channel(array, spec.out_blocks, values.lanes)) for _, array in arrays]
     for step in rest:
-        if step.array is not None:
+        if step.step.op == "quantize":
+            arguments.append(relax.const(step.array))
+        elif step.array is not None:
             arguments.append(relax.const(per_channel(step.array, spec.out_blocks, values.lanes)))
         elif step.operand is not None:
             arguments.append(values.reshaped(values.as_plain(step.operand), (m, o)))

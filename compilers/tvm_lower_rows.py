@@ -61,7 +61,7 @@ def _attention(values: Values, node: Node) -> bool:
     spec = AttentionSpec(n, s, t, heads, d, dv, scale, values.lanes)
     if values.target.threads > 1 and spec.macs >= _PARALLEL_MACS:
         spec = AttentionSpec(n, s, t, heads, d, dv, scale, values.lanes, values.target.threads)
-    kernel = values.kernel(spec, lambda: attention(spec), f"attention_{s}x{t}x{heads}x{d}")
+    kernel = values.kernel(spec, lambda: attention(spec, values.target), f"attention_{s}x{t}x{heads}x{d}")
     arguments = [values.as_plain(arg) for arg in node.args[:3]]
     values.plain[node.var] = values.call(kernel, arguments, relax.TensorType((n, s, heads, dv), "float32"), node)
     return True

@@ -9,7 +9,7 @@ from typing import Any
 import tvm
 from tvm import relax, te
 
-from .cpu.epilogue import quantized
+from .cpu.epilogue import quantize_numbers, quantized
 from .cpu.machine import Machine
 from .cpu.packing import per_channel
 from .tvm_graph import ChainStep, Graph, Node, static_shape
@@ -90,7 +90,8 @@ class Values:
 
     def quantized(self, value: Any, scale: float, zero_point: int) -> Any:
         """The bytes of a float value."""
-        return self.elementwise(value, lambda v: quantized(v, scale, zero_point), "quantize")
+        factor, zero = (tvm.tirx.const(float(number), "float32") for number in quantize_numbers(scale, zero_point))
+        return self.elementwise(value, lambda v: quantized(v, factor, zero), "quantize")
 
     def reshaped(self, value: Any, shape: tuple[int, ...]) -> Any:
         """The same values in another shape; nothing is copied."""
@@ -113,16 +114,24 @@ class Values:
         """What the steps after a kernel read: constants by channel, and blocked operands."""
         arguments = []
         for step in steps:
-            if step.array is not None:
+            if step.step.op == "quantize":
+                arguments.append(relax.const(step.array))
+            elif step.array is not None:
                 arguments.append(relax.const(per_channel(step.array, blocks, self.lanes)))
             elif step.operand is not None:
                 arguments.append(self.as_blocked(step.operand))
         return arguments
 
-    def quantized_source(self, var: Any) -> tuple[Any, tuple[float, int] | None]:
-        """What an int8 kernel reads: bytes that exist already, or the floats and how to quantise them."""
+    def quantized_source(self, var: Any) -> tuple[Any, bool]:
+        """What an int8 kernel reads: bytes that exist already, or the floats, which it must quantise."""
         if var in self.blocked or var in self.plain:
-            return var, None
-        producer = next(node for node in self.graph.nodes if node.var.same_as(var))
-        attributes = producer.mark.attributes  # type: ignore[union-attr]
-        return producer.args[0], (attributes["scale"], attributes["zero_point"])
+            return var, False
+        return self._producer(var).args[0], True
+
+    def quantizer(self, var: Any) -> tuple[float, int]:
+        """Scale and zero point of a quantised variable."""
+        attributes = self._producer(var).mark.attributes  # type: ignore[union-attr]
+        return attributes["scale"], attributes["zero_point"]
+
+    def _producer(self, var: Any) -> Node:
+        return next(node for node in self.graph.nodes if node.var.same_as(var))

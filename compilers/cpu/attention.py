@@ -9,12 +9,10 @@ from typing import Any
 import tvm
 from tvm.tirx.script import builder as T
 
-from .emit import argument, copied, kernel, local, loop, parts, product
+from .emit import argument, cover, kernel, local, loop, product
 from .functions import exp
+from .machine import Machine
 from .rows import reduce_row
-
-# Rows of queries whose scores are kept at once: with four blocks, 24 sums of the 32 registers.
-_ROWS = 6
 
 
 @dataclass(frozen=True)
@@ -40,21 +38,24 @@ class AttentionSpec:
         return self.n * self.heads * self.s * self.t * (self.d + self.dv)
 
 
-def attention(spec: AttentionSpec) -> tvm.tirx.PrimFunc:
+def attention(spec: AttentionSpec, machine: Machine) -> tvm.tirx.PrimFunc:
     """The function of (q, k, v, output)."""
     with kernel() as (emitted, body):
-        body(_Attention(spec).body)
+        body(_Attention(spec, machine).body)
     return emitted.function
 
 
 class _Attention:
-    def __init__(self, spec: AttentionSpec) -> None:
+    def __init__(self, spec: AttentionSpec, machine: Machine) -> None:
         self.spec = spec
         self.blocks = ceil(spec.t / spec.lanes)
         self.q = argument("q", (spec.n, spec.s, spec.heads, spec.d))
         self.k = argument("k", (spec.n, spec.t, spec.heads, spec.d))
         self.v = argument("v", (spec.n, spec.t, spec.heads, spec.dv))
         self.out = argument("out", (spec.n, spec.s, spec.heads, spec.dv))
+        # Rows of queries whose scores are kept at once, and blocks of keys or values beside them in registers.
+        self.width = min(4 if machine.registers >= 32 else 2, self.blocks, spec.dv // spec.lanes)
+        self.rows = min(6, spec.s)
 
     def body(self) -> None:
         spec = self.spec
@@ -67,26 +68,27 @@ class _Attention:
                 # What fills the last block repeats the last key; its scores are not used.
                 key = T.min(block * spec.lanes + lane, spec.t - 1)
                 T.buffer_store(turned, self.k[n, key, head, d], [n, head, block, d, lane])
-        for start, count, rows in parts(spec.s, _ROWS):
-            with loop(spec.n * spec.heads * count, spec.threads) as place:
-                n, head = T.bind(place // (spec.heads * count)), T.bind(place // count % spec.heads)
-                self._rows(turned, n, head, T.bind(start + place % count * rows), rows)
+        count = ceil(spec.s / self.rows)
+        with loop(spec.n * spec.heads * count, spec.threads) as place:
+            n, head = T.bind(place // (spec.heads * count)), T.bind(place // count % spec.heads)
+            # The last rows begin early enough, as in `cover`.
+            row = T.bind(T.min(place % count * self.rows, spec.s - self.rows))
+            self._rows(turned, n, head, row)
 
-    def _rows(self, turned: Any, n: Any, head: Any, row: Any, rows: int) -> None:
+    def _rows(self, turned: Any, n: Any, head: Any, row: Any) -> None:
         """The result of a few rows of queries of one head."""
-        spec, lanes = self.spec, self.spec.lanes
+        spec, lanes, rows, blocks = self.spec, self.spec.lanes, self.rows, self.width
         scores = local((rows, self.blocks * lanes), scope="global")
-        for start, count, blocks in parts(self.blocks, 4):
-            with T.serial(0, count) as part:
-                first = T.bind(start + part * blocks)
-                sums = product(
-                    rows, blocks, lanes, (spec.d,),
-                    lambda i, r: self.q[n, row + i, head, r],
-                    lambda j, r, lane, first=first: turned[n, head, first + j, r, lane],
-                )  # fmt: skip
-                sums = copied(sums, rows, blocks, lanes)
-                with T.serial(0, rows) as i, T.serial(0, blocks) as j, T.vectorized(0, lanes) as lane:
-                    T.buffer_store(scores, sums(i, j, lane) * T.float32(spec.scale), [i, (first + j) * lanes + lane])
+        with cover(self.blocks, blocks) as (_, first):
+            sums = product(
+                rows, blocks, lanes, (spec.d,),
+                lambda i, r: self.q[n, row + i, head, r], lambda j, r, lane: turned[n, head, first + j, r, lane],
+            )  # fmt: skip
+            with T.vectorized(0, lanes) as lane:
+                for i in range(rows):
+                    for j in range(blocks):
+                        value = sums(i, j, lane) * T.float32(spec.scale)
+                        T.buffer_store(scores, value, [i, (first + j) * lanes + lane])
         factors = local((rows,), scope="global")
         with T.serial(0, rows) as i:
             most = T.bind(reduce_row(spec.t, lanes, lambda k: scores[i, k], "max"))
@@ -95,15 +97,13 @@ class _Attention:
                 T.buffer_store(scores, exp(scores[i, place] - most), [i, place])
             total = reduce_row(spec.t, lanes, lambda k: scores[i, k], "sum")
             T.buffer_store(factors, T.float32(1) / total, [i])
-        for start, count, blocks in parts(spec.dv // lanes, 4):
-            with T.serial(0, count) as part:
-                first = T.bind(start + part * blocks)
-                sums = product(
-                    rows, blocks, lanes, (spec.t,),
-                    lambda i, r: scores[i, r],
-                    lambda j, r, lane, first=first: self.v[n, r, head, (first + j) * lanes + lane],
-                )  # fmt: skip
-                sums = copied(sums, rows, blocks, lanes)
-                with T.serial(0, rows) as i, T.serial(0, blocks) as j, T.vectorized(0, lanes) as lane:
-                    value = sums(i, j, lane) * factors[i]
-                    T.buffer_store(self.out, value, [n, row + i, head, (first + j) * lanes + lane])
+        with cover(spec.dv // lanes, blocks) as (_, first):
+            sums = product(
+                rows, blocks, lanes, (spec.t,),
+                lambda i, r: scores[i, r], lambda j, r, lane: self.v[n, r, head, (first + j) * lanes + lane],
+            )  # fmt: skip
+            with T.vectorized(0, lanes) as lane:
+                for i in range(rows):
+                    for j in range(blocks):
+                        value = sums(i, j, lane) * factors[i]
+                        T.buffer_store(self.out, value, [n, row + i, head, (first + j) * lanes + lane])

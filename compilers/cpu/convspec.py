@@ -14,7 +14,8 @@ class Step:
 
     `op` is one of: `scale`, `bias` (per-channel factor, offset: one buffer of shape (blocks, lanes)), `add`,
     `mul` (with a tensor of the output's shape and layout), `relu`, `clip` (values: low, high), `sigmoid`, `silu`,
-    `gelu`, `erf`, `hardswish`, `hardsigmoid`, `tanh`, `quantize` (values: scale, zero point; the result is uint8).
+    `gelu`, `erf`, `hardswish`, `hardsigmoid`, `tanh`, `quantize` (one buffer of 1 / scale and zero point; the result is
+    uint8). What differs between layers of one shape is in buffers, so that they share one kernel.
     """
 
     op: str
@@ -23,7 +24,7 @@ class Step:
 
 # Of these one kernel takes one: LLVM's code generator expands what is nested, and three take it a minute.
 EXPONENTIAL_STEPS = frozenset({"sigmoid", "silu", "tanh", "gelu", "erf", "exp"})
-BUFFER_STEPS = ("scale", "bias", "add", "mul")
+BUFFER_STEPS = ("scale", "bias", "add", "mul", "quantize")
 
 
 @dataclass(frozen=True)
@@ -31,12 +32,12 @@ class ConvSpec:
     """A two-dimensional convolution on blocked tensors.
 
     Data have the shape (n, blocks, h, w, lanes). Where `in_lanes` differs from `lanes` they are plain NCHW: 1 for
-    float32, and for int8 the channel count rounded up to a multiple of 4. The result has the shape
-    (n, blocks, oh, ow, lanes). `groups` divides both channel counts into whole blocks, except for a depthwise
-    convolution (`depthwise`), whose filters are (blocks, kh, kw, lanes).
+    float32, and for int8 the inputs that one step of `dot` sums. The result has the shape (n, blocks, oh, ow, lanes).
+    `groups` divides both channel counts into whole blocks, except for a depthwise convolution (`depthwise`), whose
+    filters are (blocks, kh, kw, lanes).
 
-    `data` is `float32`, or for an int8 convolution `uint8`; `quantize` (scale, zero point) says that the data arrive as
-    float32 and are quantised where they are padded.
+    Data are float32, or for an int8 convolution, which has a `dot`, uint8; `quantize` says that they arrive as float32
+    and are quantised where they are copied. An int8 kernel reads 1 / scale and zero point of its data from a buffer.
     """
 
     n: int
@@ -53,8 +54,7 @@ class ConvSpec:
     in_lanes: int = 16
     depthwise: bool = False
     dot: Dot | None = None
-    zero_point: int = 0
-    quantize: tuple[float, int] | None = None
+    quantize: bool = False
     steps: tuple[Step, ...] = ()
     threads: int = 1
 

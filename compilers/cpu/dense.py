@@ -28,8 +28,7 @@ class DenseSpec:
     o: int
     lanes: int = 16
     dot: Dot | None = None
-    zero_point: int = 0
-    quantize: tuple[float, int] | None = None
+    quantize: bool = False
     steps: tuple[Step, ...] = ()
     threads: int = 1
 
@@ -60,7 +59,7 @@ class DenseSpec:
 
 
 def dense(spec: DenseSpec, machine: Machine) -> tvm.tirx.PrimFunc:
-    """The function of (data, weight, [zero-point correction], one buffer a step, output)."""
+    """The function of (data, [1 / scale and zero point], weight, [correction], one buffer a step, output)."""
     with kernel() as (emitted, body):
         body(_Dense(spec, machine).body)
     return emitted.function
@@ -70,8 +69,9 @@ class _Dense:
     def __init__(self, spec: DenseSpec, machine: Machine) -> None:
         self.spec = spec
         lanes, blocks, dot = spec.lanes, spec.out_blocks, spec.dot
-        direct = dot is None or spec.quantize is not None
+        direct = dot is None or spec.quantize
         self.source = argument("data", (spec.m, spec.k), "float32" if direct else "uint8")
+        self.numbers = argument("input", (2,)) if dot else None
         self.depth = ceil(spec.k / dot.depth) if dot else spec.k
         inner = (lanes, dot.depth) if dot else (lanes,)
         self.weight = argument("weight", (blocks, self.depth, *inner), "int8" if dot else "float32")
@@ -127,18 +127,21 @@ class _Dense:
         """The data as the products take them: quantised, widened, filled up to whole steps."""
         spec, dot = self.spec, self.spec.dot
         assert dot is not None
-        offset = dot.offset(spec.zero_point)
+        assert self.numbers is not None
+        factor, zero = T.bind(self.numbers[0]), T.bind(self.numbers[1])
+        whole = T.bind(T.cast(zero, "int32"))
+        shift = {"uint8": T.int32(0), "int8": T.int32(128)}.get(dot.data, whole)
         rows = local((spec.m, self.depth * dot.depth), dot.data, "global")
         with loop(spec.m, spec.threads) as m:
             for start, count, size in parts(spec.k, spec.lanes):
                 with T.serial(0, count) as part, T.vectorized(0, size) as lane:
                     k = start + part * size + lane
                     value = self.source[m, k]
-                    if spec.quantize is not None:
-                        value = quantized_steps(value, *spec.quantize, offset)
+                    if spec.quantize:
+                        value = quantized_steps(value, factor, zero) + (whole - shift)
                     elif dot.data != "uint8":
-                        value = T.cast(value, "int16") - T.int16(offset)
+                        value = T.cast(value, "int16") - T.cast(shift, "int16")
                     T.buffer_store(rows, T.cast(value, dot.data), [m, k])
             for k in range(spec.k, self.depth * dot.depth):
-                T.buffer_store(rows, tvm.tirx.const(spec.zero_point - offset, dot.data), [m, k])
+                T.buffer_store(rows, T.cast(whole - shift, dot.data), [m, k])
         return rows

@@ -17,7 +17,7 @@ from .epilogue import epilogue_buffers, finish
 
 
 def depthwise(spec: ConvSpec, columns: int) -> tvm.tirx.PrimFunc:
-    """The function of (data, weight (blocks, kh, kw, lanes) float32, one buffer a step, output).
+    """The function of (data, [1 / scale and zero point], weight (blocks, kh, kw, lanes), one buffer a step, output).
 
     Args:
         spec: A depthwise convolution whose data are not quantised on the way.
@@ -33,6 +33,7 @@ class _Depthwise:
         self.spec, self.columns = spec, columns
         blocks, lanes = spec.out_blocks, spec.lanes
         self.data = argument("data", (spec.n, blocks, spec.h, spec.w, lanes), "uint8" if spec.int8 else "float32")
+        self.numbers = argument("input", (2,)) if spec.int8 else None
         self.weight = argument("weight", (blocks, *spec.kernel, lanes))
         out_shape = (spec.n, blocks, spec.oh, spec.ow, lanes)
         self.extra = [argument(*item) for item in epilogue_buffers(spec.steps, (blocks, lanes), out_shape)]
@@ -65,11 +66,11 @@ class _Depthwise:
         top, left = y * sh - spec.padding[0], x * sw - spec.padding[1]
         with T.vectorized(0, lanes) as lane:
             first = T.float32(0)
-            if spec.int8 and spec.zero_point:
+            if self.numbers is not None:
                 # Sums of bytes times bytes are exact in float32: at most kh * kw * 255 * 127 < 2**24.
                 for ky in rows:
                     for kx in taps:
-                        first = first - T.float32(spec.zero_point) * self.weight[block, ky, kx, lane]
+                        first = first - self.numbers[1] * self.weight[block, ky, kx, lane]
                 first = T.bind(first)
             for i in range(size):
                 T.buffer_store(sums, first, [i, lane])

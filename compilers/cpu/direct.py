@@ -26,7 +26,7 @@ from .tiles import Tile
 
 
 def convolution(spec: ConvSpec, tile: Tile) -> tvm.tirx.PrimFunc:
-    """The function; its arguments are data, weight, [zero-point correction], one buffer a step, output."""
+    """The function of (data, [1 / scale and zero point], weight, [correction], one buffer a step, output)."""
     with kernel() as (emitted, body):
         body(_Direct(spec, tile).body)
     return emitted.function
@@ -65,7 +65,7 @@ class _Direct:
         spec, out_shape = self.spec, (self.spec.n, self.spec.out_blocks, self.oh, self.ow, self.spec.lanes)
         self.source.open()
         if spec.flat:
-            self.extra = [b if len(b.shape) == 2 else view(b, out_shape, "float32") for b in self.extra]
+            self.extra = [b if len(b.shape) < 3 else view(b, out_shape, "float32") for b in self.extra]
             self.out = view(self.out, out_shape, spec.out_dtype)
         group_out = spec.out_blocks // spec.groups
         panels = ceil(group_out / self.tile.blocks) * spec.groups

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-import tvm
+from numpy.typing import NDArray
 from tvm import te
 
 from . import functions
@@ -19,7 +19,7 @@ def epilogue_buffers(
 ) -> list[tuple[str, tuple[int, ...]]]:
     """Name and shape of the buffer of each step that needs one."""
     return [
-        (f"{step.op}{number}", lanes_shape if step.op in ("scale", "bias") else out_shape)
+        (f"{step.op}{number}", {"scale": lanes_shape, "bias": lanes_shape, "quantize": (2,)}.get(step.op, out_shape))
         for number, step in enumerate(steps)
         if step.op in BUFFER_STEPS
     ]
@@ -39,6 +39,9 @@ def finish(
             value = value + next(remaining)[place]
         elif step.op == "mul":
             value = value * next(remaining)[place]
+        elif step.op == "quantize":
+            numbers = next(remaining)
+            value = quantized(value, numbers[0], numbers[1])
         else:
             value = activation(step, value)
     return value
@@ -56,24 +59,28 @@ def activation(step: Step, value: Any) -> Any:
         return te.max(value, const(0))
     if step.op == "clip":
         return te.min(te.max(value, const(step.values[0])), const(step.values[1]))
-    if step.op == "quantize":
-        return quantized(value, step.values[0], int(step.values[1]))
     if step.op not in _FUNCTIONS:
         raise ValueError(f"step {step.op!r} is not known to the CPU kernels")
     return _FUNCTIONS[step.op](value)
 
 
-def quantized(value: Any, scale: float, zero_point: int) -> Any:
-    """clamp(round(value * (1 / scale)) + zero point, 0, 255) as uint8; rounds half to even (see `spaces.integer`)."""
-    # Through int32: LLVM narrows a whole vector of int32 in one instruction.
-    return quantized_steps(value, scale, zero_point, 0).astype("uint8")
+def quantize_numbers(scale: float, zero_point: int) -> NDArray[np.float32]:
+    """1 / scale and zero point, as the kernels read them."""
+    return np.array([np.float32(1) / np.float32(scale), zero_point], np.float32)
 
 
-def quantized_steps(value: Any, scale: float, zero_point: int, offset: int) -> Any:
-    """The same less `offset`, as int32.
+def quantized(value: Any, factor: Any, zero_point: Any) -> Any:
+    """clamp(round(value * factor) + zero point, 0, 255) as uint8; halves are rounded to even (see `spaces.integer`).
+
+    All are float32. The result is narrowed from int32: LLVM does that to a whole vector in one instruction.
+    """
+    return (quantized_steps(value, factor, zero_point) + zero_point.astype("int32")).astype("uint8")
+
+
+def quantized_steps(value: Any, factor: Any, zero_point: Any) -> Any:
+    """The same less the zero point, as int32.
 
     The clamp comes first: its bounds are whole numbers, so that rounding does not cross them.
     """
-    factor = float(np.float32(1) / np.float32(scale))
-    bounded = te.min(te.max(value * const(factor), const(-zero_point)), const(255 - zero_point))
-    return functions.whole(bounded) + tvm.tirx.const(zero_point - offset, "int32")
+    bounded = te.min(te.max(value * factor, const(0) - zero_point), const(255) - zero_point)
+    return functions.whole(bounded)

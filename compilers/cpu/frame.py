@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import tvm
 from tvm.tirx.script import builder as T
 
 from .convspec import ConvSpec
@@ -28,18 +27,26 @@ class Source:
         self.spec, dot = spec, spec.dot
         self.h, self.w = (1, spec.h * spec.w) if spec.flat else (spec.h, spec.w)
         self.plain = spec.in_lanes != spec.lanes
-        dtype = "uint8" if dot and spec.quantize is None else "float32"
+        dtype = "uint8" if dot and not spec.quantize else "float32"
         if self.plain:
             self.data = argument("data", (spec.n, spec.c, spec.h, spec.w), dtype)
         else:
             self._whole = argument("data", (spec.n, spec.in_blocks, spec.h, spec.w, spec.lanes), dtype)
         self.dtype = dot.data if dot else "float32"
         self.framed = self.plain or any(spec.padding) or self.dtype != dtype
-        self._offset = dot.offset(spec.zero_point) if dot else 0
+        self.numbers = argument("input", (2,)) if dot else None
 
     def open(self) -> None:
         """Call it once, inside the body."""
         spec = self.spec
+        if self.numbers is not None:
+            self.factor, self.zero = T.bind(self.numbers[0]), T.bind(self.numbers[1])
+            whole = T.cast(self.zero, "int32")
+            # What is subtracted from a stored byte, and what a byte of the zero point then is.
+            offset, edge = {"uint8": (T.int32(0), whole), "int8": (T.int32(128), whole - 128)}.get(
+                self.dtype, (whole, T.int32(0))
+            )
+            self.offset, self.edge = T.bind(offset), T.bind(edge)
         if not self.plain:
             self.data = view(self._whole, (spec.n, spec.in_blocks, self.h, self.w * spec.lanes), self._whole.dtype)
 
@@ -62,7 +69,7 @@ class Source:
         inside = min(wide, self.w) if spec.flat else self.w
 
         def edge(b: Any, r: Any, start: int, count: int) -> None:
-            value = tvm.tirx.const(spec.zero_point - self._offset if spec.int8 else 0, self.dtype)
+            value = T.cast(self.edge, self.dtype) if spec.int8 else T.float32(0)
             for begin, times, size in parts(count * lanes, _WIDE, start * lanes):
                 with T.serial(0, times) as part:
                     first = begin + part * size
@@ -87,7 +94,7 @@ class Source:
 
     def _copy_blocked(self, frame: Any, image: Any, n: Any, b: Any, r: Any, row: Any, x: Any, inside: int) -> None:
         spec, lanes = self.spec, self.spec.lanes
-        for begin, times, size in parts(inside * lanes, _WIDE if spec.quantize is None else lanes):
+        for begin, times, size in parts(inside * lanes, lanes if spec.quantize else _WIDE):
             with T.serial(0, times) as part, T.vectorized(0, size) as i:
                 at = begin + part * size + i
                 value = self._element(self.data[n, b, row, x * lanes + at], "int16")
@@ -118,8 +125,9 @@ class Source:
     def _element(self, value: Any, kind: str) -> Any:
         """One input as the products take it: float32, or a whole number of at least 16 bits."""
         spec = self.spec
-        if spec.quantize is not None:
-            return quantized_steps(value, *spec.quantize, self._offset)
+        if spec.quantize:
+            steps = quantized_steps(value, self.factor, self.zero)
+            return steps if self.dtype == "int16" else steps + self.edge
         if not spec.int8 or (self.dtype == "uint8" and kind == "int16"):
             return value
-        return T.cast(value, kind) - tvm.tirx.const(self._offset, kind)
+        return T.cast(value, kind) - T.cast(self.offset, kind)

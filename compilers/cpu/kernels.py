@@ -17,16 +17,21 @@ from .winograd import winograd, winograd_weight
 
 
 def conv_kernel(spec: ConvSpec, choice: Choice, machine: Machine) -> tvm.tirx.PrimFunc:
-    """The function of (data, weights of `conv_weights`, one buffer a step, output)."""
+    """The function of (data, [1 / scale and zero point], weights of `conv_weights`, one buffer a step, output).
+
+    The second argument is there for int8.
+    """
     if isinstance(choice, WinogradTile):
         return winograd(spec, choice, machine.pairs)
     return depthwise(spec, choice.ow) if spec.depthwise else convolution(spec, choice)
 
 
-def conv_weights(spec: ConvSpec, choice: Choice, machine: Machine, weight: NDArray[Any]) -> list[NDArray[Any]]:
-    """The weights (o, c/groups, kh, kw), float32 or int8, as the kernel takes them."""
+def conv_weights(
+    spec: ConvSpec, choice: Choice, machine: Machine, weight: NDArray[Any], zero_point: int = 0
+) -> list[NDArray[Any]]:
+    """The weights (o, c/groups, kh, kw), float32 or int8, as the kernel takes them; the zero point is the data's."""
     if isinstance(choice, WinogradTile):
         return [winograd_weight(spec, weight, choice.m, machine.pairs)]
     if spec.depthwise:
         return [weight_depthwise(weight, spec.lanes)]
-    return weight_int8(spec, weight) if spec.int8 else [weight_float(spec, weight)]
+    return weight_int8(spec, weight, zero_point) if spec.int8 else [weight_float(spec, weight)]

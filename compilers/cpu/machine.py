@@ -21,9 +21,9 @@ class Dot:
     data: str
     sums: float
 
-    def offset(self, zero_point: int) -> int:
-        """What is subtracted from a stored byte before it is multiplied."""
-        return {"uint8": 0, "int8": 128, "int16": zero_point}[self.data]
+    def remainder(self, zero_point: int) -> int:
+        """What the zero point still is in the data that are multiplied."""
+        return {"uint8": zero_point, "int8": zero_point - 128, "int16": 0}[self.data]
 
 
 # x86's VPDPBUSD and Arm's SDOT take four bytes a lane; VPDPWSSD and VPMADDWD pairs of 16 bits, because VPMADDUBSW, for

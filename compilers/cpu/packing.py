@@ -28,7 +28,7 @@ def weight_float(spec: ConvSpec, weight: Array) -> Array:
     return np.ascontiguousarray(blocked.transpose(0, 2, 4, 5, 3, 1))
 
 
-def weight_int8(spec: ConvSpec, weight: Array) -> list[Array]:
+def weight_int8(spec: ConvSpec, weight: Array, zero_point: int) -> list[Array]:
     """(o, c/groups, kh, kw) int8 to (blocks, input blocks, kh, kw, lanes in / depth, lanes out, depth), `spec.dot`'s.
 
     Where the data still hold their zero point a correction follows, int32 (blocks, lanes): what it adds to every sum.
@@ -38,12 +38,12 @@ def weight_int8(spec: ConvSpec, weight: Array) -> list[Array]:
     filled = _filled(spec, weight, np.int8)
     blocked = filled.reshape(o, lanes, spec.group_blocks, spec.reduce_lanes // depth, depth, *spec.kernel)
     packed = np.ascontiguousarray(blocked.transpose(0, 2, 5, 6, 3, 1, 4))
-    return [packed, *_correction(filled, spec.dot, spec.zero_point, o)] if spec.corrected else [packed]
+    return [packed, *_correction(filled, spec.dot, zero_point, o)] if spec.corrected else [packed]
 
 
 def _correction(filled: Array, dot: Dot, zero_point: int, blocks: int) -> list[Array]:
     total = filled.astype(np.int32).reshape(len(filled), -1).sum(1, dtype=np.int32)
-    return [((dot.offset(zero_point) - zero_point) * total).astype(np.int32).reshape(blocks, -1)]
+    return [(-dot.remainder(zero_point) * total).astype(np.int32).reshape(blocks, -1)]
 
 
 def largest_sum(weight: Array, zero_point: int) -> int:

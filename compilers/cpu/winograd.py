@@ -67,7 +67,7 @@ def winograd_weight(spec: ConvSpec, weight: NDArray[Any], m: int, pairs: Dot) ->
 
 
 def winograd(spec: ConvSpec, tile: WinogradTile, pairs: Dot) -> tvm.tirx.PrimFunc:
-    """The function; its arguments are data, weight, one buffer a step, output.
+    """The function of (data, [1 / scale and zero point], weight, one buffer a step, output).
 
     Args:
         spec: A convolution that `winograd_sizes` permits.

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from planish.compilers.cpu.convspec import BUFFER_STEPS, EXPONENTIAL_STEPS, ConvSpec, Step
+from planish.compilers.cpu.epilogue import quantize_numbers
 from planish.compilers.cpu.machine import DOTS, Dot, Machine, usable_dots
 from planish.compilers.cpu.packing import largest_sum, per_channel, weight_int8
 from planish.compilers.cpu.tiles import Choice, Tile, WinogradTile, choices, winograd_sizes
@@ -32,7 +33,7 @@ pytestmark = pytest.mark.tvm
 WIDE = Machine(16, 32)
 # What multiplies bytes on this CPU, and the lanes that it takes.
 HERE = [(dot, lanes) for lanes in (4, 8, 16) for dot in usable_dots(host().features, lanes)]
-QUANTIZE = Step("quantize", (0.25, 7))
+QUANTIZE = Step("quantize")  # to a scale of a quarter and a zero point of 7
 AFFINE = (Step("scale"), Step("bias"))
 EXACT = [*AFFINE, Step("add"), Step("mul"), Step("relu"), Step("clip", (-2.0, 6.0)), Step("hardswish"), QUANTIZE]
 SMOOTH = [Step(op) for op in ("sigmoid", "silu", "tanh", "hardsigmoid", "gelu", "erf")]
@@ -85,7 +86,6 @@ def specs(draw: st.DrawFn, form: str, int8: bool = False) -> ConvSpec:
         c, o = groups * lanes, groups * lanes * draw(st.integers(1, 2))
     elif form == "depthwise":
         o = c
-    zero_point = draw(st.sampled_from([0, 7, 128, 255])) if int8 else 0
     return ConvSpec(
         n=draw(st.integers(1, 2)),
         c=c,
@@ -101,8 +101,7 @@ def specs(draw: st.DrawFn, form: str, int8: bool = False) -> ConvSpec:
         in_lanes=(dot.depth if dot else 1) if form == "plain" else lanes,
         depthwise=form == "depthwise",
         dot=dot,
-        zero_point=zero_point,
-        quantize=draw(st.sampled_from([None, (0.25, zero_point)])) if int8 and form != "depthwise" else None,
+        quantize=int8 and form != "depthwise" and draw(st.booleans()),
         steps=(*AFFINE, *draw(steps())) if int8 else draw(steps()),
         threads=draw(st.sampled_from([1, 1, 2])),
     )
@@ -130,7 +129,7 @@ def apply_steps(spec: ConvSpec, value: torch.Tensor, extra: list[Array]) -> Arra
         elif step.op == "clip":
             value = value.clamp(*step.values)
         elif step.op == "quantize":
-            value = torch.clamp(torch.round(value / step.values[0]) + step.values[1], 0, 255)
+            value = torch.clamp(torch.round(value / 0.25) + 7, 0, 255)
         else:
             value = activations[step.op](value)
     return value.numpy()
@@ -153,20 +152,21 @@ def check(spec: ConvSpec, layout: Any, run: Run, choice: Choice | None = None, s
     choice = choice or direct(spec)
 
     rng = np.random.default_rng(seed)
+    zero_point = int(rng.choice([0, 7, 128, 255])) if spec.int8 else 0
     groups = spec.c if spec.depthwise else spec.groups
     if spec.int8:
         weight = rng.integers(-128, 128, (spec.o, spec.c // groups, *spec.kernel)).astype(np.int8)
-        data = rng.choice([0, 1, spec.zero_point, 254, 255], (spec.n, spec.c, spec.h, spec.w)).astype(np.uint8)
-        if spec.quantize is not None:  # eighths: every second one lies half way between two steps of a quarter
+        data = rng.choice([0, 1, zero_point, 254, 255], (spec.n, spec.c, spec.h, spec.w)).astype(np.uint8)
+        if spec.quantize:  # eighths: every second one lies half way between two steps of a quarter
             data = (rng.integers(-300, 300, data.shape) / 8).astype(np.float32)
     else:
         weight = rng.integers(-3, 4, (spec.o, spec.c // groups, *spec.kernel)).astype(np.float32)
         data = rng.integers(-4, 5, (spec.n, spec.c, spec.h, spec.w)).astype(np.float32)
     seen = torch.from_numpy(data).double()
-    if spec.quantize is not None:
-        seen = torch.clamp(torch.round(seen / spec.quantize[0]) + spec.quantize[1], 0, 255)
+    if spec.quantize:
+        seen = torch.clamp(torch.round(seen / 0.25) + zero_point, 0, 255)
     top, left, bottom, right = spec.padding
-    framed = F.pad(seen - spec.zero_point, (left, right, top, bottom))
+    framed = F.pad(seen - zero_point, (left, right, top, bottom))
     total = F.conv2d(framed, torch.from_numpy(weight).double(), None, spec.stride, 0, spec.dilation, groups)
     assert total.shape[2:] == (spec.oh, spec.ow)
 
@@ -177,6 +177,8 @@ def check(spec: ConvSpec, layout: Any, run: Run, choice: Choice | None = None, s
             values = rng.choice([-0.5, 0.25, 1, 2], spec.o) * (2.0**-12 if spec.int8 and number == 0 else 1)
             extra.append(values.reshape(-1, 1, 1))
             arguments.append(per_channel(values, spec.out_blocks, spec.lanes))
+        elif step is QUANTIZE:
+            arguments.append(quantize_numbers(0.25, 7))
         elif step.op in BUFFER_STEPS:
             values = rng.choice([-2, -1, 0, 1, 2], total.shape).astype(np.float32)
             extra.append(values)
@@ -184,7 +186,8 @@ def check(spec: ConvSpec, layout: Any, run: Run, choice: Choice | None = None, s
     expected = apply_steps(spec, total, extra)
 
     packed = data if spec.in_lanes != spec.lanes else layout.block(data, spec.lanes, fill=9)
-    weights = conv_weights(spec, choice, pairs(spec), weight)
+    weights = [quantize_numbers(0.25, zero_point)] if spec.int8 else []
+    weights += conv_weights(spec, choice, pairs(spec), weight, zero_point)
     function = conv_kernel(spec, choice, pairs(spec))
     shape = (spec.n, spec.out_blocks, spec.oh, spec.ow, spec.lanes)
     output = run(function, [packed, *weights, *arguments], shape, spec.out_dtype)
@@ -309,7 +312,6 @@ def test_winograd_of_bytes_is_exact_at_the_largest_sums_it_is_chosen_for(
         lanes=lanes,
         in_lanes=lanes,
         dot=dot,
-        zero_point=zero_point,
         steps=(Step("scale"), Step("bias")),
     )
     bound = largest_sum(weight, zero_point)
@@ -320,7 +322,8 @@ def test_winograd_of_bytes_is_exact_at_the_largest_sums_it_is_chosen_for(
     from planish.compilers.cpu.kernels import conv_kernel, conv_weights
 
     machine, choice = pairs(spec), WinogradTile(m, 1, 1, 1)
-    arguments = [layout.block(data, lanes), *conv_weights(spec, choice, machine, weight)]
+    arguments = [layout.block(data, lanes), quantize_numbers(1, zero_point)]
+    arguments += conv_weights(spec, choice, machine, weight, zero_point)
     arguments += [per_channel(np.full(o, value), 1, lanes) for value in (2.0**-16, 0.0)]
     output = run_kernel(conv_kernel(spec, choice, machine), arguments, (1, 1, 3, 3, lanes), "float32")
     np.testing.assert_array_equal(layout.unblock(output, o), (total.astype(np.float32) * np.float32(2.0**-16)))
@@ -361,7 +364,7 @@ def test_the_largest_sums_of_bytes_do_not_overflow(
     spec = ConvSpec(
         1, 64, 3, 3, lanes, (3, 3), lanes=lanes, in_lanes=lanes, dot=dot, steps=(Step("scale"), Step("bias"))
     )
-    weights = weight_int8(spec, np.full((lanes, 64, 3, 3), extreme, np.int8))
+    weights = [quantize_numbers(1, 0), *weight_int8(spec, np.full((lanes, 64, 3, 3), extreme, np.int8), 0)]
     ones, zeros = np.ones((1, lanes), np.float32), np.zeros((1, lanes), np.float32)
     data = np.full((1, 64 // lanes, 3, 3, lanes), 255, np.uint8)
     function = convolution(spec, direct(spec))

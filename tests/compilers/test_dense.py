@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from planish.compilers.cpu.convspec import Step
 from planish.compilers.cpu.dense import DenseSpec, dense
+from planish.compilers.cpu.epilogue import quantize_numbers
 from planish.compilers.cpu.machine import Machine, usable_dots
 from planish.compilers.cpu.packing import dense_float, dense_int8, per_channel
 from planish.hwmodels.device import host
@@ -26,21 +27,19 @@ pytestmark = pytest.mark.tvm
 # What multiplies bytes on this CPU, and the lanes that it takes.
 HERE = [(dot, lanes) for lanes in (4, 8, 16) for dot in usable_dots(host().features, lanes)]
 AFFINE = (Step("scale"), Step("bias"))
-TAILS = [(), (Step("relu"),), (Step("clip", (-1.0, 6.0)),), (Step("relu"), Step("quantize", (0.25, 7)))]
+TAILS = [(), (Step("relu"),), (Step("clip", (-1.0, 6.0)),), (Step("relu"), Step("quantize"))]
 
 
 @st.composite
 def specs(draw: st.DrawFn, int8: bool = False) -> DenseSpec:
     dot, lanes = draw(st.sampled_from(HERE if int8 else [(None, 4), (None, 8), (None, 16)]))
-    zero_point = draw(st.sampled_from([0, 7, 255])) if int8 else 0
     return DenseSpec(
         m=draw(st.integers(1, 13)),
         k=draw(st.integers(1, 37)),
         o=draw(st.integers(1, 70)),
         lanes=lanes,
         dot=dot,
-        zero_point=zero_point,
-        quantize=draw(st.sampled_from([None, (0.25, zero_point)])) if int8 else None,
+        quantize=int8 and draw(st.booleans()),
         steps=((*AFFINE,) if int8 else draw(st.sampled_from([(), AFFINE]))) + draw(st.sampled_from(TAILS)),
         threads=draw(st.sampled_from([1, 1, 2])),
     )
@@ -49,18 +48,19 @@ def specs(draw: st.DrawFn, int8: bool = False) -> DenseSpec:
 def check(spec: DenseSpec, run: Run, seed: int) -> None:
     """Runs the kernel of a spec on random data and compares it with torch."""
     rng = np.random.default_rng(seed)
+    zero_point = int(rng.choice([0, 7, 255])) if spec.int8 else 0
     if spec.int8:
         weight = rng.integers(-128, 128, (spec.o, spec.k)).astype(np.int8)
-        data = rng.choice([0, 1, spec.zero_point, 254, 255], (spec.m, spec.k)).astype(np.uint8)
-        if spec.quantize is not None:
+        data = rng.choice([0, 1, zero_point, 254, 255], (spec.m, spec.k)).astype(np.uint8)
+        if spec.quantize:
             data = (rng.integers(-300, 300, data.shape) / 8).astype(np.float32)
     else:
         weight = rng.integers(-3, 4, (spec.o, spec.k)).astype(np.float32)
         data = rng.integers(-4, 5, (spec.m, spec.k)).astype(np.float32)
     seen = torch.from_numpy(data).double()
-    if spec.quantize is not None:
-        seen = torch.clamp(torch.round(seen / spec.quantize[0]) + spec.quantize[1], 0, 255)
-    value = (seen - spec.zero_point) @ torch.from_numpy(weight).double().T
+    if spec.quantize:
+        seen = torch.clamp(torch.round(seen / 0.25) + zero_point, 0, 255)
+    value = (seen - zero_point) @ torch.from_numpy(weight).double().T
     arguments = []
     for step in spec.steps:
         if step.op in ("scale", "bias"):
@@ -72,12 +72,12 @@ def check(spec: DenseSpec, run: Run, seed: int) -> None:
         elif step.op == "clip":
             value = value.clamp(*step.values)
         else:
-            value = torch.clamp(torch.round(value / step.values[0]) + step.values[1], 0, 255)
-    packed = (
-        dense_int8(weight, spec.zero_point, spec.lanes, spec.dot) if spec.dot else [dense_float(weight, spec.lanes)]
-    )
+            value = torch.clamp(torch.round(value / 0.25) + 7, 0, 255)
+            arguments.append(quantize_numbers(0.25, 7))
+    packed = dense_int8(weight, zero_point, spec.lanes, spec.dot) if spec.dot else [dense_float(weight, spec.lanes)]
+    numbers = [quantize_numbers(0.25, zero_point)] if spec.int8 else []
     dtype = "uint8" if spec.steps and spec.steps[-1].op == "quantize" else "float32"
-    output = run(dense(spec, Machine(spec.lanes, 32)), [data, *packed, *arguments], (spec.m, spec.o), dtype)
+    output = run(dense(spec, Machine(spec.lanes, 32)), [data, *numbers, *packed, *arguments], (spec.m, spec.o), dtype)
     np.testing.assert_array_equal(output, value.numpy())
 
 

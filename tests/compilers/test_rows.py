@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from planish.compilers.cpu.attention import AttentionSpec, attention
+from planish.compilers.cpu.machine import Machine
 from planish.compilers.cpu.rows import RowSpec, rows
 
 Array = NDArray[Any]
@@ -64,6 +65,6 @@ def test_attention_is_torchs(
     scores = np.einsum("nshd,nthd->nhst", q.astype(np.float64), k.astype(np.float64)) * 0.7
     weights = torch.from_numpy(scores).softmax(-1).numpy()
     spec = AttentionSpec(n, s, t, heads, d, dv, 0.7, lanes, threads)
-    got = run_kernel(attention(spec), [q, k, v], (n, s, heads, dv), "float32")
+    got = run_kernel(attention(spec, Machine(spec.lanes, 16)), [q, k, v], (n, s, heads, dv), "float32")
     np.testing.assert_allclose(got, np.einsum("nhst,nthd->nshd", weights, v), rtol=0, atol=2e-5)
     assert spec.macs == n * heads * s * t * (d + dv)
