@@ -5,10 +5,16 @@ from __future__ import annotations
 import math
 import os
 import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import tvm
+import tvm_ffi
 from tvm import relax
 
 from ..hwmodels.device import Device
@@ -16,16 +22,24 @@ from .artifact import Built
 from .compiler import CompileError
 from .cpu.fallback import schedule_rest
 from .cpu.machine import Machine, usable_dots
+from .kernel_store import KernelStore
 from .tvm_frontend import import_program
 from .tvm_graph import Graph
 from .tvm_lower import lower
+from .tvm_values import Kernel
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
 
-def build_library(program: ExportedProgram, device: Device, library: Path) -> Built:
+def build_library(program: ExportedProgram, device: Device, library: Path, store: KernelStore | None = None) -> Built:
     """Compiles a program to a shared library.
+
+    Args:
+        program: Of static shapes.
+        device: What it runs on.
+        library: The file that is written.
+        store: Where kernels are kept; by default the user's.
 
     Raises:
         CompileError: an operation, a shape, the target or the linker does not permit it.
@@ -33,15 +47,18 @@ def build_library(program: ExportedProgram, device: Device, library: Path) -> Bu
     target = tvm_target(device)
     cpu = cpu_machine(device)
     try:
-        module, calls = lower(Graph(import_program(program)), cpu)
-        with target:
+        lowered = lower(Graph(import_program(program)), cpu, (str(target), cpu, version("apache-tvm")))
+        module = lowered.module
+        with target, tempfile.TemporaryDirectory() as folder:
+            objects = kernel_objects(lowered.kernels, target, Path(folder), store or KernelStore())
             for step in _FUSION:
                 module = step(module)
             module = schedule_rest(module, cpu.lanes, cpu.threads)
             for step in _FINISH:
                 module = step(module)
             executable = tvm.compile(module, target, relax_pipeline=None)
-        executable.export_library(str(library))
+            packed = pack_constants if sys.platform == "linux" else None
+            executable.mod.export_library(str(library), addons=[str(file) for file in objects], fpack_imports=packed)
     except CompileError:
         raise
     except Exception as error:
@@ -51,7 +68,50 @@ def build_library(program: ExportedProgram, device: Device, library: Path) -> Bu
         raise CompileError(
             f"TVM cannot compile the model for {device.name}: {lines[-1] if lines else type(error).__name__}"
         ) from error
-    return Built(planned_bytes(module), tuple(calls))
+    return Built(planned_bytes(module), tuple(lowered.calls))
+
+
+def kernel_objects(kernels: Sequence[Kernel], target: Any, folder: Path, store: KernelStore) -> list[Path]:
+    """The object files of kernels, from the store or compiled now and stored."""
+    files: list[Path] = []
+    new: dict[str, bytes] = {}
+    old: list[str] = []
+    for kernel in kernels:
+        file = folder / f"{kernel.symbol}.o"
+        code = store.get(kernel.key)
+        if code is None:
+            new[kernel.key] = code = _compiled(kernel, target, file)
+        else:
+            file.write_bytes(code)
+            old.append(kernel.key)
+        files.append(file)
+    store.put(new)
+    store.touch(old)
+    return files
+
+
+def _compiled(kernel: Kernel, target: Any, file: Path) -> bytes:
+    function = kernel.build().with_attr("global_symbol", kernel.symbol)
+    tvm.compile(tvm.IRModule({kernel.symbol: function}), target).mod.write_to_file(str(file))
+    return file.read_bytes()
+
+
+def pack_constants(module: Any, is_system_lib: bool, prefix: str, folder: str) -> str:
+    """The bytecode and constants of a module as an object file, for `export_library`; returns its path.
+
+    TVM's own way makes one LLVM constant of them, which takes ResNet-50 two seconds; an assembler only copies them.
+    """
+    data = tvm_ffi.get_global_func("runtime.ModulePackImportsToTensor")(module)
+    binary, source, file = (Path(folder, f"constants.{suffix}") for suffix in ("bin", "s", "o"))
+    data.numpy().tofile(binary)
+    symbol = prefix + tvm_ffi.get_global_func("runtime.ModuleImportsBlobName")()
+    source.write_text(
+        f".section .rodata\n.globl {symbol}\n.type {symbol}, %object\n.p2align 6\n{symbol}:\n"
+        f'.incbin "{binary}"\n.size {symbol}, . - {symbol}\n.section .note.GNU-stack,"",%progbits\n',
+        encoding="utf-8",
+    )
+    subprocess.run([linker() or "c++", "-c", str(source), "-o", str(file)], check=True, capture_output=True, text=True)
+    return str(file)
 
 
 def tvm_target(device: Device) -> Any:

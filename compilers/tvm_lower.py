@@ -7,6 +7,7 @@ reader needs it, once. So a chain of convolutions, additions and activations sta
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from math import ceil
 from typing import Any
 
@@ -23,7 +24,7 @@ from .tvm_lower_conv import lower_convolution
 from .tvm_lower_dense import lower_dense
 from .tvm_lower_pool import lower_pooling
 from .tvm_lower_rows import lower_rows
-from .tvm_values import Values
+from .tvm_values import Kernel, Values
 
 # Elementwise operators that keep a lane of zeros finite, so they may run on blocked tensors with unused lanes.
 _BLOCKED_ELEMENTWISE = {
@@ -35,16 +36,25 @@ _BLOCKED_ELEMENTWISE = {
 }
 
 
-def lower(graph: Graph, target: Machine) -> tuple[tvm.IRModule, list[tuple[str, str]]]:
-    """The module with `main` and the kernels it calls; and (kernel, site) of every call of a kernel, in order."""
-    lowering = _Lowering(graph, target)
-    return lowering.run(), lowering.values.calls
+@dataclass(frozen=True)
+class Lowered:
+    """A module whose `main` calls kernels by their symbols, the kernels, and (symbol, site) of every call in order."""
+
+    module: tvm.IRModule
+    kernels: list[Kernel]
+    calls: list[tuple[str, str]]
+
+
+def lower(graph: Graph, target: Machine, context: object = None) -> Lowered:
+    """A graph in kernels; `context` as in `Values`."""
+    lowering = _Lowering(graph, target, context)
+    return Lowered(lowering.run(), lowering.values.kernels, lowering.values.calls)
 
 
 class _Lowering:
-    def __init__(self, graph: Graph, target: Machine) -> None:
+    def __init__(self, graph: Graph, target: Machine, context: object) -> None:
         self.graph = graph
-        self.values = Values(graph, target)
+        self.values = Values(graph, target, context)
         self.lanes = target.lanes
         self.builder = self.values.builder
         self.plain, self.blocked = self.values.plain, self.values.blocked

@@ -80,7 +80,7 @@ def lower_convolution(values: Values, chain: Chain) -> None:
     arguments += [relax.const(array) for array in packed]
     arguments += [relax.const(per_channel(array, spec.out_blocks, values.lanes)) for _, array in arrays]
     arguments += values.step_arguments(rest, spec.out_blocks)
-    kernel = values.kernel(spec, lambda: conv_kernel(spec, choice, values.target), _conv_name(spec, choice))
+    kernel = values.kernel((spec, choice), lambda: conv_kernel(spec, choice, values.target), _conv_name(spec, choice))
     out = relax.TensorType((n, spec.out_blocks, spec.oh, spec.ow, values.lanes), spec.out_dtype)
     values.blocked[chain.last.var] = values.call(kernel, arguments, out, head)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from math import ceil
 from typing import Any
 
@@ -12,7 +13,17 @@ from tvm import relax, te
 from .cpu.epilogue import quantize_numbers, quantized
 from .cpu.machine import Machine
 from .cpu.packing import per_channel
+from .kernel_store import kernel_key
 from .tvm_graph import ChainStep, Graph, Node, static_shape
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel that is called: its symbol, the key of its code, and what writes its function."""
+
+    symbol: str
+    key: str
+    build: Callable[[], Any]
 
 
 class Values:
@@ -24,8 +35,14 @@ class Values:
         calls: (kernel, site) of every call of a kernel, in order.
     """
 
-    def __init__(self, graph: Graph, target: Machine) -> None:
-        """Starts with no values; the caller adds the parameters to `plain`."""
+    def __init__(self, graph: Graph, target: Machine, context: object = None) -> None:
+        """Starts with no values; the caller adds the parameters to `plain`.
+
+        Args:
+            graph: What is lowered.
+            target: The CPU.
+            context: What beside its key decides about a kernel's code: target and versions.
+        """
         self.graph = graph
         self.target = target
         self.lanes = target.lanes
@@ -33,7 +50,8 @@ class Values:
         self.plain: dict[Any, Any] = {}
         self.blocked: dict[Any, Any] = {}
         self.calls: list[tuple[str, str]] = []
-        self._kernels: dict[object, Any] = {}
+        self._kernels: dict[object, Kernel] = {}
+        self._context = context
 
     def as_plain(self, var: Any) -> Any:
         """The plain form of a variable of the graph; made from the blocked one where only that exists."""
@@ -97,18 +115,25 @@ class Values:
         """The same values in another shape; nothing is copied."""
         return value if static_shape(value) == shape else self.builder.emit(relax.op.reshape(value, shape))
 
-    def call(self, kernel: Any, arguments: list[Any], out: Any, node: Node) -> Any:
+    def call(self, kernel: str, arguments: list[Any], out: Any, node: Node) -> Any:
         """Emits the call of a kernel for a node of the graph; `out` is the type of its result."""
-        self.calls.append((str(kernel.name_hint), self.graph.sites.get(node.index, "")))
-        return self.builder.emit(relax.call_tir(kernel, arguments, out))
+        self.calls.append((kernel, self.graph.sites.get(node.index, "")))
+        return self.builder.emit(relax.op.call_dps_packed(kernel, relax.Tuple(arguments), out))
 
-    def kernel(self, key: object, build: Callable[[], Any], name: str) -> Any:
-        """The kernel of that key: built and added to the module on the first call."""
+    def kernel(self, key: object, build: Callable[[], Any], name: str) -> str:
+        """The symbol of the kernel of that key, which `build` writes where its code is not at hand.
+
+        The key's `repr` must hold everything that decides about the code.
+        """
         if key not in self._kernels:
-            # The pattern "opaque" keeps the fusion passes and the fallback schedule away from it.
-            function = build().without_attr("global_symbol").with_attr({"op_pattern": 8, "planish.scheduled": 1})
-            self._kernels[key] = self.builder.add_func(function, name)
-        return self._kernels[key]
+            digest = kernel_key(self._context, key)
+            self._kernels[key] = Kernel(f"{name}_{digest[:10]}", digest, build)
+        return self._kernels[key].symbol
+
+    @property
+    def kernels(self) -> list[Kernel]:
+        """The kernels that are called."""
+        return list(self._kernels.values())
 
     def step_arguments(self, steps: list[ChainStep], blocks: int) -> list[Any]:
         """What the steps after a kernel read: constants by channel, and blocked operands."""

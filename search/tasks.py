@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .cache_folder import cache_folder
+from ..compilers.cache_folder import cache_folder
 from .data import Data
 from .data_sources import load_data
 from .models import BUILTIN as BUILTIN

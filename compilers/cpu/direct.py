@@ -89,7 +89,10 @@ class _Direct:
 
     def _strip(self, n: Any, y: Any, x: Any, rows: int, columns: int, threads: int) -> _Strip:
         frame = None
-        if self.source.framed:
+        if self.source.picked:
+            frame = self.source.frame(1, rows, columns)
+            self.source.pick(frame, n, y, threads)
+        elif self.source.framed:
             (sh, sw), (dh, dw), (kh, kw) = self.spec.stride, self.spec.dilation, self.spec.kernel
             high = (rows - 1) * sh + (kh - 1) * dh + 1
             wide = columns if self.spec.flat else (self.ow - 1) * sw + (kw - 1) * dw + 1
@@ -148,7 +151,7 @@ class _Direct:
     def _sums(self, strip: _Strip, block: Any, first: Any, y: Any, x: Any, chunk: Any, depth: int, start: Any) -> Sums:
         """The sums of the tile at (y, x) of a strip over a chunk of the input blocks, from `start` on, in registers."""
         spec, lanes, dot, tile = self.spec, self.spec.lanes, self.spec.dot, self.tile
-        (sh, sw), (dh, dw) = spec.stride, spec.dilation
+        (sh, sw), (dh, dw) = (1, 1) if self.source.picked else spec.stride, spec.dilation
 
         def left(i: int, rb: Any, ky: Any, kx: Any, ri: Any) -> Any:
             iy, ix = divmod(i, tile.ow)

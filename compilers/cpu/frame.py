@@ -21,6 +21,7 @@ class Source:
         data: As the direct form reads it where `framed` is false: (n, blocks, rows, columns * lanes), pixels in one row
             where the convolution is flat.
         framed: The products cannot read the data as they are, but only a copy.
+        picked: The copy holds only the pixels that are read, side by side.
     """
 
     def __init__(self, spec: ConvSpec) -> None:
@@ -34,6 +35,9 @@ class Source:
             self._whole = argument("data", (spec.n, spec.in_blocks, spec.h, spec.w, spec.lanes), dtype)
         self.dtype = dot.data if dot else "float32"
         self.framed = self.plain or any(spec.padding) or self.dtype != dtype
+        # Of what a 1x1 convolution with a stride leaves out nothing need be copied.
+        self.picked = self.framed and not self.plain and spec.kernel == (1, 1) and spec.stride != (1, 1)
+        self.picked = self.picked and not any(spec.padding)
         self.numbers = argument("input", (2,)) if dot else None
 
     def open(self) -> None:
@@ -51,9 +55,9 @@ class Source:
             self.data = view(self._whole, (spec.n, spec.in_blocks, self.h, self.w * spec.lanes), self._whole.dtype)
 
     def frame(self, images: int, rows: int, columns: int) -> Any:
-        """Room for a copy: (images, blocks, rows, columns * lanes); wider where the data are."""
+        """Room for a copy: (images, blocks, rows, columns * lanes); wider where the data are and all is copied."""
         spec = self.spec
-        if not spec.flat:
+        if not (spec.flat or self.picked):
             columns = max(columns, spec.padding[1] + self.w)
         return local((images, spec.in_blocks, rows, columns * spec.in_lanes), self.dtype, "global")
 
@@ -91,6 +95,17 @@ class Source:
             bottom = isinstance(y, int) and y + high - top <= self.h
             conditions = ([row >= 0] if top else []) + ([] if bottom else [row < self.h])
             when(conditions, copy, lambda: edge(b, r, 0, wide))
+
+    def pick(self, frame: Any, n: Any, y: Any, threads: int) -> None:
+        """Fills a frame with the pixels that a 1x1 convolution without padding reads, from its output row y on."""
+        spec, lanes = self.spec, self.spec.lanes
+        _, blocks, high, _ = (int(size) for size in frame.shape)
+        with loop(blocks * high, threads) as task:
+            b, r = T.bind(task // high), T.bind(task % high)
+            with T.serial(0, spec.ow) as x, T.vectorized(0, lanes) as lane:
+                near = self.data[n, b, (y + r) * spec.stride[0], x * (spec.stride[1] * lanes) + lane]
+                value = T.cast(self._element(near, "int16"), self.dtype)
+                T.buffer_store(frame, value, [0, b, r, x * lanes + lane])
 
     def _copy_blocked(self, frame: Any, image: Any, n: Any, b: Any, r: Any, row: Any, x: Any, inside: int) -> None:
         spec, lanes = self.spec, self.spec.lanes

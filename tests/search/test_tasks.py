@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from planish.search.cache_folder import cache_folder
+from planish.compilers.cache_folder import cache_folder
 from planish.search.data import Data, Split
 from planish.search.distill import Recipe
 from planish.search.models import load_model
