@@ -19,9 +19,10 @@ from .tvm_graph import ChainStep, Graph, Node, static_shape
 
 @dataclass(frozen=True)
 class Kernel:
-    """A kernel that is called: its symbol, the key of its code, and what writes its function."""
+    """A kernel that is called: its symbol, what it computes and how, the key of its code, what writes its function."""
 
     symbol: str
+    subject: object
     key: str
     build: Callable[[], Any]
 
@@ -127,7 +128,7 @@ class Values:
         """
         if key not in self._kernels:
             digest = kernel_key(self._context, key)
-            self._kernels[key] = Kernel(f"{name}_{digest[:10]}", digest, build)
+            self._kernels[key] = Kernel(f"{name}_{digest[:10]}", key, digest, build)
         return self._kernels[key].symbol
 
     @property

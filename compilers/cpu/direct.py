@@ -130,7 +130,7 @@ class _Direct:
                     T.buffer_store(partial, zero, [number, i, j, lane])
         # Chunks of one size: what the last one has too many would count twice.
         depth = max(size for size in range(1, depth + 1) if spec.group_blocks % size == 0)
-        with T.serial(0, spec.group_blocks // depth) as chunk, self._tiles(strip) as (number, y, x):
+        with loop(spec.group_blocks // depth) as chunk, self._tiles(strip) as (number, y, x):
             sums = self._sums(
                 strip, block, first, y, x, T.bind(chunk * depth), depth,
                 lambda i, j, lane: partial[number, i, j, lane],

@@ -56,9 +56,20 @@ def view(buffer: Any, shape: Sequence[Any], dtype: str) -> Any:
     return T.decl_buffer(tuple(shape), dtype, data=buffer.data, layout=None)
 
 
+def hidden(number: int) -> Any:
+    """A number that LLVM does not know, so that it does not write a loop of so many turns out one after the other.
+
+    What it writes out it gives registers together, which ends as in `cover`.
+    """
+    fence = T.llvm_lookup_intrinsic_id("llvm.arithmetic.fence")
+    return T.bind(T.cast(T.call_llvm_pure_intrin("float32", fence, T.float32(number)), "int32"))
+
+
 def loop(extent: int, threads: int = 1) -> Any:
-    """A loop, shared by the threads where there are several."""
-    return T.parallel(0, extent) if threads > 1 and extent > 1 else T.serial(0, extent)
+    """A loop around tiles, shared by the threads where there are several."""
+    if extent == 1:
+        return T.serial(0, 1)
+    return T.parallel(0, extent) if threads > 1 else T.serial(0, hidden(extent))
 
 
 @contextmanager
@@ -196,8 +207,8 @@ def dot_step(dot: Dot, lanes: int, total: Any, value: Any, weight: Any) -> Any:
 def _fenced(total: Any, lanes: int) -> Any:
     """The same int32 vector, past which LLVM moves no additions; no instruction.
 
-    It would add the products of several steps first, and keep so many that it runs out of registers (measured: 0.6 of the
-    speed).
+    It would add the products of several steps first, and keep so many that it runs out of registers (measured: 0.6 of
+    the speed).
     """
     number, kind = T.llvm_lookup_intrinsic_id("llvm.arithmetic.fence"), f"float32x{lanes}"
     return T.reinterpret(f"int32x{lanes}", T.call_llvm_pure_intrin(kind, number, T.reinterpret(kind, total)))

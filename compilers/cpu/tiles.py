@@ -92,8 +92,10 @@ def fits(inputs: int, blocks: int, machine: Machine, dot: Dot | None) -> bool:
 
     Where the multiplication is an instruction of its own its result needs a register too, and with 16 registers LLVM
     spills where none is to spare (measured: of float32 4 x 3 sums ran at 60 % of the peak and 6 x 2 at 93 %; of bytes
-    6 x 2 took 1.6 times as long as 5 x 2).
+    6 x 2 took 1.6 times as long as 5 x 2, and 10 x 1 twice).
     """
+    if machine.registers < 32 and inputs > 8:
+        return False
     spare = 1 + (machine.registers < 32) + (dot is not None and dot.depth < 4)
     return inputs * blocks + blocks + spare <= machine.registers
 

@@ -102,8 +102,9 @@ class _Winograd:
         spec, m = self.spec, self.tile.m
         if spec.int8:
             self.frame = self.source.frame(spec.n, self.rows * m + 2, self.columns * m + 2)
-            with T.serial(0, spec.n) as n:
-                self.source.copy(self.frame, n, n, 0, 0, spec.threads)
+            each = spec.n >= spec.threads  # an image each, or the rows of one
+            with loop(spec.n, spec.threads if each else 1) as n:
+                self.source.copy(self.frame, n, n, 0, 0, 1 if each else spec.threads)
         # Threads take whole chunks, or share the stages of each where there are too few of them.
         many = self.chunks >= 2 * spec.threads
         with loop(self.chunks, spec.threads if many else 1) as chunk:
@@ -120,7 +121,7 @@ class _Winograd:
             t = T.bind(place % size)
             self.forward(T.bind(place // size), t, *self.place(chunk * size + t))
         outer = spec.out_blocks // self.tile.blocks
-        with loop(alpha * alpha * outer, threads) as place, T.serial(0, size // self.tile.tiles) as t:
+        with loop(alpha * alpha * outer, threads) as place, loop(size // self.tile.tiles) as t:
             self.multiply(T.bind(place // outer), T.bind(place % outer * self.tile.blocks), t * self.tile.tiles)
         with loop(spec.out_blocks * size, threads) as place:
             t = T.bind(place % size)
