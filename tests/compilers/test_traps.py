@@ -83,8 +83,7 @@ def test_compiling_never_imports_tvms_tensor_intrinsics() -> None:
         from pathlib import Path
         import planish.compilers.tvm_build
         from planish.compilers.tvm_compiler import TvmCompiler
-        from planish.compilers.cpu.machine import usable_dots
-from planish.hwmodels.device import host
+        from planish.hwmodels.device import host
         x = torch.zeros(1, 3, 4, 4)
         program = torch.export.export(torch.nn.Conv2d(3, 16, 3), (x,))
         with tempfile.TemporaryDirectory() as folder:
