@@ -110,3 +110,36 @@ def test_the_kernels_are_told_what_the_device_has(name: str, lanes: int, registe
     )  # fmt: skip
     assert int(tvm_target(device).attrs["num-cores"]) == device.threads
     assert str(tvm_target(device).attrs["mcpu"]) == device.target["mcpu"]
+
+
+@pytest.mark.parametrize(
+    ("name", "instruction"),
+    [
+        ("cpu/x86-64-v3", "vpmaddwd"),
+        ("cpu/cascadelake", "vpdpbusd"),
+        ("cpu/cortex-a72", "smlal"),
+        ("cpu/cortex-a76", "sdot"),
+    ],
+)
+def test_every_form_of_convolution_compiles_for_every_described_cpu(name: str, instruction: str) -> None:
+    import tvm
+
+    from planish.compilers.cpu.convspec import ConvSpec, Step
+    from planish.compilers.cpu.kernels import conv_kernel
+    from planish.compilers.cpu.tiles import Tile, WinogradTile, choices
+
+    device = parse_device(name)
+    machine, target = cpu_machine(device), tvm_target(device)
+    lanes = machine.lanes
+    for dot in (None, machine.dot):
+        steps = (Step("scale"), Step("bias"), Step("relu"), Step("quantize")) if dot else (Step("bias"), Step("relu"))
+        spec = ConvSpec(
+            1, 32, 8, 8, 32, (3, 3), padding=(1, 1, 1, 1), lanes=lanes, in_lanes=lanes, dot=dot, steps=steps
+        )  # fmt: skip
+        found = choices(spec, machine, largest_sum=2**20)
+        for kind in (Tile, WinogradTile):
+            choice = next(c for c in found if isinstance(c, kind))
+            function = conv_kernel(spec, choice, machine).with_attr("global_symbol", "main")
+            assembly = tvm.compile(tvm.IRModule({"main": function}), target).mod.inspect_source("asm")
+            if dot and kind is Tile:
+                assert instruction in assembly
