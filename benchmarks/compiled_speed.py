@@ -181,6 +181,7 @@ def machine() -> dict[str, Any]:
         "cpu": names[0] if names else platform.processor(),
         "cores": len(names),
         "device": parse_device("cpu").title,
+        "instructions": " ".join(parse_device("cpu").features),
         "python": platform.python_version(),
         "versions": versions,
     }
