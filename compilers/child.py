@@ -49,20 +49,28 @@ def main(request_path: str, result_path: str) -> int:
             print(f"{type(error).__name__}: {reason}", file=sys.stderr, flush=True)
             return EXIT_FAILED
     times: dict[str, list[float]] = {name: [] for name in loaded}
+    beside: dict[str, list[float]] = {name: [] for name in loaded}
     if request["runs"]:
         numbers = {}
         for name, model in loaded.items():
             announce(name)
             numbers[name] = _warm_up(model, request["warmup_s"])
+        reference = next(iter(loaded))
         for _ in range(request["runs"]):
+            before = None
             for name, model in loaded.items():
                 announce(name)
                 times[name].append(model.time(numbers[name]))
+                # The first is the reference: timed between every two others, so that each has it on both sides.
+                announce(reference)
+                after = times[name][-1] if name == reference else loaded[reference].time(numbers[reference])
+                beside[name].append(after if before is None else (before + after) / 2)
+                before = after
     kernels = {}
     for name, model in loaded.items() if request["kernels"] else ():
         announce(name)
         kernels[name] = _kernels(model, Path(request["artifacts"][name]))
-    result = {"run_s": times, "error": errors, "kernels": kernels}
+    result = {"run_s": times, "reference_s": beside, "error": errors, "kernels": kernels}
     Path(result_path).write_text(json.dumps(result), encoding="utf-8")
     return 0
 

@@ -110,12 +110,12 @@ class KernelStore:
 
 def kernel_key(*parts: object) -> str:
     """A key of everything that decides about a kernel's code: these parts, by their `repr`, and our own sources."""
-    text = "\n".join([_sources(), *(repr(part) for part in parts)])
+    text = "\n".join([schedules_version(), *(repr(part) for part in parts)])
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 @cache
-def _sources() -> str:
+def schedules_version() -> str:
     """A digest of the files that make kernels, so that no kernel outlives the code that wrote it."""
     folder = Path(__file__).parent
     digest = hashlib.sha256()

@@ -35,7 +35,7 @@ class Loaded(Protocol):
 
 class _Tvm:
     def __init__(self, folder: Path, manifest: Manifest) -> None:
-        with _torch_hidden():
+        with torch_hidden():
             import tvm
             from tvm.runtime import vm
 
@@ -100,7 +100,7 @@ class _Torch:
 
 
 @contextmanager
-def _torch_hidden() -> Iterator[None]:
+def torch_hidden() -> Iterator[None]:
     """Keeps TVM from importing torch wherever that is installed: an artifact needs none, and it takes seconds."""
     if "torch" in sys.modules:
         yield

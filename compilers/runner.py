@@ -10,7 +10,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -62,13 +62,14 @@ def check(artifact: Path, device: Device, *, time_limit_s: float = 60.0) -> floa
 class ChildResult:
     """What a child process found of every artifact, by name.
 
-    `run_s` are the seconds of each timed run; `error` the largest difference from the stored outputs, relative to the
+    `run_s` are the seconds of each timed run and `reference_s` what the first artifact took beside it; `error` the largest difference from the stored outputs, relative to the
     largest output; `kernels` (kernel, seconds) in the order of the calls, where they were asked for.
     """
 
     run_s: Mapping[str, list[float]]
     error: Mapping[str, float]
     kernels: Mapping[str, list[tuple[str, float]]]
+    reference_s: Mapping[str, list[float]] = field(default_factory=dict)
 
 
 def site_times(
@@ -128,7 +129,7 @@ def run_child(
                 encoding="utf-8",
                 errors="replace",
                 timeout=limit,
-                env=_environment(device),
+                env=environment(device),
                 check=False,
             )
         except subprocess.TimeoutExpired as error:
@@ -141,7 +142,7 @@ def run_child(
         if done.returncode == 0 and result.is_file():
             found = json.loads(result.read_text(encoding="utf-8"))
             profile = {name: [(str(k), float(t)) for k, t in rows] for name, rows in found["kernels"].items()}
-            return ChildResult(found["run_s"], found["error"], profile)
+            return ChildResult(found["run_s"], found["error"], profile, found["reference_s"])
         raise _failure(done)
 
 
@@ -161,7 +162,8 @@ def _last_line(text: str | None) -> str | None:
     return lines[-1] if lines else None
 
 
-def _environment(device: Device) -> dict[str, str]:
+def environment(device: Device) -> dict[str, str]:
+    """The environment of a child that runs compiled code with the device's threads."""
     threads = str(device.threads)
     return {
         **os.environ,

@@ -8,7 +8,9 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,21 +46,62 @@ def build_library(program: ExportedProgram, device: Device, library: Path, store
     Raises:
         CompileError: an operation, a shape, the target or the linker does not permit it.
     """
+    found = fused(program, device)
+    with _told(device), found.target, tempfile.TemporaryDirectory() as folder:
+        objects = kernel_objects(found.kernels, found.target, Path(folder), store or KernelStore())
+        module = finished(found.module)
+        executable = tvm.compile(module, found.target, relax_pipeline=None)
+        packed = pack_constants if sys.platform == "linux" else None
+        executable.mod.export_library(str(library), addons=[str(file) for file in objects], fpack_imports=packed)
+    return Built(planned_bytes(module), tuple(found.calls))
+
+
+@dataclass(frozen=True)
+class Fused:
+    """A program as calls of kernels: `main` in order, what has no kernel of ours fused and scheduled beside it.
+
+    Attributes:
+        kernels: Ours that are called; `calls` (symbol, site) of every call of one, in order.
+        context: What beside a kernel's own key decides about its code.
+    """
+
+    module: tvm.IRModule
+    kernels: list[Kernel]
+    calls: list[tuple[str, str]]
+    target: Any
+    context: object
+
+
+def fused(program: ExportedProgram, device: Device) -> Fused:
+    """Lowers a program of static shapes for a device; nothing is compiled yet.
+
+    Raises:
+        CompileError: an operation, a shape or the target does not permit it.
+    """
     target = tvm_target(device)
     cpu = cpu_machine(device)
-    try:
-        lowered = lower(Graph(import_program(program)), cpu, (str(target), cpu, version("apache-tvm")))
+    context = (str(target), cpu, version("apache-tvm"))
+    with _told(device), target:
+        lowered = lower(Graph(import_program(program)), cpu, context)
         module = lowered.module
-        with target, tempfile.TemporaryDirectory() as folder:
-            objects = kernel_objects(lowered.kernels, target, Path(folder), store or KernelStore())
-            for step in _FUSION:
-                module = step(module)
-            module = schedule_rest(module, cpu.lanes, cpu.threads)
-            for step in _FINISH:
-                module = step(module)
-            executable = tvm.compile(module, target, relax_pipeline=None)
-            packed = pack_constants if sys.platform == "linux" else None
-            executable.mod.export_library(str(library), addons=[str(file) for file in objects], fpack_imports=packed)
+        for step in _FUSION:
+            module = step(module)
+        module = relax.transform.RewriteDataflowReshape()(schedule_rest(module, cpu.lanes, cpu.threads))
+    return Fused(module, lowered.kernels, lowered.calls, target, context)
+
+
+def finished(module: tvm.IRModule) -> tvm.IRModule:
+    """A fused module with its memory planned, ready for the virtual machine."""
+    for step in _FINISH:
+        module = step(module)
+    return module
+
+
+@contextmanager
+def _told(device: Device) -> Iterator[None]:
+    """Words whatever goes wrong as a CompileError."""
+    try:
+        yield
     except CompileError:
         raise
     except Exception as error:
@@ -68,7 +111,6 @@ def build_library(program: ExportedProgram, device: Device, library: Path, store
         raise CompileError(
             f"TVM cannot compile the model for {device.name}: {lines[-1] if lines else type(error).__name__}"
         ) from error
-    return Built(planned_bytes(module), tuple(lowered.calls))
 
 
 def kernel_objects(kernels: Sequence[Kernel], target: Any, folder: Path, store: KernelStore) -> list[Path]:
@@ -174,7 +216,6 @@ _FUSION = (
     relax.transform.DeadCodeElimination(),
 )
 _FINISH = (
-    relax.transform.RewriteDataflowReshape(),
     relax.transform.ToNonDataflow(),
     relax.transform.RemovePurityChecking(),
     relax.transform.CallTIRRewrite(),

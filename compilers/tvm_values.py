@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import ceil
@@ -25,6 +26,16 @@ class Kernel:
     subject: object
     key: str
     build: Callable[[], Any]
+
+
+def function_kernel(function: Any, symbol: str, context: object) -> Kernel:
+    """A function that stands in a module as a kernel; its text is its key."""
+    plain = function.without_attr("global_symbol") if function.attrs and "global_symbol" in function.attrs else function
+    text = plain.script()
+    digest = kernel_key(context, text)
+    # TVM numbers what it fuses within a module; the same function has another number in the next one.
+    name = re.sub(r"\d+", "", symbol)[:80]
+    return Kernel(f"{name}_{digest[:10]}", ("function", name, text), digest, lambda: plain)
 
 
 class Values:

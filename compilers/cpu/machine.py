@@ -78,6 +78,10 @@ class Machine:
         """How it multiplies 16 bits: two products a lane where it can."""
         return DOTS["words"] if self.dot.name == "vnni" else DOTS["madd" if self.dot.name == "madd" else "widen"]
 
+    def macs_per_cycle(self, dot: Dot | None) -> float:
+        """Multiply-accumulates in a cycle when nothing is waited for: of float32, or of bytes by `dot`."""
+        return self.lanes * (dot.depth * dot.sums if dot else self.fmas)
+
     def line(self, size: float) -> float:
         """Cycles to move 64 bytes of a working set of that size."""
         if size <= self.caches[0]:

@@ -1,0 +1,88 @@
+"""The child process that times kernels alone: `python -m planish.compilers.kernel_child REQUEST.json`.
+
+The request is `{"library": file, "kernels": [{"key": k, "symbol": s, "arguments": [[shape, dtype], ...]}, ...],
+"runs": n, "sample_s": s, "spread_bytes": b}`. The first kernel is the reference: it is timed before and after every
+sample of another, so that a change of the machine's speed meets both, and a sample is given beside the reference's.
+A kernel's arguments are several copies that are used one after the other, about `spread_bytes` in all: in a model too
+they were last touched a whole model ago.
+
+Standard output is one JSON line `{"touch": key}` before a kernel is touched for the first time and
+`{"key": key, "run_s": [...], "reference_s": [...]}` for each at the end.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .loader import torch_hidden
+
+_MOST_COPIES = 64
+
+
+def main(request_path: str) -> int:
+    """Runs a request; what a kernel does wrong ends the process."""
+    request = json.loads(Path(request_path).read_text(encoding="utf-8"))
+    with torch_hidden():
+        import tvm
+    library = tvm.runtime.load_module(request["library"])
+    rng = np.random.default_rng(0)
+    timed: list[_Timed] = []
+    for kernel in request["kernels"]:
+        _say({"touch": kernel["key"]})
+        timed.append(_Timed(tvm.runtime.tensor, library[kernel["symbol"]], kernel, request, rng))
+    reference, *others = timed
+    run_s: dict[str, list[float]] = {kernel.key: [] for kernel in others}
+    reference_s: dict[str, list[float]] = {kernel.key: [] for kernel in others}
+    for _ in range(request["runs"]):
+        before = reference.sample()
+        for kernel in others:
+            seconds, after = kernel.sample(), reference.sample()
+            run_s[kernel.key].append(seconds)
+            reference_s[kernel.key].append((before + after) / 2)
+            before = after
+    for key, values in run_s.items():
+        _say({"key": key, "run_s": values, "reference_s": reference_s[key]})
+    return 0
+
+
+class _Timed:
+    def __init__(self, tensor: Any, function: Any, kernel: dict[str, Any], request: dict[str, Any], rng: Any) -> None:
+        self.key, self.function = kernel["key"], function
+        arrays = [_values(tuple(shape), dtype, rng) for shape, dtype in kernel["arguments"]]
+        size = sum(array.nbytes for array in arrays)
+        count = max(1, min(_MOST_COPIES, round(request["spread_bytes"] / max(size, 1))))
+        self.copies = [[tensor(array) for array in arrays] for _ in range(count)]
+        self.rounds = 1
+        seconds = min(self.sample() for _ in range(3)) * count
+        self.rounds = max(1, round(request["sample_s"] / max(seconds, 1e-9)))
+
+    def sample(self) -> float:
+        """Mean seconds of one call."""
+        function, copies, rounds = self.function, self.copies, self.rounds
+        start = time.perf_counter()
+        for _ in range(rounds):
+            for arguments in copies:
+                function(*arguments)
+        return (time.perf_counter() - start) / (rounds * len(copies))
+
+
+def _values(shape: tuple[int, ...], dtype: str, rng: Any) -> Any:
+    if dtype == "float32":
+        # Neither denormal nor large: both would take longer than a model's values.
+        return rng.uniform(0.25, 1.0, shape).astype(np.float32)
+    low, high = (0, 255) if dtype == "uint8" else (-90, 90)
+    return rng.integers(low, high, shape).astype(dtype)
+
+
+def _say(line: dict[str, Any]) -> None:
+    print(json.dumps(line), flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

@@ -1,0 +1,76 @@
+"""Times whole compiled models beside a reference, until the machine was quiet for all of them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from ..hwmodels.device import Device
+from ..hwmodels.measurement import MeasureProtocol
+from ..hwmodels.quiet import Samples, best_reference_s, open_samples
+from .compiler import RunError
+from .kernel_timer import Timed
+from .runner import device_lock, run_child
+
+# Models in one child: they share its start and the reference's runs.
+_TOGETHER = 8
+_REFERENCE = "reference"
+
+
+def time_networks(
+    artifacts: Mapping[str, Path],
+    reference: Path,
+    device: Device,
+    protocol: MeasureProtocol | None = None,
+    *,
+    rounds: int = 10,
+    limit_s: float = 120.0,
+    advance: Callable[[int, int], None] = lambda done, total: None,
+) -> Timed:
+    """Times artifacts in child processes, each sample between two of the reference.
+
+    What is not settled after a round is measured again, up to `rounds` times or until `limit_s` seconds have passed;
+    every artifact is measured once at least. One that crashes or gives other outputs is named in `failed`.
+
+    Args:
+        artifacts: By name.
+        reference: The artifact that tells quiet times, such as the original model's.
+        device: Must be here.
+        protocol: `runs` in a child, and its limits.
+        rounds: At most.
+        limit_s: No round begins after so many seconds.
+        advance: Told how many artifacts are settled, and of how many.
+
+    Raises:
+        RunError: the reference itself cannot be run.
+    """
+    protocol = protocol or MeasureProtocol(runs=8)
+    samples: dict[str, Samples] = {}
+    failed: dict[str, str] = {}
+    found: list[Samples] = []
+    best: float | None = None
+    start = time.monotonic()
+    for number in range(rounds):
+        waiting = [name for name in artifacts if name not in failed and open_samples(samples.get(name), best)]
+        if not waiting or (number and time.monotonic() - start > limit_s):
+            break
+        while waiting:
+            group = waiting[:_TOGETHER]
+            try:
+                with device_lock(device):
+                    result = run_child({_REFERENCE: reference, **{n: artifacts[n] for n in group}}, device, protocol)
+            except RunError as error:
+                if error.artifact not in group:
+                    raise
+                failed[error.artifact] = str(error)
+                waiting.remove(error.artifact)
+                continue
+            for name in group:
+                new = Samples(tuple(result.run_s[name]), tuple(result.reference_s[name]))
+                samples[name] = samples.get(name, Samples()) + new
+                found.append(new)
+            waiting = waiting[_TOGETHER:]
+        best = best_reference_s(found) if found else None
+        advance(sum(not open_samples(value, best) for value in samples.values()), len(artifacts))
+    return Timed(samples, best or 0.0, failed)

@@ -1,0 +1,81 @@
+"""From kernels timed alone to whole networks: what calling them in a row adds, and what caches keep between them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .workload import Workload
+
+# Fewer networks than this cannot tell the terms apart.
+LEAST = 6
+# How strongly the terms are held to those of a network that is the sum of its kernels.
+_PRIOR = 0.05
+
+
+@dataclass(frozen=True)
+class Corrector:
+    """`L = a calls + b sum of the kernels' times + c bytes of weights`, no coefficient below zero.
+
+    Fitted to relative errors, so that fast networks count as much as slow ones.
+
+    Attributes:
+        call_s: Seconds that a call adds.
+        factor: Of the kernels' times: below 1 where a kernel finds its input still near from the one before.
+        byte_s: Seconds a byte of weights.
+        error: The standard deviation of log(predicted / measured), each network predicted from the others.
+        networks: That it was fitted to.
+    """
+
+    call_s: float = 0.0
+    factor: float = 1.0
+    byte_s: float = 0.0
+    error: float = 0.1
+    networks: int = 0
+
+    def apply(self, sum_s: float, workloads: Sequence[Workload]) -> float:
+        """Seconds of a network of these workloads whose kernels take `sum_s` alone."""
+        weights = sum(work.weight_bytes for work in workloads)
+        return self.factor * sum_s + self.call_s * len(workloads) + self.byte_s * weights
+
+    @staticmethod
+    def fit(sums_s: Sequence[float], networks: Sequence[Sequence[Workload]], measured_s: Sequence[float]) -> Corrector:
+        """Fits to measured networks.
+
+        Raises:
+            ValueError: fewer than `LEAST`, or not as many of each.
+        """
+        if len(measured_s) < LEAST or not len(sums_s) == len(networks) == len(measured_s):
+            raise ValueError(
+                f"{len(sums_s)} sums, {len(networks)} networks and {len(measured_s)} times were given; "
+                f"one of each is needed for at least {LEAST} networks"
+            )
+        y = np.array(measured_s)
+        terms = np.array(
+            [
+                [s, len(net) * 1e-6, sum(w.weight_bytes for w in net) * 1e-10]
+                for s, net in zip(sums_s, networks, strict=True)
+            ]
+        )
+        relative = terms / y[:, None]
+        everyone = np.arange(len(y))
+        left_out = np.array([relative[i] @ _solved(relative[everyone != i]) for i in everyone])
+        residuals = np.log(left_out)
+        error = float(max(np.median(np.abs(residuals)) / 0.6745, 0.5 * np.std(residuals)))
+        factor, call, byte = _solved(relative)
+        return Corrector(float(call) * 1e-6, float(factor), float(byte) * 1e-10, error, len(y))
+
+
+def _solved(relative: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The coefficients, none negative, with which every row sums to 1; held a little to (1, 0, 0)."""
+    from scipy.optimize import nnls
+
+    weight = _PRIOR * np.sqrt(len(relative))
+    scale = np.maximum(np.abs(relative).mean(0), 1e-12)
+    prior = np.diag(scale) * weight
+    rows = np.concatenate([relative, prior])
+    target = np.concatenate([np.ones(len(relative)), prior @ np.array([1.0, 0.0, 0.0])])
+    return np.asarray(nnls(rows, target)[0], np.float64)

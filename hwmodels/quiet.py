@@ -1,0 +1,86 @@
+"""Times from a machine that others use too: only what was measured while the machine was as fast as it can be counts.
+
+On a shared machine a core's speed changes by half for seconds at a time (a neighbour on the same core, another clock),
+and no number of repetitions within such a time tells. So every sample is taken between two of a reference, and the
+reference tells which samples were quiet; what is not quiet enough is measured again later.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from .measurement import median_interval
+
+# The reference may be this much slower than it has ever been: more than its own jitter, less than a neighbour costs.
+SLACK = 0.12
+# Quiet samples that settle a time.
+ENOUGH = 12
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Seconds of runs, and what the reference took beside each."""
+
+    run_s: tuple[float, ...] = ()
+    reference_s: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        if len(self.run_s) != len(self.reference_s):
+            raise ValueError(
+                f"{len(self.run_s)} runs have {len(self.reference_s)} times of the reference; give one each"
+            )
+
+    def __add__(self, other: Samples) -> Samples:
+        return Samples(self.run_s + other.run_s, self.reference_s + other.reference_s)
+
+
+@dataclass(frozen=True)
+class Settled:
+    """A time on a quiet machine: the median, its 95 % interval, the samples behind it, and whether they were quiet."""
+
+    median_s: float
+    low_s: float
+    high_s: float
+    runs: int
+    quiet: bool
+
+
+def best_reference_s(samples: Sequence[Samples]) -> float:
+    """What the reference takes on a quiet machine: the fastest twentieth of all its times."""
+    times = [seconds for sample in samples for seconds in sample.reference_s]
+    if not times:
+        raise ValueError("no sample has a time of the reference")
+    return float(np.quantile(times, 0.05))
+
+
+def settled(samples: Samples, best_s: float, slack: float = SLACK, enough: int = ENOUGH) -> Settled:
+    """The time that samples give.
+
+    Quiet samples count as they are: dividing by the reference then only adds how its memory happened to lie in each
+    process (measured: some 3 %). Of others the ratio is taken, as if the reference had taken `best_s`.
+
+    Args:
+        samples: At least one.
+        best_s: What the reference takes on a quiet machine.
+        slack: How much longer, relatively, it may take beside a sample that counts as quiet.
+        enough: With fewer quiet samples all are used, and the result is not `quiet`. A neighbour slows different code
+            down differently, so that their ratios to the reference may be some 10 % off.
+    """
+    if not samples.run_s:
+        raise ValueError("no sample was given; at least one is needed")
+    runs, references = np.array(samples.run_s), np.array(samples.reference_s)
+    calm = references <= (1 + slack) * best_s
+    quiet = int(calm.sum()) >= enough
+    scaled = runs[calm] if quiet else runs / references * best_s
+    low, high = median_interval([float(value) for value in scaled])
+    return Settled(float(np.median(scaled)), low, high, len(scaled), quiet)
+
+
+def open_samples(samples: Samples | None, best_s: float | None, slack: float = SLACK, enough: int = ENOUGH) -> bool:
+    """Whether more samples are needed: there are none, or too few quiet ones."""
+    if samples is None or best_s is None:
+        return True
+    return sum(reference <= (1 + slack) * best_s for reference in samples.reference_s) < enough

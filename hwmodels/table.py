@@ -1,0 +1,80 @@
+"""Latency from a table of measured kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from .corrector import Corrector
+from .device import Device
+from .kernel_database import KernelTime
+from .latency import Prediction
+from .regression import KernelRegression
+from .workload import Workload
+
+# The standard deviation of a time, from half the width of its 95 % interval.
+_HALF_WIDTHS = 1.96
+
+
+class UnknownKernel(ValueError):
+    """A kernel that the table does not hold, and nothing that could predict it."""
+
+
+@dataclass(frozen=True)
+class TableModel:
+    """Sums the times of a network's kernels: from the table, or else predicted from those that are in it.
+
+    `times` is by the workload's key. Predictions state their own error: the table's intervals, the regression's error
+    of every kernel that was not measured, and the corrector's of whole networks.
+    """
+
+    device: Device
+    times: Mapping[str, KernelTime]
+    regression: KernelRegression | None = None
+    corrector: Corrector = Corrector()
+
+    def predict(self, workloads: Sequence[Workload]) -> Prediction:
+        """See `LatencyModel.predict`.
+
+        Raises:
+            UnknownKernel: a kernel is not in the table and there is no regression.
+        """
+        if not workloads:
+            return Prediction(0.0, 0.0, {})
+        seconds, variances = self.kernels(workloads)
+        total = float(seconds.sum())
+        whole = self.corrector.apply(total, workloads)
+        share = whole / total
+        sites: dict[str, float] = {}
+        for work, own in zip(workloads, seconds, strict=True):
+            sites[work.site] = sites.get(work.site, 0.0) + float(own) * share
+        std = float(np.sqrt(share**2 * variances.sum() + (self.corrector.error * whole) ** 2))
+        return Prediction(whole, std, sites)
+
+    def kernels(self, workloads: Sequence[Workload]) -> tuple[np.ndarray, np.ndarray]:
+        """Seconds of every kernel alone, and the variances of those figures, each of shape (n,)."""
+        seconds, variances = np.empty(len(workloads)), np.empty(len(workloads))
+        unknown = []
+        for place, work in enumerate(workloads):
+            known = self.times.get(work.key())
+            if known is None:
+                unknown.append(place)
+                continue
+            seconds[place] = known.time.median_s
+            variances[place] = ((known.time.high_s - known.time.low_s) / 2 / _HALF_WIDTHS) ** 2
+        if unknown:
+            if self.regression is None:
+                first = workloads[unknown[0]]
+                raise UnknownKernel(
+                    f"{len(unknown)} kernels are not in the table of {self.device.name}, the first of them {first.op} "
+                    f"{dict(first.shapes)}; measure them with `planish profile`"
+                )
+            seconds[unknown] = self.regression.predict([workloads[place] for place in unknown])
+            variances[unknown] = (self.regression.error * seconds[unknown]) ** 2
+        return seconds, variances
+
+    def unmeasured(self, workloads: Sequence[Workload]) -> list[Workload]:
+        """The kernels that are not in the table, each once."""
+        return list({w.key(): w for w in workloads if w.key() not in self.times}.values())
