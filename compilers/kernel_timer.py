@@ -186,7 +186,7 @@ def _round(
         culprit = next((line["touch"] for line in reversed(lines) if "touch" in line), "reference")
         reason = f"crashed with signal {-code}" if code < 0 else (errors.strip().splitlines() or ["it failed"])[-1]
         if culprit == "reference":
-            failed |= {key: f"the reference kernel {reason}" for key in left}
+            failed |= dict.fromkeys(left, f"the reference kernel {reason}")
             return {}
         failed[culprit] = reason
         left.remove(culprit)

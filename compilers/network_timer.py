@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from math import inf
 from pathlib import Path
 
 from ..hwmodels.device import Device
@@ -24,7 +25,8 @@ def time_networks(
     device: Device,
     protocol: MeasureProtocol | None = None,
     *,
-    rounds: int = 10,
+    known_reference_s: float | None = None,
+    rounds: int = 40,
     limit_s: float = 120.0,
     advance: Callable[[int, int], None] = lambda done, total: None,
 ) -> Timed:
@@ -35,9 +37,10 @@ def time_networks(
 
     Args:
         artifacts: By name.
-        reference: The artifact that tells quiet times, such as the original model's.
+        reference: The artifact that tells quiet times.
         device: Must be here.
         protocol: `runs` in a child, and its limits.
+        known_reference_s: What the reference took on a quiet machine before; None where that is not known.
         rounds: At most.
         limit_s: No round begins after so many seconds.
         advance: Told how many artifacts are settled, and of how many.
@@ -49,7 +52,7 @@ def time_networks(
     samples: dict[str, Samples] = {}
     failed: dict[str, str] = {}
     found: list[Samples] = []
-    best: float | None = None
+    best = known_reference_s
     start = time.monotonic()
     for number in range(rounds):
         waiting = [name for name in artifacts if name not in failed and open_samples(samples.get(name), best)]
@@ -71,6 +74,7 @@ def time_networks(
                 samples[name] = samples.get(name, Samples()) + new
                 found.append(new)
             waiting = waiting[_TOGETHER:]
-        best = best_reference_s(found) if found else None
+        if found:
+            best = min(best_reference_s(found), known_reference_s or inf)
         advance(sum(not open_samples(value, best) for value in samples.values()), len(artifacts))
     return Timed(samples, best or 0.0, failed)

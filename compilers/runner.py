@@ -62,8 +62,9 @@ def check(artifact: Path, device: Device, *, time_limit_s: float = 60.0) -> floa
 class ChildResult:
     """What a child process found of every artifact, by name.
 
-    `run_s` are the seconds of each timed run and `reference_s` what the first artifact took beside it; `error` the largest difference from the stored outputs, relative to the
-    largest output; `kernels` (kernel, seconds) in the order of the calls, where they were asked for.
+    `run_s` are the seconds of each timed run, `reference_s` what the first artifact took beside each; `error`
+    the largest difference from the stored outputs, relative to the largest output; `kernels` (kernel, seconds) in the
+    order of the calls, where they were asked for.
     """
 
     run_s: Mapping[str, list[float]]

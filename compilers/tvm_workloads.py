@@ -118,13 +118,13 @@ def _tensor(kind: Any) -> tuple[tuple[int, ...], str]:
 
 def _bytes(argument: tuple[tuple[int, ...], str]) -> int:
     shape, dtype = argument
-    return prod(shape) * tvm.DataType(dtype).itemsize
+    return prod(shape) * int(tvm.DataType(dtype).itemsize)
 
 
 def _workload(kernel: Kernel, cpu: Machine, moved: int, constant: int) -> Workload:
     subject = kernel.subject
     if isinstance(subject, tuple) and isinstance(subject[0], ConvSpec):
-        return _convolution(*subject, cpu, moved, constant)
+        return _convolution(subject[0], subject[1], cpu, moved, constant)
     if isinstance(subject, DenseSpec):
         shapes = {"m": subject.m, "k": subject.k, "o": subject.o}
         cycles = ceil(subject.o / cpu.lanes) * cpu.lanes * subject.m * subject.k / cpu.macs_per_cycle(subject.dot)
@@ -155,11 +155,15 @@ def _convolution(spec: ConvSpec, choice: Choice, cpu: Machine, moved: int, const
         "n": spec.n, "c": spec.c, "h": spec.h, "w": spec.w, "o": spec.o, "kh": spec.kernel[0], "kw": spec.kernel[1],
         "stride": spec.stride[0], "groups": spec.groups, "oh": spec.oh, "ow": spec.ow,
     }  # fmt: skip
-    estimate = winograd_cycles if isinstance(choice, WinogradTile) else direct_cycles
-    op = "depthwise_conv2d" if spec.depthwise else "winograd_conv2d" if isinstance(choice, WinogradTile) else "conv2d"
+    own = replace(cpu, threads=spec.threads)
+    winograd = isinstance(choice, WinogradTile)
+    cycles = (
+        winograd_cycles(spec, choice, own) if isinstance(choice, WinogradTile) else direct_cycles(spec, choice, own)
+    )
+    op = "depthwise_conv2d" if spec.depthwise else "winograd_conv2d" if winograd else "conv2d"
     return Workload(
         "", op, shapes, spec.macs, moved, 8 if spec.int8 else 32, constant, spec.threads, repr((spec, choice)),
-        estimate(spec, choice, replace(cpu, threads=spec.threads)),
+        cycles,
     )  # fmt: skip
 
 

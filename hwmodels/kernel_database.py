@@ -25,7 +25,9 @@ _WAIT_S = 30.0
 _TABLES = (
     "CREATE TABLE IF NOT EXISTS about (format INTEGER NOT NULL)",
     "CREATE TABLE IF NOT EXISTS devices (device TEXT NOT NULL, schedules TEXT NOT NULL, title TEXT NOT NULL,"
-    " reference TEXT NOT NULL, reference_s REAL NOT NULL, PRIMARY KEY (device, schedules))",
+    " PRIMARY KEY (device, schedules))",
+    "CREATE TABLE IF NOT EXISTS refs (device TEXT NOT NULL, schedules TEXT NOT NULL, reference TEXT NOT NULL,"
+    " reference_s REAL NOT NULL, PRIMARY KEY (device, schedules, reference))",
     "CREATE TABLE IF NOT EXISTS times (device TEXT NOT NULL, schedules TEXT NOT NULL, key TEXT NOT NULL,"
     " workload TEXT NOT NULL, median_s REAL NOT NULL, low_s REAL NOT NULL, high_s REAL NOT NULL,"
     " runs INTEGER NOT NULL, quiet INTEGER NOT NULL, measured REAL NOT NULL, PRIMARY KEY (device, schedules, key))",
@@ -98,7 +100,7 @@ class KernelDatabase:
         for key, text, *numbers in self._rows("times", "workload"):
             workload = _workload(_json(text, self.path), self.path)
             self._check(key, workload.key())
-            found[key] = KernelTime(workload, self._settled(key, numbers))
+            found[workload.key()] = KernelTime(workload, self._settled(key, numbers))
         return found
 
     def networks(self) -> list[NetworkTime]:
@@ -138,34 +140,31 @@ class KernelDatabase:
         return Settled(median, low, high, runs, quiet)
 
     def reference_s(self, reference: str) -> float | None:
-        """What the reference kernel of that key took on a quiet machine; None where that is not known."""
+        """What the reference of that name took on a quiet machine; None where that is not known."""
         if not self.path.exists():
             return None
-        query = "SELECT reference_s FROM devices WHERE device = ? AND schedules = ? AND reference = ?"
+        query = "SELECT reference_s FROM refs WHERE device = ? AND schedules = ? AND reference = ?"
         with self._reading() as connection:
             row = connection.execute(query, (self.device, self.schedules, reference)).fetchone()
         return float(row[0]) if row else None
 
-    def add(self, times: Sequence[KernelTime], reference: str, reference_s: float) -> None:
-        """Adds times in one transaction. What was measured on a quiet machine is only replaced by what was, too.
+    def add(self, times: Sequence[KernelTime | NetworkTime], references: Mapping[str, float]) -> None:
+        """Adds kernels and networks in one transaction, and what references took on a quiet machine, by name.
+
+        What was measured on a quiet machine is only replaced by what was, too; of a reference the fastest time counts.
 
         Raises:
             DatabaseError: the file cannot be written.
         """
-        rows = [self._row(t.workload.key(), asdict(t.workload), t.time) for t in times]
-        device = (self.device, self.schedules, self.title, reference, reference_s)
+        kernels = [self._row(t.workload.key(), asdict(t.workload), t.time) for t in times if isinstance(t, KernelTime)]
+        networks = [
+            self._row(n.key(), [asdict(work) for work in n.workloads], n.time)
+            for n in times
+            if isinstance(n, NetworkTime)
+        ]
+        named = [(self.device, self.schedules, name, seconds) for name, seconds in references.items()]
         with self._writing() as connection:
-            _put(connection, [device], rows, [])
-
-    def add_networks(self, networks: Sequence[NetworkTime]) -> None:
-        """Adds measured networks, as `add` does kernels.
-
-        Raises:
-            DatabaseError: the file cannot be written.
-        """
-        rows = [self._row(n.key(), [asdict(work) for work in n.workloads], n.time) for n in networks]
-        with self._writing() as connection:
-            _put(connection, [], [], rows)
+            _put(connection, [(self.device, self.schedules, self.title)], named, kernels, networks)
 
     def _row(self, key: str, value: object, time: Settled) -> tuple[object, ...]:
         numbers = (time.median_s, time.low_s, time.high_s, time.runs, int(time.quiet), self._clock())
@@ -190,9 +189,8 @@ class KernelDatabase:
         if not other.is_file():
             raise DatabaseError(f"{other} does not exist; name a kernel database")
         with KernelDatabase(other, "", "")._reading() as connection:
-            devices = connection.execute(
-                "SELECT device, schedules, title, reference, reference_s FROM devices"
-            ).fetchall()
+            devices = connection.execute("SELECT device, schedules, title FROM devices").fetchall()
+            references = connection.execute("SELECT device, schedules, reference, reference_s FROM refs").fetchall()
             rows = connection.execute(
                 "SELECT device, schedules, key, workload, median_s, low_s, high_s, runs, quiet, measured FROM times"
             ).fetchall()
@@ -205,7 +203,7 @@ class KernelDatabase:
             damaged.times()
             damaged.networks()
         with self._writing() as connection:
-            _put(connection, devices, rows, networks)
+            _put(connection, devices, references, rows, networks)
         return len(rows)
 
     def contents(self) -> list[Contents]:
@@ -252,15 +250,19 @@ _REMEDY = "Move the file away, or name another folder in PLANISH_CACHE; its time
 def _put(
     connection: sqlite3.Connection,
     devices: Sequence[Sequence[object]],
+    references: Sequence[Sequence[object]],
     times: Sequence[Sequence[object]],
     networks: Sequence[Sequence[object]],
 ) -> None:
     connection.executemany(
-        "INSERT INTO devices VALUES (?, ?, ?, ?, ?) ON CONFLICT (device, schedules) DO UPDATE SET"
-        " reference_s = CASE WHEN reference = excluded.reference THEN min(reference_s, excluded.reference_s)"
-        " ELSE excluded.reference_s END, reference = excluded.reference,"
+        "INSERT INTO devices VALUES (?, ?, ?) ON CONFLICT (device, schedules) DO UPDATE SET"
         " title = CASE WHEN excluded.title = '' THEN title ELSE excluded.title END",
         devices,
+    )
+    connection.executemany(
+        "INSERT INTO refs VALUES (?, ?, ?, ?) ON CONFLICT (device, schedules, reference) DO UPDATE SET"
+        " reference_s = min(reference_s, excluded.reference_s)",
+        references,
     )
     for table, column, rows in (("times", "workload", times), ("networks", "workloads", networks)):
         connection.executemany(

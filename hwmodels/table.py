@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
+from numpy.typing import NDArray
 
 from .corrector import Corrector
 from .device import Device
@@ -33,7 +34,7 @@ class TableModel:
     device: Device
     times: Mapping[str, KernelTime]
     regression: KernelRegression | None = None
-    corrector: Corrector = Corrector()
+    corrector: Corrector = field(default_factory=Corrector)
 
     def predict(self, workloads: Sequence[Workload]) -> Prediction:
         """See `LatencyModel.predict`.
@@ -53,7 +54,7 @@ class TableModel:
         std = float(np.sqrt(share**2 * variances.sum() + (self.corrector.error * whole) ** 2))
         return Prediction(whole, std, sites)
 
-    def kernels(self, workloads: Sequence[Workload]) -> tuple[np.ndarray, np.ndarray]:
+    def kernels(self, workloads: Sequence[Workload]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Seconds of every kernel alone, and the variances of those figures, each of shape (n,)."""
         seconds, variances = np.empty(len(workloads)), np.empty(len(workloads))
         unknown = []

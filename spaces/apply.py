@@ -48,6 +48,16 @@ def apply(
     return _build(candidate, traced, proposal, calibration)
 
 
+def skeleton(candidate: Candidate, traced: TracedModel, proposal: Proposal) -> nn.Module:
+    """The compressed model's structure with weights that nothing was fitted to: what latency and memory depend on.
+
+    Raises:
+        ValueError: the candidate is not of this space.
+        ApplyError: the result does not compute what its shape promises.
+    """
+    return _build(candidate, traced, proposal, None)
+
+
 def rebuild(candidate: Candidate, traced: TracedModel, proposal: Proposal, saved: Mapping[str, Tensor]) -> nn.Module:
     """The compressed model with the weights of `state`; needs no calibration, because they hold what it found."""
     module = _build(candidate, traced, proposal, None)
