@@ -1,10 +1,8 @@
 """The child process that times kernels alone: `python -m planish.compilers.kernel_child REQUEST.json`.
 
 The request is `{"library": file, "kernels": [{"key": k, "symbol": s, "arguments": [[shape, dtype], ...]}, ...],
-"runs": n, "sample_s": s, "spread_bytes": b}`. The first kernel is the reference: it is timed before and after every
+"runs": n, "sample_s": s}`. The first kernel is the reference: it is timed before and after every
 sample of another, so that a change of the machine's speed meets both, and a sample is given beside the reference's.
-A kernel's arguments are several copies that are used one after the other, about `spread_bytes` in all: in a model too
-they were last touched a whole model ago.
 
 Standard output is one JSON line `{"touch": key}` before a kernel is touched for the first time and
 `{"key": key, "run_s": [...], "reference_s": [...]}` for each at the end.
@@ -14,15 +12,12 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from .loader import torch_hidden
-
-_MOST_COPIES = 64
 
 
 def main(request_path: str) -> int:
@@ -35,7 +30,7 @@ def main(request_path: str) -> int:
     timed: list[_Timed] = []
     for kernel in request["kernels"]:
         _say({"touch": kernel["key"]})
-        timed.append(_Timed(tvm.runtime.tensor, library[kernel["symbol"]], kernel, request, rng))
+        timed.append(_Timed(tvm, library, kernel, request["sample_s"], rng))
     reference, *others = timed
     run_s: dict[str, list[float]] = {kernel.key: [] for kernel in others}
     reference_s: dict[str, list[float]] = {kernel.key: [] for kernel in others}
@@ -52,24 +47,17 @@ def main(request_path: str) -> int:
 
 
 class _Timed:
-    def __init__(self, tensor: Any, function: Any, kernel: dict[str, Any], request: dict[str, Any], rng: Any) -> None:
-        self.key, self.function = kernel["key"], function
-        arrays = [_values(tuple(shape), dtype, rng) for shape, dtype in kernel["arguments"]]
-        size = sum(array.nbytes for array in arrays)
-        count = max(1, min(_MOST_COPIES, round(request["spread_bytes"] / max(size, 1))))
-        self.copies = [[tensor(array) for array in arrays] for _ in range(count)]
-        self.rounds = 1
-        seconds = min(self.sample() for _ in range(3)) * count
-        self.rounds = max(1, round(request["sample_s"] / max(seconds, 1e-9)))
+    def __init__(self, tvm: Any, library: Any, kernel: dict[str, Any], sample_s: float, rng: Any) -> None:
+        self.key = kernel["key"]
+        self._arguments = [tvm.runtime.tensor(_values(tuple(s), dtype, rng)) for s, dtype in kernel["arguments"]]
+        self._at = lambda number: library.time_evaluator(kernel["symbol"], tvm.cpu(), number=number, repeat=1)
+        self._evaluator = self._at(1)
+        first = min(self.sample() for _ in range(3))
+        self._evaluator = self._at(max(1, round(sample_s / max(first, 1e-9))))
 
     def sample(self) -> float:
-        """Mean seconds of one call."""
-        function, copies, rounds = self.function, self.copies, self.rounds
-        start = time.perf_counter()
-        for _ in range(rounds):
-            for arguments in copies:
-                function(*arguments)
-        return (time.perf_counter() - start) / (rounds * len(copies))
+        """Mean seconds of one call; the calls are made by the runtime, because Python takes half a microsecond."""
+        return float(self._evaluator(*self._arguments).mean)
 
 
 def _values(shape: tuple[int, ...], dtype: str, rng: Any) -> Any:

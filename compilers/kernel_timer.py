@@ -30,14 +30,12 @@ class KernelProtocol:
     Attributes:
         runs: Samples of every kernel in a round, each of about `sample_s`.
         rounds: What is not settled after one round is measured again, with all that waits, up to so many times.
-        spread_bytes: Of the copies of a kernel's arguments; see `kernel_child`.
         time_limit_s: For a round of `_TOGETHER` kernels.
     """
 
     runs: int = 8
     sample_s: float = 1e-4
     rounds: int = 10
-    spread_bytes: int = 0
     time_limit_s: float = 120.0
 
 
@@ -158,7 +156,6 @@ def _round(
             "library": str(group.library),
             "runs": protocol.runs,
             "sample_s": protocol.sample_s,
-            "spread_bytes": protocol.spread_bytes,
             "kernels": [_entry("reference", reference), *(_entry(key, works[key]) for key in left)],
         }
         with tempfile.NamedTemporaryFile("w", suffix=".json", encoding="utf-8") as file:
