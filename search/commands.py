@@ -99,14 +99,28 @@ def profile(arguments: argparse.Namespace, command: str) -> Output:
     from .profile import profile as profile_of
 
     with _progress() as progress:
-        result = profile_of(spec, progress)
+        result = profile_of(spec, progress, table=not arguments.no_table)
     return Output(result, text_of(result))
 
 
 def devices(arguments: argparse.Namespace, command: str) -> Output:
     """`planish devices`."""
-    from .devices import list_devices
+    from .devices import export_times, import_times, list_devices, table_of
 
+    if arguments.import_from:
+        count = import_times(arguments.import_from)
+        return Output({"imported": count}, f"{count} times imported from {arguments.import_from}")
+    if arguments.export_to:
+        count = export_times(arguments.export_to)
+        return Output({"exported": count}, f"{count} times exported to {arguments.export_to}")
+    if arguments.table:
+        held = table_of()
+        columns = ["device", "kernels", "quiet", "networks", "newest", "of this version", "usable here as"]
+        rows = [
+            [h["title"], h["kernels"], h["quiet"], h["networks"], h["newest"], h["current"], h["name"] or "-"]
+            for h in held
+        ]
+        return Output(held, text_table(columns, rows) if rows else "no kernel was measured yet; see planish profile")
     found = list_devices()
     rows = [[d.get("name"), d.get("kind"), "yes" if d.get("usable") else "no", d.get("missing") or ""] for d in found]
     return Output(found, text_table(["device", "kind", "usable", "what is missing"], rows))

@@ -11,14 +11,12 @@ from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
-from ..compilers.cache_folder import cache_folder
 from ..compilers.compiler import CompileError
-from ..compilers.kernel_store import schedules_version
 from ..hwmodels.corrector import LEAST, Corrector
-from ..hwmodels.fingerprint import fingerprint
 from ..hwmodels.held_out import HeldOut, held_out
 from ..hwmodels.kernel_database import DatabaseError, KernelDatabase, KernelTime, NetworkTime
 from ..hwmodels.latency import Prediction
+from ..hwmodels.load import BusyMachine, LoadWatch, wait_for_quiet
 from ..hwmodels.quiet import settled
 from ..hwmodels.regression import LEAST as LEAST_KERNELS
 from ..hwmodels.regression import KernelRegression
@@ -36,7 +34,6 @@ if TYPE_CHECKING:
     from .evaluate import Evaluator
     from .progress import Progress
 
-FILE = "kernel_times.sqlite"
 _Item = TypeVar("_Item")
 
 
@@ -52,7 +49,7 @@ class TableLimits:
 
 
 # A device that was never seen, and one whose kernels of another model are known: under five minutes, and under one.
-FIRST = TableLimits(candidates=32, kernels=280, networks=12, kernel_s=60.0, network_s=45.0)
+FIRST = TableLimits(candidates=28, kernels=220, networks=12, kernel_s=45.0, network_s=40.0)
 AGAIN = TableLimits(candidates=12, kernels=50, networks=6, kernel_s=10.0, network_s=12.0)
 # Kernels of a device that are known from other models make it a known one.
 _KNOWN = 150
@@ -85,11 +82,6 @@ class LatencyTable:
     failed: Mapping[str, str]
     notes: tuple[str, ...]
     seconds: float
-
-
-def database_of(device: Device, path: Path | None = None) -> KernelDatabase:
-    """The database of a device's kernel times: the user's, or the file that is named."""
-    return KernelDatabase(path or cache_folder() / FILE, fingerprint(device), schedules_version()[:16], device.title)
 
 
 def plan_of(evaluator: Evaluator, label: str, candidate: Candidate) -> Plan:
@@ -136,6 +128,7 @@ def build_table(
     Raises:
         DatabaseError: the database is damaged.
         RunError: the original cannot be run.
+        BusyMachine: others use the cores that measuring needs.
     """
     from ..compilers.tvm_workloads import plan
 
@@ -168,6 +161,8 @@ def build_table(
     works |= reference.kernels
     first = [*reference.kernels, *plans[original.key()].kernels]
     wanted = [key for key in _by_weight(plans.values(), works, first) if key not in known][: limits.kernels]
+    wait_for_quiet(device.threads)
+    before = set(known)
     failed = _measure_kernels(wanted, works, reference, device, database, known, limits, progress, notes)
     networks = _measure_networks(
         evaluator, label, plans, candidates, _quiet_s(reference, known), database, limits, progress, failed, notes
@@ -177,8 +172,8 @@ def build_table(
     return LatencyTable(
         model=model,
         held_out=cross_validated(model, networks),
-        measured=sum(key in known for key in wanted),
-        known=len(known) - sum(key in known for key in wanted),
+        measured=len(known.keys() - before),
+        known=len(before),
         left=sum(key not in known for key in works),
         quiet=float(np.mean([time.quiet for time in times])) if times else 0.0,
         failed=failed,
@@ -244,10 +239,12 @@ def _measure_kernels(
     progress.begin(f"time kernels on {device.name}", len(wanted))
     reference = max(reference_plan.kernels.values(), key=lambda work: work.workload.macs)
     name = f"kernel {reference.workload.key()}"
-    timed = time_kernels(
-        {key: works[key] for key in wanted}, reference, device, known_reference_s=database.reference_s(name),
-        limit_s=limits.kernel_s, advance=_advancer(progress),
-    )  # fmt: skip
+    with LoadWatch() as watch:
+        timed = time_kernels(
+            {key: works[key] for key in wanted}, reference, device, known_reference_s=database.reference_s(name),
+            limit_s=limits.kernel_s, advance=_advancer(progress),
+        )  # fmt: skip
+    _refuse(watch, device)
     new = [KernelTime(works[key].workload, settled(s, timed.reference_s)) for key, s in timed.samples.items()]
     known |= {time.workload.key(): time for time in new}
     _kept(notes, lambda: database.add(new, {name: timed.reference_s}))
@@ -295,10 +292,12 @@ def _measure_networks(
         )
         name = f"network {reference.manifest.kernels[0][0]}"
         progress.begin(f"time networks on {device.name}", len(artifacts))
-        timed = time_networks(
-            artifacts, reference.path, device, known_reference_s=database.reference_s(name) or quiet_s,
-            limit_s=limits.network_s, advance=_advancer(progress),
-        )  # fmt: skip
+        with LoadWatch() as watch:
+            timed = time_networks(
+                artifacts, reference.path, device, known_reference_s=database.reference_s(name) or quiet_s,
+                limit_s=limits.network_s, advance=_advancer(progress),
+            )  # fmt: skip
+    _refuse(watch, device)
     failed |= {f"network {key}": reason for key, reason in timed.failed.items()}
     new = [NetworkTime(plans[key].calls, settled(s, timed.reference_s)) for key, s in timed.samples.items()]
     found |= {network.key(): network for network in new}
@@ -370,6 +369,13 @@ def _advancer(progress: Progress) -> Callable[[int, int], None]:
         shown = done
 
     return advance
+
+
+def _refuse(watch: LoadWatch, device: Device) -> None:
+    """Rather no table than a wrong one."""
+    reason = watch.refusal(device.threads)
+    if reason:
+        raise BusyMachine(f"{reason}; what was measured meanwhile is not kept")
 
 
 def _kept(notes: list[str], keep: Callable[[], None]) -> None:

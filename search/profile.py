@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 
+from ..compilers.kernel_times import database_of
 from ..hwmodels.device import Device
 from .config import Spec
+from .latency_table import LatencyTable, TableLimits, build_table
 from .measuring import measure_trials
 from .peaks import with_measured_peaks
 from .progress import Progress
@@ -15,13 +18,21 @@ from .slow_sites import LayerCost, layer_costs
 from .workers import Failure
 
 
-def profile(spec: Spec, progress: Progress) -> dict[str, object]:
-    """Compiles and times the original and the cheapest corners of its space.
+def profile(
+    spec: Spec, progress: Progress, *, table: bool = True, limits: TableLimits | None = None
+) -> dict[str, object]:
+    """Compiles and times the original and the cheapest corners of its space, and builds its latency table.
+
+    Args:
+        spec: Of the search that is to come.
+        progress: Told of every step.
+        table: Whether to build the table: two to five minutes on a device that was never seen, then under one.
+        limits: Of the table.
 
     Returns:
         By device: the original's latency, a row a layer (MACs, bytes, measured seconds, share, the roofline's bound and
-        what binds), and the reachable range of every cost; also the space's size, its options a site, and what was
-        left out with its reason.
+        what binds), the reachable range of every cost, and the latency model with its own error; also the space's
+        size, its options a site, and what was left out with its reason.
 
     Raises:
         ValueError: the task or a device is not usable.
@@ -53,7 +64,7 @@ def profile(spec: Spec, progress: Progress) -> dict[str, object]:
         )
         for number, result in timed.items():
             metrics[number] |= {} if isinstance(result, Failure) else result
-        devices = {}
+        devices: dict[str, dict[str, object]] = {}
         for label, device in evaluator.devices.items():
             artifact = evaluator.artifact_folder(jobs[0].folder, label, "artifact")
             protocol = MeasureProtocol(time_limit_s=spec.measure.time_limit_s)
@@ -62,6 +73,12 @@ def profile(spec: Spec, progress: Progress) -> dict[str, object]:
             rows = layer_costs(evaluator.traced, peaks, calls)
             devices[label] = _device(label, peaks, rows, calls, metrics)
         progress.advance()
+    for label, device in evaluator.devices.items() if table else ():
+        if evaluator.compilers[label].name == "tvm":
+            found = build_table(
+                evaluator, label, database_of(device), progress, seed=spec.seed, limits=limits, more=candidates
+            )
+            devices[label]["latency_model"] = _table(found)
     return {
         "model": spec.model,
         "devices": devices,
@@ -111,6 +128,24 @@ def _device(
                 },
             }.items()
         },
+    }
+
+
+def _table(table: LatencyTable) -> dict[str, object]:
+    error = table.held_out
+    regression = table.model.regression
+    return {
+        "kernels_measured": table.measured,
+        "kernels_known": table.known,
+        "kernels_predicted": table.left,
+        "quiet_share": table.quiet,
+        "networks": table.model.corrector.networks,
+        "held_out": None if error is None else asdict(error),
+        "kernel_error": None if regression is None else regression.error,
+        "network_error": table.model.corrector.error,
+        "failed": dict(table.failed),
+        "notes": list(table.notes),
+        "seconds": table.seconds,
     }
 
 
