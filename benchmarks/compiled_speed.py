@@ -20,7 +20,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +34,8 @@ PEERS = ("onnxruntime", "openvino", "torch.compile")
 QUICK = ("digits-resnet", "resnet20", "mobilenetv2-32", "dscnn")
 # One turn of an engine is at least this long, so that caches and clocks settle on it.
 TURN_S = 0.02
+# Engines of several threads keep them spinning for some 50 ms, on the cores that the next one needs.
+_SPIN_S = 0.2
 # Largest difference from torch, relative to the largest output.
 TOLERANCE = {"fp32": 1e-3, "int8": 0.1}
 
@@ -70,7 +73,7 @@ def run_case(model: str, precision: str, batch: int, threads: int, peers: Sequen
             if not (peer == "torch.compile" and precision == "int8"):
                 engines[peer] = makers[peer]()
         errors = {name: _difference(engine.output(), expected) for name, engine in engines.items()}
-        times = _times(engines, turns)
+        times = _times(engines, turns, threads)
     wrong = {name: round(error, 4) for name, error in errors.items() if not error <= TOLERANCE[precision]}
     medians = {name: 1e3 * statistics.median(values) for name, values in times.items()}
     ratios = {name: medians[name] / medians["planish"] for name in engines if name != "planish"}
@@ -83,23 +86,38 @@ def run_case(model: str, precision: str, batch: int, threads: int, peers: Sequen
     }  # fmt: skip
 
 
-def _times(engines: dict[str, Engine], turns: int) -> dict[str, list[float]]:
-    numbers = {}
-    for name, engine in engines.items():
-        engine.run()
-        start = time.perf_counter()
-        engine.run()
-        numbers[name] = max(1, math.ceil(TURN_S / max(time.perf_counter() - start, 1e-7)))
+def _times(engines: dict[str, Engine], turns: int, threads: int) -> dict[str, list[float]]:
+    numbers: dict[str, int] = {}
     times: dict[str, list[float]] = {name: [] for name in engines}
     for turn in range(turns + 1):
         for name, engine in engines.items():
-            engine.run()  # the first run after another engine's finds its caches cold and its threads awake
-            start = time.perf_counter()
-            for _ in range(numbers[name]):
+            with _turn(engine, threads):
+                engine.run()  # the first run after another engine's finds its caches cold and its threads asleep
+                start = time.perf_counter()
                 engine.run()
-            if turn:  # the first turn warms up
-                times[name].append((time.perf_counter() - start) / numbers[name])
+                seconds = max(time.perf_counter() - start, 1e-7)
+                numbers.setdefault(name, max(1, math.ceil(TURN_S / seconds)))
+                start = time.perf_counter()
+                for _ in range(numbers[name]):
+                    engine.run()
+                if turn:  # the first turn warms up
+                    times[name].append((time.perf_counter() - start) / numbers[name])
     return times
+
+
+@contextmanager
+def _turn(engine: Engine, threads: int) -> Iterator[None]:
+    """An engine's turn, after the threads of the one before have stopped waiting for more work on the other cores."""
+    if threads > 1:
+        time.sleep(_SPIN_S)
+    enter, leave = (getattr(engine, name, None) for name in ("enter", "leave"))
+    if enter:
+        enter()
+    try:
+        yield
+    finally:
+        if leave:
+            leave()
 
 
 def _difference(output: Any, expected: Any) -> float:

@@ -58,11 +58,25 @@ class Planish:
             manifest = read(Path(folder, "cold"))
             # TVM's pool takes its size from here when it first runs something in parallel.
             os.environ["TVM_NUM_THREADS"] = str(threads)
+            allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
             self._loaded = LOADERS[manifest.compiler](Path(folder, "cold"), manifest)
             self._output = self._loaded.run(x.numpy())
+            self._pinned = os.sched_getaffinity(0) if allowed else None
+        self._allowed = allowed
+        self.leave()
 
     def output(self) -> np.ndarray[Any, Any]:
         return self._output
+
+    def enter(self) -> None:
+        """Pins the calling thread as the loader does; the peers get it unpinned."""
+        if self._pinned:
+            os.sched_setaffinity(0, self._pinned)
+
+    def leave(self) -> None:
+        """Undoes `enter`."""
+        if self._allowed:
+            os.sched_setaffinity(0, self._allowed)
 
     def run(self) -> None:
         # The call that a user's loop makes, not TVM's own timer, because the peers are called from Python too.

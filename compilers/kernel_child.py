@@ -1,7 +1,7 @@
 """The child process that times kernels alone: `python -m planish.compilers.kernel_child REQUEST.json`.
 
 The request is `{"library": file, "kernels": [{"key": k, "symbol": s, "arguments": [[shape, dtype], ...]}, ...],
-"runs": n, "sample_s": s}`. The first kernel is the reference: it is timed before and after every
+"runs": n, "sample_s": s, "threads": t}`. The first kernel is the reference: it is timed before and after every
 sample of another, so that a change of the machine's speed meets both, and a sample is given beside the reference's.
 
 Standard output is one JSON line `{"touch": key}` before a kernel is touched for the first time and
@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from .loader import torch_hidden
+from .loader import pin_caller, torch_hidden
 
 
 def main(request_path: str) -> int:
@@ -25,6 +25,7 @@ def main(request_path: str) -> int:
     request = json.loads(Path(request_path).read_text(encoding="utf-8"))
     with torch_hidden():
         import tvm
+    pin_caller(request["threads"])
     library = tvm.runtime.load_module(request["library"])
     rng = np.random.default_rng(0)
     timed: list[_Timed] = []
@@ -50,10 +51,9 @@ class _Timed:
     def __init__(self, tvm: Any, library: Any, kernel: dict[str, Any], sample_s: float, rng: Any) -> None:
         self.key = kernel["key"]
         self._arguments = [tvm.runtime.tensor(_values(tuple(s), dtype, rng)) for s, dtype in kernel["arguments"]]
-        self._at = lambda number: library.time_evaluator(kernel["symbol"], tvm.cpu(), number=number, repeat=1)
-        self._evaluator = self._at(1)
-        first = min(self.sample() for _ in range(3))
-        self._evaluator = self._at(max(1, round(sample_s / max(first, 1e-9))))
+        self._evaluator: Any = library.time_evaluator(kernel["symbol"], tvm.cpu(), number=1, repeat=1)
+        number = max(1, round(sample_s / max(min(self.sample() for _ in range(3)), 1e-9)))
+        self._evaluator = library.time_evaluator(kernel["symbol"], tvm.cpu(), number=number, repeat=1)
 
     def sample(self) -> float:
         """Mean seconds of one call; the calls are made by the runtime, because Python takes half a microsecond."""

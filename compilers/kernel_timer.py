@@ -156,6 +156,7 @@ def _round(
             "library": str(group.library),
             "runs": protocol.runs,
             "sample_s": protocol.sample_s,
+            "threads": device.threads,
             "kernels": [_entry("reference", reference), *(_entry(key, works[key]) for key in left)],
         }
         with tempfile.NamedTemporaryFile("w", suffix=".json", encoding="utf-8") as file:
