@@ -14,6 +14,7 @@ from .workload import Workload
 LEAST = 6
 # How strongly the terms are held to those of a network that is the sum of its kernels.
 _PRIOR = 0.05
+_SUM = (1.0, 0.0, 0.0)
 
 
 @dataclass(frozen=True)
@@ -62,20 +63,20 @@ class Corrector:
         )
         relative = terms / y[:, None]
         everyone = np.arange(len(y))
-        left_out = np.array([relative[i] @ _solved(relative[everyone != i]) for i in everyone])
+        left_out = np.array([relative[i] @ solved(relative[everyone != i], _SUM) for i in everyone])
         residuals = np.log(left_out)
         error = float(max(np.median(np.abs(residuals)) / 0.6745, 0.5 * np.std(residuals)))
-        factor, call, byte = _solved(relative)
+        factor, call, byte = solved(relative, _SUM)
         return Corrector(float(call) * 1e-6, float(factor), float(byte) * 1e-10, error, len(y))
 
 
-def _solved(relative: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The coefficients, none negative, with which every row sums to 1; held a little to (1, 0, 0)."""
+def solved(relative: NDArray[np.float64], expected: Sequence[float]) -> NDArray[np.float64]:
+    """The coefficients, none negative, with which every row sums to 1; held a little to what is expected of them."""
     from scipy.optimize import nnls
 
     weight = _PRIOR * np.sqrt(len(relative))
     scale = np.maximum(np.abs(relative).mean(0), 1e-12)
     prior = np.diag(scale) * weight
     rows = np.concatenate([relative, prior])
-    target = np.concatenate([np.ones(len(relative)), prior @ np.array([1.0, 0.0, 0.0])])
+    target = np.concatenate([np.ones(len(relative)), prior @ np.array(expected)])
     return np.asarray(nnls(rows, target)[0], np.float64)

@@ -55,7 +55,7 @@ AGAIN = TableLimits(candidates=12, kernels=50, networks=6, kernel_s=10.0, networ
 _KNOWN = 150
 # What the virtual machine adds to a call.
 _CALL_S = 1e-6
-_REFERENCE_INPUT = (1, 32, 16, 16)
+REFERENCE_INPUT = (1, 32, 16, 16)
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,7 @@ def build_table(
             notes.append(f"a candidate cannot be planned: {str(error).splitlines()[0]}")
         progress.advance()
     works = {key: work for plan in plans.values() for key, work in plan.kernels.items()}
-    reference = plan(_reference_program(), device)
+    reference = plan(reference_program(), device)
     works |= reference.kernels
     first = [*reference.kernels, *plans[original.key()].kernels]
     wanted = [key for key in _by_weight(plans.values(), works, first) if key not in known][: limits.kernels]
@@ -286,9 +286,9 @@ def _measure_networks(
             progress.advance()
         import torch
 
-        inputs = torch.zeros(1, *_REFERENCE_INPUT)
+        inputs = torch.zeros(1, *REFERENCE_INPUT)
         reference = evaluator.compilers[label].compile(
-            _reference_program(), device, Path(folder, "reference"), inputs, tolerance=1e-3
+            reference_program(), device, Path(folder, "reference"), inputs, tolerance=1e-3
         )
         name = f"network {reference.manifest.kernels[0][0]}"
         progress.begin(f"time networks on {device.name}", len(artifacts))
@@ -315,12 +315,12 @@ def _quiet_s(reference: Plan, known: Mapping[str, KernelTime]) -> float | None:
     return sum(known[work.key()].time.median_s for work in reference.calls) + _CALL_S * len(reference.calls)
 
 
-def _reference_program() -> ExportedProgram:
+def reference_program() -> ExportedProgram:
     """A 3x3 convolution of some 30 microseconds: what tells quiet times is timed beside everything else."""
     import torch
 
-    conv = torch.nn.Conv2d(_REFERENCE_INPUT[1], 32, 3, padding=1).eval()
-    return torch.export.export(conv, (torch.zeros(_REFERENCE_INPUT),))
+    conv = torch.nn.Conv2d(REFERENCE_INPUT[1], 32, 3, padding=1).eval()
+    return torch.export.export(conv, (torch.zeros(REFERENCE_INPUT),))
 
 
 def compiled_skeleton(evaluator: Evaluator, label: str, candidate: Candidate, folder: Path) -> Path:

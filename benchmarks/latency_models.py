@@ -1,0 +1,254 @@
+"""How wrong the latency models are on networks that they were never fitted to, beside simpler models in the same run.
+
+    python benchmarks/latency_models.py            # four spaces, 1 and 2 threads: hours, most of them compiling
+    python benchmarks/latency_models.py --quick    # DS-CNN's space, 1 thread, few networks
+
+For every space and number of threads a table is built as `planish profile` builds it, on a database of its own. Then
+held-out candidates, random ones and ones near the fast end of the space, are predicted, compiled and timed on a quiet
+machine (see docs/latency-models.md). Those that never met a quiet machine are counted and left out of the errors.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import numpy as np
+
+SPACES = ("resnet20", "resnet56", "mobilenetv2-32", "dscnn")
+PROBES = 20
+# Seconds of timing for every held-out network, at most.
+NETWORK_S = 1.5
+
+Row = dict[str, Any]
+
+
+def evaluator_of(net: str, device: str) -> Any:
+    """The net with random data: structure is all that latency depends on."""
+    import torch
+    from nets import NETS, make
+
+    from planish.search.config import load_spec
+    from planish.search.data import Data, Split
+    from planish.search.evaluate import Evaluator
+    from planish.search.tasks import Task
+
+    model = make(net)
+    x = torch.randn(8, *NETS[net].shape, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        classes = model(x[:1]).shape[1]
+    split = Split(x, torch.arange(8) % classes)
+    data = Data(split, split, split, tuple(str(number) for number in range(classes)))
+    spec = load_spec(None, {"model": net, "data": "random", "device": device})
+    return Evaluator(spec, Task(model, data, net))
+
+
+def near_front(space: Any, rng: np.random.Generator, count: int) -> list[Any]:
+    """Candidates near the fast end: the strongest and the uniform ones, with a few choices changed at random."""
+    from planish.search.sampler import strongest, uniform_policies
+
+    bases = [*strongest(space), *uniform_policies(space)]
+    found = {}
+    while len(found) < count:
+        indices = space.encode(bases[int(rng.integers(len(bases)))]).copy()
+        for place in rng.choice(len(indices), size=max(1, len(indices) // 12), replace=False):
+            indices[place] = rng.integers(len(space.choices[place].options))
+        candidate = space.decode(indices)
+        found[candidate.key()] = candidate
+    return list(found.values())
+
+
+def measure(
+    evaluator: Any, label: str, candidates: Sequence[Any], database: Any, limit_s: float
+) -> tuple[list[Any], list[Any], list[int]]:
+    """(plan, settled time, stored bytes' difference) of every candidate that can be built and timed."""
+    import torch
+
+    from planish.compilers.manifest import read
+    from planish.compilers.network_timer import time_networks
+    from planish.hwmodels.quiet import settled
+    from planish.search import latency_table as tables
+
+    device = evaluator.devices[label]
+    plans, differences = {}, []
+    with tempfile.TemporaryDirectory() as folder:
+        artifacts = {}
+        for candidate in candidates:
+            key = candidate.key()
+            try:
+                plans[key] = tables.plan_of(evaluator, label, candidate)
+                artifacts[key] = tables.compiled_skeleton(evaluator, label, candidate, Path(folder, key))
+            except (ValueError, RuntimeError) as error:
+                print(f"left out: {str(error).splitlines()[0]}", file=sys.stderr)
+                continue
+            differences.append(abs(plans[key].working_bytes - read(artifacts[key]).working_bytes))
+        reference = evaluator.compilers[label].compile(
+            tables.reference_program(), device, Path(folder, "reference"), torch.zeros(1, *tables.REFERENCE_INPUT),
+            tolerance=1e-3,
+        )  # fmt: skip
+        known = database.reference_s(f"network {reference.manifest.kernels[0][0]}")
+        timed = time_networks(
+            artifacts, reference.path, device, known_reference_s=known, rounds=1000, limit_s=limit_s
+        )  # fmt: skip
+    keys = list(timed.samples)
+    return [plans[key] for key in keys], [settled(timed.samples[key], timed.reference_s) for key in keys], differences
+
+
+def size_errors(evaluator: Any, candidates: Sequence[Any]) -> list[int]:
+    """How far the stored bytes of the planned structure are from those of the fitted model."""
+    from planish.spaces.apply import skeleton
+    from planish.spaces.size import stored_bytes
+
+    found = []
+    for candidate in candidates:
+        try:
+            planned = stored_bytes(skeleton(candidate, evaluator.traced, evaluator.proposal))
+            found.append(abs(planned - stored_bytes(evaluator.build(candidate))))
+        except (ValueError, RuntimeError):
+            continue
+    return found
+
+
+def forest_of(times: Any) -> Callable[[Sequence[Any]], float]:
+    """nn-Meter's way (Zhang et al. 2021): a random forest on every kernel's own sizes, and the sum of its guesses."""
+    from sklearn.ensemble import RandomForestRegressor
+
+    names = ("c", "h", "w", "o", "kh", "stride", "groups", "m", "k", "bytes")
+
+    def features(work: Any) -> list[float]:
+        kind = sum(ord(letter) for letter in work.op)
+        return [kind, work.bits, work.macs, work.moved_bytes, *(work.shapes.get(name, 0) for name in names)]
+
+    known = list(times.values())
+    forest = RandomForestRegressor(200, random_state=0, n_jobs=1)
+    forest.fit([features(t.workload) for t in known], [t.time.median_s for t in known])
+    return lambda calls: float(forest.predict([features(work) for work in calls]).sum())
+
+
+def run_space(net: str, threads: int, random: int, front: int, folder: Path, sources: dict[str, Any]) -> Row:
+    """A row: the errors of every model on a space's held-out networks, and what building the table took."""
+    from planish.compilers.kernel_times import database_of
+    from planish.hwmodels.held_out import held_out
+    from planish.hwmodels.transfer import TransferModel
+    from planish.search.latency_table import build_table
+    from planish.search.progress import Progress
+
+    name = "cpu" if threads == 1 else f"cpu?threads={threads}"
+    evaluator = evaluator_of(net, name)
+    label = next(iter(evaluator.devices))
+    device, space = evaluator.devices[label], evaluator.proposal.space
+    database = database_of(device, folder / "times.sqlite")
+    table = build_table(evaluator, label, database, Progress(None), seed=0)
+    rng = np.random.default_rng(12345)  # the table's candidates come from another seed
+    candidates = [*(space.sample(rng) for _ in range(random)), *near_front(space, rng, front)]
+    plans, times, memory = measure(evaluator, label, candidates, database, NETWORK_S * len(candidates))
+    pairs = [(p, t.median_s) for p, t in zip(plans, times, strict=True) if t.quiet]
+    if len(pairs) < 3:
+        raise SystemExit(f"{net}: only {len(pairs)} networks met a quiet machine; run it again, or let it take longer")
+    measured = [seconds for _, seconds in pairs]
+    fitted = database.networks()
+    scale = float(np.median([n.time.median_s / sum(w.macs for w in n.workloads) for n in fitted]))
+    forest = forest_of(table.model.times)
+    models: dict[str, Callable[[Sequence[Any]], float]] = {
+        "planish": lambda calls: table.model.predict(calls).latency_s,
+        "macs": lambda calls: scale * sum(work.macs for work in calls),
+        "table sum": lambda calls: float(table.model.kernels(calls)[0].sum()),
+        "random forest": forest,
+    }
+    errors = {name: asdict(held_out([model(p.calls) for p, _ in pairs], measured)) for name, model in models.items()}
+    row: Row = {
+        "space": net, "threads": threads, "networks": len(times), "quiet": len(pairs), "profile_s": table.seconds,
+        "kernels": table.measured, "known": table.known, "stated_error": table.model.corrector.error,
+        "errors": errors, "memory_error": max(memory, default=0),
+        "size_error": max(size_errors(evaluator, candidates[:5]), default=0),
+    }  # fmt: skip
+    if threads == 1:
+        sources[net] = table.model
+    elif net in sources and len(pairs) > PROBES:
+        chosen = rng.permutation(len(pairs))
+        probes = [pairs[place] for place in chosen[:PROBES]]
+        model = TransferModel.fit(device, sources[net], [p.calls for p, _ in probes], [s for _, s in probes])
+        rest = [pairs[place] for place in chosen[PROBES:]]
+        found = held_out([model.predict(p.calls).latency_s for p, _ in rest], [s for _, s in rest])
+        row["transfer"] = asdict(found) | {"trusted": model.trusted}
+    return row
+
+
+def summarise(rows: Sequence[Row]) -> dict[str, float | None]:
+    """The worst space and thread count of everything."""
+    own = [row["errors"]["planish"] for row in rows]
+    keys = ("within_10", "within_5", "spearman", "spearman_fast_third")
+    summary: dict[str, float | None] = {key: round(min(errors[key] for errors in own), 3) for key in keys}
+    summary["profile_s"] = round(max(row["profile_s"] for row in rows), 1)
+    summary["transfer_within_10"] = min(
+        (row["transfer"]["within_10"] for row in rows if "transfer" in row), default=None
+    )
+    summary["memory_error"] = max(row["memory_error"] for row in rows)
+    summary["size_error"] = max(row["size_error"] for row in rows)
+    return summary
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Prints the table, or one JSON object."""
+    import torch
+    from compiled_speed import machine
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="DS-CNN, 1 thread, 16 + 8 networks")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
+    parser.add_argument("--spaces", nargs="+", choices=SPACES, help="which spaces")
+    parser.add_argument("--threads", nargs="+", type=int, help="which numbers of threads (1 2)")
+    parser.add_argument("--random", type=int, help="random held-out networks of a space (200)")
+    parser.add_argument("--front", type=int, help="held-out networks near the fast end (50)")
+    args = parser.parse_args(arguments)
+    spaces = args.spaces or (("dscnn",) if args.quick else SPACES)
+    threads = args.threads or ([1] if args.quick else [1, 2])
+    random, front = (args.random or 16, args.front or 8) if args.quick else (args.random or 200, args.front or 50)
+    torch.set_num_threads(1)
+    rows: list[Row] = []
+    sources: dict[str, Any] = {}
+    start = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        for count in sorted(threads):
+            for net in spaces:
+                # A database of its own: the device was never seen.
+                own = Path(folder, f"{net}-{count}")
+                row = run_space(net, count, random, front, own, sources)
+                rows.append(row)
+                if not args.json:
+                    _show(row)
+    summary = summarise(rows)
+    if args.json:
+        print(json.dumps({"rows": rows, "summary": summary, "machine": machine()}, indent=1))
+    else:
+        print(", ".join(f"{name} {value}" for name, value in summary.items()), f"({time.monotonic() - start:.0f} s)")
+    return 0
+
+
+def _show(row: Row) -> None:
+    print(
+        f"{row['space']}, {row['threads']} thread(s): {row['quiet']} of {row['networks']} networks on a quiet machine, "
+        f"{row['kernels']} kernels in {row['profile_s']:.0f} s, memory error {row['memory_error']} bytes, "
+        f"size error {row['size_error']} bytes"
+    )
+    shown = dict(row["errors"]) | ({"transfer": row["transfer"]} if "transfer" in row else {})
+    for name, errors in shown.items():
+        print(
+            f"  {name:14} within 10 % {errors['within_10']:6.1%}  within 5 % {errors['within_5']:6.1%}  median "
+            f"{errors['median_error']:6.1%}  Spearman {errors['spearman']:.3f}, fastest third "
+            f"{errors['spearman_fast_third']:.3f}",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
