@@ -31,11 +31,19 @@ class Kernel:
 def function_kernel(function: Any, symbol: str, context: object) -> Kernel:
     """A function that stands in a module as a kernel; its text is its key."""
     plain = function.without_attr("global_symbol") if function.attrs and "global_symbol" in function.attrs else function
-    text = plain.script()
+    text = _without_names(plain.script())
     digest = kernel_key(context, text)
     # TVM numbers what it fuses within a module; the same function has another number in the next one.
     name = re.sub(r"\d+", "", symbol)[:80]
     return Kernel(f"{name}_{digest[:10]}", ("function", name, text), digest, lambda: plain)
+
+
+def _without_names(text: str) -> str:
+    """The text of a function with its parameters numbered: TVM names them by where in a module the function is."""
+    _, _, signature = text.partition("def main(")
+    names = re.findall(r"(?:^|, )(\w+): T\.", signature.partition("):")[0])
+    places = {name: f"p{place}" for place, name in enumerate(dict.fromkeys(names))}
+    return re.sub(r"\b[A-Za-z_]\w*\b", lambda found: places.get(found[0], found[0]), text)
 
 
 class Values:

@@ -168,4 +168,4 @@ def _convolution(spec: ConvSpec, choice: Choice, cpu: Machine, moved: int, const
 
 
 def _sizes(spec: Any) -> dict[str, int]:
-    return {name: value for name, value in asdict(spec).items() if isinstance(value, int)}
+    return {name: int(value) for name, value in asdict(spec).items() if isinstance(value, int)}

@@ -78,4 +78,8 @@ class TableModel:
 
     def unmeasured(self, workloads: Sequence[Workload]) -> list[Workload]:
         """The kernels that are not in the table, each once."""
-        return list({w.key(): w for w in workloads if w.key() not in self.times}.values())
+        found: dict[str, Workload] = {}
+        for work in workloads:
+            if work.key() not in self.times:
+                found.setdefault(work.key(), work)
+        return list(found.values())

@@ -28,8 +28,8 @@ HOMES = {
 # Of those, where the import may stand at the top of the file; elsewhere it stands inside the function that needs it.
 _SCHEDULES = ("compilers/tvm_*.py", "compilers/cpu/*", "compilers/cuda/*", "compilers/fpga/*")
 AT_TOP = {"tvm": _SCHEDULES, "tvm_ffi": _SCHEDULES}
-# The command line, and a child process that speaks to its parent over stdout.
-PRINTERS = (Path("search/cli.py"), Path("compilers/child.py"))
+# The command line, and child processes that speak to their parents over stdout.
+PRINTERS = tuple(Path(file) for file in ("search/cli.py", "compilers/child.py", "compilers/kernel_child.py"))
 
 FILES = sorted(path.relative_to(ROOT) for folder in ORDER for path in (ROOT / folder).rglob("*.py"))
 OTHERS = sorted(path.relative_to(ROOT) for folder in ("tests", "benchmarks") for path in (ROOT / folder).rglob("*.py"))

@@ -4,22 +4,48 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from math import isfinite
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from planish.hwmodels.corrector import Corrector
 from planish.hwmodels.device import Device, described, host
+from planish.hwmodels.held_out import held_out
+from planish.hwmodels.kernel_database import KernelTime
 from planish.hwmodels.latency import LatencyModel
+from planish.hwmodels.quiet import Settled
+from planish.hwmodels.regression import KernelRegression
 from planish.hwmodels.roofline import Roofline
+from planish.hwmodels.table import TableModel
+from planish.hwmodels.transfer import TransferModel
 from planish.hwmodels.workload import Workload
+
+
+def _table(device: Device) -> TableModel:
+    """A table of a few kernels with a regression for all others, and what whole networks add."""
+    sizes = [(c, o, pixels, bits) for c in (3, 16, 64) for o in (1, 16, 257) for pixels in (1, 64) for bits in (8, 32)]
+    works = [work_of(c, o, pixels, bits, "a") for c, o, pixels, bits in sizes]
+    times = [KernelTime(w, Settled(s, s, s, 12, True)) for w in works for s in [1e-6 + w.macs * 1e-10]]
+    return TableModel(
+        device, {t.workload.key(): t for t in times}, KernelRegression.fit(times), Corrector(1e-6, 1.1, 1e-11, 0.05, 9)
+    )
+
+
+_TABLE = cache(lambda: _table(host()))
 
 MODELS: dict[str, Callable[[Device], LatencyModel]] = {
     "roofline": lambda device: Roofline(device),
+    "table": lambda device: replace(_TABLE(), device=device),
+    "transfer": lambda device: TransferModel(device, _TABLE(), (1.0, 0.5, 1e-6), 0.1, held_out([1.0], [1.0])),
     "scaled roofline": lambda device: Roofline(device, factor=2.5, launch_s=1e-5, error=0.3),
 }
 DEVICES = [host(), *described().values()]
+ROOFLINES = [MODELS[name] for name in ("roofline", "scaled roofline")]
+# A table is of one device; what a roofline says depends on it.
+CASES = [(MODELS[name], host()) for name in ("table", "transfer")] + [(r, d) for r in ROOFLINES for d in DEVICES]
 
 _SIZES = st.sampled_from([1, 3, 16, 64, 257])
 
@@ -28,8 +54,13 @@ _SIZES = st.sampled_from([1, 3, 16, 64, 257])
 def workloads(draw: st.DrawFn) -> Workload:
     """A 1x1 convolution with the MACs and bytes that follow from its shapes."""
     c, o, pixels, bits = draw(_SIZES), draw(_SIZES), draw(_SIZES), draw(st.sampled_from([2, 4, 8, 16, 32]))
+    return work_of(c, o, pixels, bits, draw(st.sampled_from("abc")))
+
+
+def work_of(c: int, o: int, pixels: int, bits: int, site: str) -> Workload:
+    """See `workloads`."""
     moved = (c * o * bits) // 8 + 4 * pixels * (c + o)
-    return Workload(draw(st.sampled_from("abc")), "conv2d", {"c": c, "o": o, "p": pixels}, c * o * pixels, moved, bits)
+    return Workload(site, "conv2d", {"c": c, "o": o, "p": pixels}, c * o * pixels, moved, bits)
 
 
 @pytest.fixture(params=MODELS)
@@ -57,6 +88,7 @@ def test_an_empty_model_takes_no_time(model: LatencyModel) -> None:
     assert (prediction.latency_s, prediction.std_s, dict(prediction.site_s)) == (0.0, 0.0, {})
 
 
+@settings(max_examples=30)  # a forest takes milliseconds to predict
 @given(st.data())
 def test_the_sites_times_add_up_to_the_latency(data: st.DataObject) -> None:
     for build in MODELS.values():
@@ -67,6 +99,7 @@ def test_the_sites_times_add_up_to_the_latency(data: st.DataObject) -> None:
         assert prediction.std_s >= 0
 
 
+@settings(max_examples=30)
 @given(st.lists(workloads(), max_size=5), st.lists(workloads(), max_size=5))
 def test_operators_run_one_after_the_other(first: list[Workload], second: list[Workload]) -> None:
     for build in MODELS.values():
@@ -76,22 +109,22 @@ def test_operators_run_one_after_the_other(first: list[Workload], second: list[W
         assert model.predict([*second, *first]).latency_s == pytest.approx(alone)
 
 
+@settings(max_examples=30)
 @given(workloads(), st.integers(1, 10**9), st.integers(1, 10**9))
 def test_more_of_the_same_work_never_takes_less(work: Workload, macs: int, moved: int) -> None:
-    for device in DEVICES:
-        for build in MODELS.values():
-            model = build(device)
-            now = model.predict([work]).latency_s
-            assert now > 0
-            assert isfinite(now)
-            for more in (replace(work, macs=work.macs + macs), replace(work, moved_bytes=work.moved_bytes + moved)):
-                assert model.predict([more]).latency_s >= now
+    for build, device in CASES:
+        model = build(device)
+        now = model.predict([work]).latency_s
+        assert now > 0
+        assert isfinite(now)
+        for more in (replace(work, macs=work.macs + macs), replace(work, moved_bytes=work.moved_bytes + moved)):
+            assert model.predict([more]).latency_s >= now
 
 
 @given(workloads())
-def test_wider_operands_never_take_less(work: Workload) -> None:
+def test_by_a_roofline_wider_operands_never_take_less(work: Workload) -> None:
     for device in DEVICES:
-        for build in MODELS.values():
+        for build in ROOFLINES:
             model = build(device)
             times = [model.predict([replace(work, bits=bits)]).latency_s for bits in (1, 2, 4, 8, 16, 32, 64)]
             assert times == sorted(times)

@@ -1,0 +1,161 @@
+"""The database of kernel times: what goes in comes out, whoever writes, and nothing wrong is ever given out."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import sqlite3
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from planish.hwmodels.kernel_database import DatabaseError, KernelDatabase, KernelTime, NetworkTime
+from planish.hwmodels.quiet import Settled
+from planish.hwmodels.workload import Workload
+
+WORK = Workload("", "conv2d", {"c": 16, "o": 32}, 1000, 2000, 8, 500, 1, "form", 12.5)
+TIME = Settled(2e-6, 1.5e-6, 3e-6, 12, True)
+
+
+def _kernel(number: int, time: Settled = TIME) -> KernelTime:
+    return KernelTime(replace(WORK, shapes={"c": number}), time)
+
+
+@pytest.fixture
+def database(tmp_path: Path) -> KernelDatabase:
+    return KernelDatabase(tmp_path / "folder" / "times.sqlite", "device", "v1", "A device")
+
+
+def test_what_was_added_comes_out(database: KernelDatabase) -> None:
+    network = NetworkTime((WORK, replace(WORK, site="fc")), TIME)
+    database.add([_kernel(1), _kernel(2), network], {"reference": 1e-5})
+    assert database.times() == {k.workload.key(): k for k in (_kernel(1), _kernel(2))}
+    assert database.networks() == [network]
+    assert database.reference_s("reference") == 1e-5
+    assert database.reference_s("another") is None
+
+
+def test_a_file_that_is_not_there_holds_nothing(database: KernelDatabase) -> None:
+    assert (database.times(), database.networks(), database.contents()) == ({}, [], [])
+    assert database.reference_s("reference") is None
+    assert not database.path.exists()
+
+
+@pytest.mark.parametrize(("device", "schedules"), [("another", "v1"), ("device", "v2")])
+def test_another_device_or_version_is_not_given_out_but_listed(
+    database: KernelDatabase, device: str, schedules: str
+) -> None:
+    database.add([_kernel(1)], {"reference": 1e-5})
+    other = KernelDatabase(database.path, device, schedules)
+    assert (other.times(), other.networks(), other.reference_s("reference")) == ({}, [], None)
+    (held,) = other.contents()
+    assert (held.device, held.schedules, held.title, held.kernels, held.quiet) == ("device", "v1", "A device", 1, 1)
+
+
+def test_a_quiet_time_is_only_replaced_by_a_quiet_one(database: KernelDatabase) -> None:
+    loud, later = replace(TIME, median_s=2.5e-6, quiet=False), replace(TIME, median_s=1.9e-6)
+    for time, expected in ((TIME, TIME), (loud, TIME), (later, later)):
+        database.add([_kernel(1, time)], {})
+        assert next(iter(database.times().values())).time == expected
+
+
+def test_of_a_reference_the_fastest_time_counts(database: KernelDatabase) -> None:
+    for seconds in (2e-5, 1e-5, 3e-5):
+        database.add([], {"reference": seconds})
+    assert database.reference_s("reference") == 1e-5
+
+
+def test_two_machines_databases_merge(database: KernelDatabase, tmp_path: Path) -> None:
+    database.add([_kernel(1)], {"reference": 1e-5})
+    other = KernelDatabase(tmp_path / "other.sqlite", "elsewhere", "v1", "Another")
+    other.add([_kernel(2), NetworkTime((WORK,), TIME)], {"reference": 2e-5})
+    exported = tmp_path / "exported.sqlite"
+    assert other.export(exported) == 1
+    assert database.merge(exported) == 1
+    assert {held.title for held in database.contents()} == {"A device", "Another"}
+    assert len(database.times()) == 1
+    assert len(KernelDatabase(database.path, "elsewhere", "v1").times()) == 1
+    assert len(KernelDatabase(database.path, "elsewhere", "v1").networks()) == 1
+
+
+def test_export_overwrites_nothing(database: KernelDatabase, tmp_path: Path) -> None:
+    database.add([_kernel(1)], {})
+    (tmp_path / "there").write_text("mine")
+    with pytest.raises(DatabaseError, match="there exists"):
+        database.export(tmp_path / "there")
+    assert (tmp_path / "there").read_text() == "mine"
+
+
+def _write(path: Path, start: int) -> None:
+    database = KernelDatabase(path, "device", "v1", "A device")
+    for number in range(start, start + 20):
+        database.add([_kernel(number)], {"reference": 1e-5})
+
+
+def test_many_processes_write_at_once(database: KernelDatabase) -> None:
+    context = multiprocessing.get_context("spawn")
+    workers = [context.Process(target=_write, args=(database.path, 100 * n)) for n in range(3)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert [worker.exitcode for worker in workers] == [0, 0, 0]
+    assert len(database.times()) == 60
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "UPDATE times SET workload = 'no JSON'",
+        "UPDATE times SET workload = '[]'",
+        "UPDATE times SET workload = replace(workload, '\"bits\": 8', '\"bits\": 4')",
+        "UPDATE times SET median_s = -1",
+        "UPDATE times SET median_s = 'often'",
+        "UPDATE times SET high_s = 9e999",
+        "UPDATE about SET format = 99",
+        "DELETE FROM about",
+        "DROP TABLE times",
+    ],
+)
+def test_damage_is_told_in_one_line_and_never_given_out(database: KernelDatabase, tmp_path: Path, damage: str) -> None:
+    database.add([_kernel(1)], {})
+    with sqlite3.connect(database.path) as connection:
+        connection.execute(damage)
+    connection.close()
+    mine = KernelDatabase(tmp_path / "mine.sqlite", "device", "v1")
+    mine.add([_kernel(2)], {})
+    for use in (database.times, lambda: mine.merge(database.path)):
+        with pytest.raises(DatabaseError) as caught:
+            use()
+        assert str(database.path) in str(caught.value)
+        assert "\n" not in str(caught.value)
+    assert list(mine.times()) == [_kernel(2).workload.key()]
+
+
+def test_a_file_that_is_no_database_is_told(database: KernelDatabase) -> None:
+    database.path.parent.mkdir()
+    database.path.write_bytes(b"no database at all, but long enough to be looked at" * 100)
+    for use in (database.times, database.contents, lambda: database.add([_kernel(1)], {})):
+        with pytest.raises(DatabaseError, match="PLANISH_CACHE"):
+            use()
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="the superuser may write everywhere")
+def test_a_read_only_file_can_be_read_and_says_that_it_cannot_be_written(database: KernelDatabase) -> None:
+    database.add([_kernel(1)], {})
+    database.path.chmod(0o444)
+    database.path.parent.chmod(0o555)
+    try:
+        assert len(database.times()) == 1
+        with pytest.raises(DatabaseError, match="cannot be written"):
+            database.add([_kernel(2)], {})
+    finally:
+        database.path.parent.chmod(0o755)
+
+
+def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    database = KernelDatabase(tmp_path / "file" / "times.sqlite", "device", "v1")
+    with pytest.raises(DatabaseError, match="cannot be written"):
+        database.add([_kernel(1)], {})

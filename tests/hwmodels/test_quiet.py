@@ -1,0 +1,49 @@
+"""Which samples count on a machine that others use too."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from planish.hwmodels.quiet import ENOUGH, Samples, best_reference_s, open_samples, settled
+
+
+def test_only_quiet_samples_count_and_they_count_as_they_are() -> None:
+    # A neighbour doubles the reference and triples the kernel; half of the samples are beside it.
+    quiet, loud = Samples((10.0,) * ENOUGH, (1.0,) * ENOUGH), Samples((30.0,) * ENOUGH, (2.0,) * ENOUGH)
+    found = settled(loud + quiet, best_s=1.0)
+    assert (found.median_s, found.low_s, found.high_s, found.runs, found.quiet) == (10.0, 10.0, 10.0, ENOUGH, True)
+
+
+def test_without_enough_quiet_samples_the_ratio_to_the_reference_counts() -> None:
+    found = settled(Samples((30.0,) * 20, (2.0,) * 20), best_s=1.0)
+    assert (found.median_s, found.quiet) == (15.0, False)
+
+
+def test_one_quiet_sample_less_than_enough_does_not_settle() -> None:
+    loud = Samples((30.0,) * 9, (2.0,) * 9)
+    assert open_samples(loud + Samples((10.0,) * (ENOUGH - 1), (1.0,) * (ENOUGH - 1)), 1.0)
+    assert not open_samples(loud + Samples((10.0,) * ENOUGH, (1.0,) * ENOUGH), 1.0)
+    assert open_samples(None, 1.0)
+    assert open_samples(loud, None)
+
+
+def test_the_best_reference_is_no_single_lucky_sample() -> None:
+    assert best_reference_s([Samples((1.0,) * 100, (0.5, *(1.0,) * 99))]) == pytest.approx(1.0)
+    with pytest.raises(ValueError, match="no sample"):
+        best_reference_s([])
+
+
+def test_every_run_needs_its_reference() -> None:
+    with pytest.raises(ValueError, match="2 runs have 1 times"):
+        Samples((1.0, 2.0), (1.0,))
+    with pytest.raises(ValueError, match="no sample"):
+        settled(Samples(), 1.0)
+
+
+@given(st.lists(st.tuples(st.floats(1e-6, 1e3), st.floats(1e-6, 1e3)), min_size=1, max_size=40), st.floats(1e-6, 1e3))
+def test_the_interval_holds_the_median(pairs: list[tuple[float, float]], best: float) -> None:
+    runs, references = zip(*pairs, strict=True)
+    found = settled(Samples(tuple(runs), tuple(references)), best)
+    assert 0 < found.low_s <= found.median_s <= found.high_s

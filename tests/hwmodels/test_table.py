@@ -1,0 +1,162 @@
+"""Tables of measured kernels, what is predicted between them, and what whole networks add: against known laws."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from math import isnan, log
+
+import numpy as np
+import pytest
+
+from planish.hwmodels.corrector import Corrector
+from planish.hwmodels.device import host
+from planish.hwmodels.held_out import held_out
+from planish.hwmodels.kernel_database import KernelTime
+from planish.hwmodels.quiet import Settled
+from planish.hwmodels.regression import KernelRegression
+from planish.hwmodels.table import TableModel, UnknownKernel
+from planish.hwmodels.transfer import TransferModel
+from planish.hwmodels.workload import Workload
+
+
+def _work(c: int, o: int, pixels: int, site: str = "", threads: int = 1) -> Workload:
+    macs = c * o * pixels
+    return Workload(
+        site, "conv2d", {"c": c, "o": o, "h": pixels}, macs, 4 * (c * o + pixels * (c + o)), 32, 4 * c * o, threads, "",
+        macs / 8,
+    )  # fmt: skip
+
+
+def _seconds(work: Workload) -> float:
+    """The law of an imaginary device: a nanosecond for 10 MACs, half a microsecond for the call."""
+    return work.macs * 1e-10 + 0.5e-6
+
+
+def _time(work: Workload, width: float = 0.02) -> KernelTime:
+    seconds = _seconds(work)
+    return KernelTime(work, Settled(seconds, seconds * (1 - width), seconds * (1 + width), 12, True))
+
+
+GRID = [_work(c, o, p) for c in (8, 16, 32, 64) for o in (8, 16, 32, 64) for p in (16, 64, 256)]
+TIMES = {work.key(): _time(work) for work in GRID}
+
+
+def test_known_kernels_are_summed_by_site() -> None:
+    model = TableModel(host(), TIMES)
+    network = [replace(GRID[0], site="a"), replace(GRID[5], site="b"), replace(GRID[9], site="a")]
+    found = model.predict(network)
+    assert found.latency_s == pytest.approx(sum(_seconds(work) for work in network))
+    assert found.site_s == pytest.approx({"a": _seconds(GRID[0]) + _seconds(GRID[9]), "b": _seconds(GRID[5])})
+    assert found.std_s > 0
+    assert model.predict([]).latency_s == 0
+
+
+def test_a_kernel_that_nothing_is_known_of_is_named() -> None:
+    unknown = _work(7, 7, 7)
+    with pytest.raises(UnknownKernel, match=r"1 kernels are not in the table of cpu, the first of them conv2d"):
+        TableModel(host(), TIMES).predict([GRID[0], unknown])
+    assert TableModel(host(), TIMES).unmeasured([GRID[0], unknown, replace(unknown, site="b")]) == [unknown]
+
+
+def test_between_measured_kernels_the_regression_is_near_the_law_and_states_its_error() -> None:
+    regression = KernelRegression.fit(list(TIMES.values()))
+    unseen = [_work(c, o, p) for c in (12, 24, 48) for o in (12, 24, 48) for p in (32, 128)]
+    errors = np.log(regression.predict(unseen) / [_seconds(work) for work in unseen])
+    assert np.median(np.abs(errors)) < 0.15
+    assert 0.2 < np.std(errors) / regression.error < 5
+    assert len(regression.predict([])) == 0
+
+
+def test_an_unknown_kernel_makes_a_prediction_less_certain() -> None:
+    model = TableModel(host(), TIMES, KernelRegression.fit(list(TIMES.values())), Corrector(error=0.0))
+    known, unknown = model.predict([GRID[20]]), model.predict([_work(24, 24, 64)])
+    assert unknown.std_s / unknown.latency_s > 2 * known.std_s / known.latency_s
+
+
+def test_more_work_of_the_same_shapes_never_takes_less() -> None:
+    model = TableModel(host(), {}, KernelRegression.fit(list(TIMES.values())))
+    rng = np.random.default_rng(0)
+    for _ in range(30):
+        c, o, pixels = (int(size) for size in rng.integers(1, 100, 3))
+        work = _work(c, o, pixels)
+        now = model.predict([work]).latency_s
+        for more in (replace(work, macs=2 * work.macs), replace(work, moved_bytes=3 * work.moved_bytes)):
+            assert model.predict([more]).latency_s >= now
+
+
+def test_too_few_kernels_are_no_ground_for_a_regression() -> None:
+    with pytest.raises(ValueError, match="19 measured kernels are too few"):
+        KernelRegression.fit(list(TIMES.values())[:19])
+
+
+def _networks(count: int, threads: int = 1) -> list[list[Workload]]:
+    rng = np.random.default_rng(1)
+    return [
+        [replace(GRID[i], threads=threads if i % 2 else 1) for i in rng.integers(len(GRID), size=rng.integers(3, 30))]
+        for _ in range(count)
+    ]
+
+
+def test_the_corrector_finds_what_calls_and_weights_cost() -> None:
+    networks = _networks(40)
+    sums = [sum(_seconds(work) for work in network) for network in networks]
+    weights = [sum(work.weight_bytes for work in network) for network in networks]
+    truth = [1.2 * s + 2e-6 * len(n) + 3e-11 * w for s, n, w in zip(sums, networks, weights, strict=True)]
+    found = Corrector.fit(sums, networks, truth)
+    errors = [found.apply(s, n) / t - 1 for s, n, t in zip(sums, networks, truth, strict=True)]
+    assert np.abs(errors).max() < 0.03
+    assert found.error < 0.05
+    assert found.networks == 40
+
+
+def test_the_corrector_states_the_noise_of_what_it_was_fitted_to() -> None:
+    networks, rng = _networks(60), np.random.default_rng(2)
+    sums = [sum(_seconds(work) for work in network) for network in networks]
+    noisy = [s * float(np.exp(rng.normal(0, 0.1))) for s in sums]
+    assert 0.07 < Corrector.fit(sums, networks, noisy).error < 0.14
+
+
+def test_no_coefficient_is_negative_so_more_calls_never_take_less() -> None:
+    networks = _networks(20)
+    sums = [sum(_seconds(work) for work in network) for network in networks]
+    # A law that rewards calls: the fit must not follow it below zero.
+    found = Corrector.fit(sums, networks, [s / (1 + len(n)) for s, n in zip(sums, networks, strict=True)])
+    assert min(found.call_s, found.factor, found.byte_s) >= 0
+
+
+def test_too_few_networks_are_told() -> None:
+    with pytest.raises(ValueError, match="at least 6 networks"):
+        Corrector.fit([1.0], [[GRID[0]]], [1.0])
+
+
+def test_another_thread_count_is_learnt_from_a_few_probes() -> None:
+    source = TableModel(host(), TIMES, KernelRegression.fit(list(TIMES.values())))
+    networks = _networks(30, threads=2)
+
+    def law(network: list[Workload]) -> float:
+        return sum(_seconds(w) * (0.55 if w.threads > 1 else 1.0) + 2e-6 * (w.threads > 1) for w in network)
+
+    model = TransferModel.fit(host(), source, networks[:20], [law(network) for network in networks[:20]])
+    errors = [log(model.predict(network).latency_s / law(network)) for network in networks[20:]]
+    assert np.abs(errors).max() < 0.1
+    assert model.trusted
+    with pytest.raises(ValueError, match="8 probes"):
+        TransferModel.fit(host(), source, networks[:3], [1.0] * 3)
+
+
+def test_probes_that_follow_no_law_are_not_trusted() -> None:
+    source = TableModel(host(), TIMES, KernelRegression.fit(list(TIMES.values())))
+    networks, rng = _networks(20, threads=2), np.random.default_rng(3)
+    wild = [sum(map(_seconds, network)) * float(np.exp(rng.normal(0, 1))) for network in networks]
+    assert not TransferModel.fit(host(), source, networks, wild).trusted
+
+
+def test_held_out_errors_are_those_of_the_definition() -> None:
+    found = held_out([1.0, 2.08, 3.27, 3.0, 5.0, 6.0], [1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
+    assert found.count == 6
+    assert (found.within_5, found.within_10) == pytest.approx((4 / 6, 5 / 6))
+    assert found.median_error == pytest.approx(0.02)
+    assert found.spearman == pytest.approx(1 - 6 * 2 / (6 * 35))  # one swap of neighbours (Spearman 1904)
+    assert isnan(found.spearman_fast_third)
+    with pytest.raises(ValueError, match="as many of each"):
+        held_out([1.0], [])

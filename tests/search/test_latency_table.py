@@ -1,0 +1,174 @@
+"""A latency table of a small model's space: built, kept, used again, and refused where it would be wrong."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from planish.compilers.kernel_times import database_of
+from planish.hwmodels.kernel_database import KernelDatabase
+from planish.hwmodels.load import BusyMachine
+from planish.search import latency_table
+from planish.search.config import load_spec
+from planish.search.data import Data, Split
+from planish.search.evaluate import Evaluator
+from planish.search.latency_table import LatencyTable, TableLimits, build_table, plan_of, predict
+from planish.search.progress import Progress
+from planish.search.tasks import Task
+
+pytestmark = pytest.mark.tvm
+
+SMALL = TableLimits(candidates=14, kernels=26, networks=11, kernel_s=1.0, network_s=1.0)
+
+
+@pytest.fixture(autouse=True)
+def machine_that_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who else uses the machine that the tests run on is not what they are about."""
+    monkeypatch.setattr(latency_table, "wait_for_quiet", lambda threads: None)
+    monkeypatch.setattr(latency_table, "_refuse", lambda watch, device: None)
+
+
+@pytest.fixture(scope="module")
+def evaluator() -> Evaluator:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 32, 3, padding=1), nn.ReLU(),
+        nn.Conv2d(32, 32, 3, padding=1, stride=2), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 4),
+    ).eval()  # fmt: skip
+    split = Split(torch.randn(8, 3, 12, 12), torch.arange(8) % 4)
+    data = Data(split, split, split, ("a", "b", "c", "d"))
+    return Evaluator(load_spec(None, {"model": "own", "data": "own"}), Task(model, data))
+
+
+@pytest.fixture(scope="module")
+def database(evaluator: Evaluator, tmp_path_factory: pytest.TempPathFactory) -> KernelDatabase:
+    return database_of(evaluator.devices["cpu"], tmp_path_factory.mktemp("times") / "times.sqlite")
+
+
+@pytest.fixture(scope="module")
+def table(evaluator: Evaluator, database: KernelDatabase) -> LatencyTable:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(latency_table, "wait_for_quiet", lambda threads: None)
+        patch.setattr(latency_table, "_refuse", lambda watch, device: None)
+        return build_table(evaluator, "cpu", database, Progress(None), limits=SMALL)
+
+
+def test_every_candidate_of_the_space_can_be_predicted(table: LatencyTable, evaluator: Evaluator) -> None:
+    space, rng = evaluator.proposal.space, np.random.default_rng(7)
+    for candidate in (space.original(), *(space.sample(rng) for _ in range(5))):
+        found = predict(table, evaluator, "cpu", candidate)
+        assert 0 < found.latency_s < 1
+        assert found.std_s > 0
+        assert sum(found.site_s.values()) == pytest.approx(found.latency_s)
+
+
+def test_the_table_states_what_it_measured_and_how_wrong_it_is(table: LatencyTable, database: KernelDatabase) -> None:
+    assert table.measured == len(database.times()) >= 15
+    assert table.known == 0
+    assert table.failed == {}
+    assert table.held_out is not None
+    assert table.held_out.count >= 7
+    assert table.model.corrector.networks == table.held_out.count
+    original = table.model.predict(list(database.networks()[0].workloads))
+    assert original.std_s >= 0.99 * table.model.corrector.error * original.latency_s
+
+
+def test_a_second_table_measures_nothing_twice(
+    table: LatencyTable, evaluator: Evaluator, database: KernelDatabase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = database.times()
+    asked: list[set[str]] = []
+    real = latency_table._measure_kernels
+
+    def noted(wanted: list[str], *rest: Any) -> dict[str, str]:
+        asked.append(set(wanted))
+        return real(wanted, *rest)
+
+    monkeypatch.setattr(latency_table, "_measure_kernels", noted)
+    again = build_table(evaluator, "cpu", database, Progress(None), limits=SMALL)
+    assert not asked[0] & set(before)
+    assert again.known == len(before)
+    assert {key: time for key, time in database.times().items() if key in before} == before
+
+
+def test_times_that_cannot_be_kept_are_used_all_the_same(evaluator: Evaluator, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way of a folder")
+    database = database_of(evaluator.devices["cpu"], tmp_path / "file" / "times.sqlite")
+    found = build_table(evaluator, "cpu", database, Progress(None), limits=replace(SMALL, candidates=4, networks=2))
+    assert found.measured >= 15
+    assert len(found.notes) == 1
+    assert "times are not kept" in found.notes[0]
+
+
+def test_a_busy_machine_gives_no_table_and_keeps_nothing(
+    evaluator: Evaluator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def busy(watch: object, device: object) -> None:
+        raise BusyMachine("busy")
+
+    monkeypatch.setattr(latency_table, "_refuse", busy)
+    database = database_of(evaluator.devices["cpu"], tmp_path / "times.sqlite")
+    with pytest.raises(BusyMachine):
+        build_table(evaluator, "cpu", database, Progress(None), limits=replace(SMALL, candidates=2))
+    assert database.times() == {}
+
+
+def test_the_plans_working_memory_is_the_artifacts(evaluator: Evaluator, tmp_path: Path) -> None:
+    from planish.compilers.manifest import read
+
+    space, rng = evaluator.proposal.space, np.random.default_rng(3)
+    for number in range(3):
+        candidate = space.sample(rng)
+        folder = latency_table.compiled_skeleton(evaluator, "cpu", candidate, tmp_path / str(number))
+        assert plan_of(evaluator, "cpu", candidate).working_bytes == read(folder).working_bytes
+
+
+@pytest.fixture
+def planish(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    import os
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        environment = {**os.environ, "PLANISH_CACHE": str(tmp_path / "cache")}
+        command = [sys.executable, "-m", "planish.search", *arguments]
+        return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+
+    return run
+
+
+def test_devices_shows_exports_and_imports_the_times(
+    table: LatencyTable,
+    database: KernelDatabase,
+    planish: Callable[..., subprocess.CompletedProcess[str]],
+    tmp_path: Path,
+) -> None:
+    assert "no kernel was measured yet" in planish("devices", "--table").stdout
+    assert json.loads(planish("devices", "--import", str(database.path), "--json").stdout) == {
+        "imported": len(database.times())
+    }
+    (row,) = json.loads(planish("devices", "--table", "--json").stdout)
+    assert (row["name"], row["kernels"], row["current"]) == ("cpu", len(database.times()), True)
+    out = tmp_path / "out.sqlite"
+    assert f"{len(database.times())} times exported" in planish("devices", "--export", str(out)).stdout
+    again = planish("devices", "--export", str(out))
+    assert (again.returncode, again.stderr.count("\n")) == (2, 1)
+    assert "exists" in again.stderr
+
+
+def test_a_damaged_database_is_a_mistake_of_one_line(
+    planish: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
+) -> None:
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "kernel_times.sqlite").write_bytes(b"not a database " * 1000)
+    done = planish("devices", "--table")
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert "PLANISH_CACHE" in done.stderr
