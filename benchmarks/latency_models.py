@@ -76,7 +76,8 @@ def measure(
     from planish.compilers.manifest import read
     from planish.compilers.network_timer import time_networks
     from planish.hwmodels.quiet import settled
-    from planish.search import latency_table as tables
+    from planish.search import table_measuring as tables
+    from planish.search.latency_table import plan_of
 
     device = evaluator.devices[label]
     plans, differences = {}, []
@@ -85,7 +86,7 @@ def measure(
         for candidate in candidates:
             key = candidate.key()
             try:
-                plans[key] = tables.plan_of(evaluator, label, candidate)
+                plans[key] = plan_of(evaluator, label, candidate)
                 artifacts[key] = tables.compiled_skeleton(evaluator, label, candidate, Path(folder, key))
             except (ValueError, RuntimeError) as error:
                 print(f"left out: {str(error).splitlines()[0]}", file=sys.stderr)

@@ -9,12 +9,14 @@ from pathlib import Path
 
 from ..compilers.kernel_times import database_of
 from ..hwmodels.device import Device
+from ..hwmodels.load import wait_for_quiet
 from .config import Spec
-from .latency_table import LatencyTable, TableLimits, build_table
+from .latency_table import LatencyTable, build_table
 from .measuring import measure_trials
 from .peaks import with_measured_peaks
 from .progress import Progress
 from .slow_sites import LayerCost, layer_costs
+from .table_measuring import TableLimits
 from .workers import Failure
 
 
@@ -35,7 +37,8 @@ def profile(
         size, its options a site, and what was left out with its reason.
 
     Raises:
-        ValueError: the task or a device is not usable.
+        ValueError: the task or a device is not usable; with a table also: others use the cores that measuring needs,
+            or the database of kernel times is damaged.
     """
     import torch
 
@@ -48,6 +51,10 @@ def profile(
     progress.begin("load and trace", 1)
     evaluator = Evaluator(spec)
     progress.advance()
+    if table:  # what would refuse a table is told before anything is spent
+        for device in evaluator.devices.values():
+            database_of(device).times()
+            wait_for_quiet(device.threads)
     space = evaluator.proposal.space
     candidates = [space.original(), *(strongest(space) if space.choices else [])]
     with tempfile.TemporaryDirectory(prefix="planish-profile-") as folder:

@@ -13,9 +13,9 @@ _PARALLEL_ELEMENTS = 32_768
 
 
 def schedule_rest(module: tvm.IRModule, lanes: int, threads: int) -> tvm.IRModule:
-    """Schedules every function without the attribute `planish.scheduled`."""
+    """Schedules every function of a module but `main`."""
     for var, function in list(module.functions_items()):
-        if isinstance(function, tvm.tirx.PrimFunc) and not (function.attrs and "planish.scheduled" in function.attrs):
+        if isinstance(function, tvm.tirx.PrimFunc):
             module.update_func(var, _scheduled(function, lanes, threads))
     return module
 

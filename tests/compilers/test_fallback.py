@@ -66,12 +66,3 @@ def test_a_reduction_between_elementwise_stages_is_right(run_kernel: Run, rows: 
     np.testing.assert_allclose(run_kernel(function, [x], (rows, columns), "float32"), expected, rtol=1e-6)
     assert "moved" not in text, "an elementwise stage is computed where it is read"
     assert ("T.parallel" in text) == (rows * columns >= 32768)
-
-
-def test_kernels_of_our_own_are_left_as_they_are() -> None:
-    import tvm
-
-    from planish.compilers.cpu.fallback import schedule_rest
-
-    function = product(4, 6, 16).with_attr({"planish.scheduled": 1})
-    assert schedule_rest(tvm.IRModule({"main": function}), 16, 2)["main"].script() == function.script()

@@ -18,12 +18,13 @@ from torch import nn
 from planish.compilers.kernel_times import database_of
 from planish.hwmodels.kernel_database import KernelDatabase
 from planish.hwmodels.load import BusyMachine
-from planish.search import latency_table
+from planish.search import latency_table, table_measuring
 from planish.search.config import load_spec
 from planish.search.data import Data, Split
 from planish.search.evaluate import Evaluator
-from planish.search.latency_table import LatencyTable, TableLimits, build_table, plan_of, predict
+from planish.search.latency_table import LatencyTable, build_table, plan_of, predict
 from planish.search.progress import Progress
+from planish.search.table_measuring import TableLimits
 from planish.search.tasks import Task
 
 pytestmark = pytest.mark.tvm
@@ -35,7 +36,7 @@ SMALL = TableLimits(candidates=14, kernels=26, networks=11, kernel_s=1.0, networ
 def machine_that_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
     """Who else uses the machine that the tests run on is not what they are about."""
     monkeypatch.setattr(latency_table, "wait_for_quiet", lambda threads: None)
-    monkeypatch.setattr(latency_table, "_refuse", lambda watch, device: None)
+    monkeypatch.setattr(table_measuring, "_refuse", lambda watch, device: None)
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +60,7 @@ def database(evaluator: Evaluator, tmp_path_factory: pytest.TempPathFactory) -> 
 def table(evaluator: Evaluator, database: KernelDatabase) -> LatencyTable:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(latency_table, "wait_for_quiet", lambda threads: None)
-        patch.setattr(latency_table, "_refuse", lambda watch, device: None)
+        patch.setattr(table_measuring, "_refuse", lambda watch, device: None)
         return build_table(evaluator, "cpu", database, Progress(None), limits=SMALL)
 
 
@@ -88,13 +89,13 @@ def test_a_second_table_measures_nothing_twice(
 ) -> None:
     before = database.times()
     asked: list[set[str]] = []
-    real = latency_table._measure_kernels
+    real = table_measuring.measure_kernels
 
     def noted(wanted: list[str], *rest: Any) -> dict[str, str]:
         asked.append(set(wanted))
         return real(wanted, *rest)
 
-    monkeypatch.setattr(latency_table, "_measure_kernels", noted)
+    monkeypatch.setattr(latency_table, "measure_kernels", noted)
     again = build_table(evaluator, "cpu", database, Progress(None), limits=SMALL)
     assert not asked[0] & set(before)
     assert again.known == len(before)
@@ -116,7 +117,7 @@ def test_a_busy_machine_gives_no_table_and_keeps_nothing(
     def busy(watch: object, device: object) -> None:
         raise BusyMachine("busy")
 
-    monkeypatch.setattr(latency_table, "_refuse", busy)
+    monkeypatch.setattr(table_measuring, "_refuse", busy)
     database = database_of(evaluator.devices["cpu"], tmp_path / "times.sqlite")
     with pytest.raises(BusyMachine):
         build_table(evaluator, "cpu", database, Progress(None), limits=replace(SMALL, candidates=2))
@@ -129,7 +130,7 @@ def test_the_plans_working_memory_is_the_artifacts(evaluator: Evaluator, tmp_pat
     space, rng = evaluator.proposal.space, np.random.default_rng(3)
     for number in range(3):
         candidate = space.sample(rng)
-        folder = latency_table.compiled_skeleton(evaluator, "cpu", candidate, tmp_path / str(number))
+        folder = table_measuring.compiled_skeleton(evaluator, "cpu", candidate, tmp_path / str(number))
         assert plan_of(evaluator, "cpu", candidate).working_bytes == read(folder).working_bytes
 
 
