@@ -21,7 +21,7 @@ from planish.hwmodels.load import BusyMachine
 from planish.search import latency_table, table_measuring
 from planish.search.config import load_spec
 from planish.search.data import Data, Split
-from planish.search.evaluate import Evaluator
+from planish.search.evaluate import Evaluator, Job
 from planish.search.latency_table import LatencyTable, build_table, plan_of, predict
 from planish.search.progress import Progress
 from planish.search.table_measuring import TableLimits
@@ -132,6 +132,23 @@ def test_the_plans_working_memory_is_the_artifacts(evaluator: Evaluator, tmp_pat
         candidate = space.sample(rng)
         folder = table_measuring.compiled_skeleton(evaluator, "cpu", candidate, tmp_path / str(number))
         assert plan_of(evaluator, "cpu", candidate).working_bytes == read(folder).working_bytes
+
+
+def test_energy_is_modelled_where_it_is_asked_for(evaluator: Evaluator, tmp_path: Path) -> None:
+    from planish.hwmodels.energy import energy_j
+
+    space = evaluator.proposal.space
+    asked = Evaluator(load_spec(None, {"model": "own", "data": "own", "budget": ["energy<=0.5x"]}), evaluator.task)
+    strongest = space.decode([len(choice.options) - 1 for choice in space.choices])
+    found: list[float] = []
+    for number, candidate in enumerate((space.original(), strongest)):
+        job = Job(number, candidate, 0, tmp_path / str(number))
+        metrics = asked.compile(asked.build(candidate), job, "artifact")
+        found.append(float(str(metrics["energy_j"])))
+        assert found[-1] == pytest.approx(energy_j(plan_of(asked, "cpu", candidate).calls), rel=0.05)
+        unasked = replace(job, folder=tmp_path / f"unasked-{number}")
+        assert "energy_j" not in evaluator.compile(evaluator.build(candidate), unasked, "artifact")
+    assert found[1] < found[0]
 
 
 @pytest.fixture
