@@ -175,9 +175,9 @@ def fitted(
     """The model of a device's measured kernels and networks."""
     regression = KernelRegression.fit(list(times.values()), seed) if len(times) >= LEAST_KERNELS else None
     model = TableModel(device, times, regression)
-    if regression is None or len(networks) < LEAST:
+    chosen = _usable(model, networks)
+    if len(chosen) < LEAST:
         return model
-    chosen = _trusted(networks)
     calls = [network.workloads for network in chosen]
     sums = [float(model.kernels(network)[0].sum()) for network in calls]
     return replace(model, corrector=Corrector.fit(sums, calls, [network.time.median_s for network in chosen]))
@@ -185,9 +185,9 @@ def fitted(
 
 def cross_validated(model: TableModel, networks: Sequence[NetworkTime]) -> HeldOut | None:
     """The model's error on measured networks, each predicted by a corrector that was fitted to the others."""
-    if model.regression is None or len(networks) <= LEAST:
+    chosen = _usable(model, networks)
+    if len(chosen) <= LEAST:
         return None
-    chosen = _trusted(networks)
     calls = [network.workloads for network in chosen]
     sums = [float(model.kernels(network)[0].sum()) for network in calls]
     measured = [network.time.median_s for network in chosen]
@@ -201,7 +201,8 @@ def cross_validated(model: TableModel, networks: Sequence[NetworkTime]) -> HeldO
     return held_out(predicted, measured)
 
 
-def _trusted(networks: Sequence[NetworkTime]) -> list[NetworkTime]:
-    """The networks that were timed on a quiet machine, where those are enough; else all."""
-    quiet = [network for network in networks if network.time.quiet]
-    return quiet if len(quiet) > LEAST else list(networks)
+def _usable(model: TableModel, networks: Sequence[NetworkTime]) -> list[NetworkTime]:
+    """The networks whose kernels have times; those that were timed on a quiet machine, where they are enough."""
+    known = [n for n in networks if model.regression is not None or not model.unmeasured(n.workloads)]
+    quiet = [network for network in known if network.time.quiet]
+    return quiet if len(quiet) > LEAST else known

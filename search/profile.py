@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict
+from math import isnan
 from pathlib import Path
 
 from ..compilers.kernel_times import database_of
@@ -147,7 +148,7 @@ def _table(table: LatencyTable) -> dict[str, object]:
         "kernels_predicted": table.left,
         "quiet_share": table.quiet,
         "networks": table.model.corrector.networks,
-        "held_out": None if error is None else asdict(error),
+        "held_out": None if error is None else {k: None if isnan(v) else v for k, v in asdict(error).items()},
         "kernel_error": None if regression is None else regression.error,
         "network_error": table.model.corrector.error,
         "failed": dict(table.failed),
