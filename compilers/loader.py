@@ -101,20 +101,17 @@ class _Torch:
         return [("model", min(self.time(1) for _ in range(repeats)))]
 
 
-def pin_caller(threads: int) -> set[int] | None:
-    """Keeps the calling thread on the first core where a model uses several; the cores it was allowed before, or None.
+def pin_caller(threads: int) -> None:
+    """Keeps the calling thread on the first core where a model uses several, if that core is allowed to it.
 
     TVM pins the workers of its pool to the other cores and not the caller, which computes too: left to the operating
-    system it shares a core with a worker for much of the time (measured: ResNet-20, batch 8, two threads of two cores:
-    5.5 ms, pinned 3.7).
+    system it shares a core with a worker for much of the time.
     """
     if threads < 2 or not hasattr(os, "sched_setaffinity"):
-        return None
+        return
     allowed = os.sched_getaffinity(0)
-    if 0 not in allowed or len(allowed) < threads:
-        return None
-    os.sched_setaffinity(0, {0})
-    return allowed
+    if 0 in allowed and len(allowed) >= threads:
+        os.sched_setaffinity(0, {0})
 
 
 @contextmanager

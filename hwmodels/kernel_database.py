@@ -146,7 +146,11 @@ class KernelDatabase:
         query = "SELECT reference_s FROM refs WHERE device = ? AND schedules = ? AND reference = ?"
         with self._reading() as connection:
             row = connection.execute(query, (self.device, self.schedules, reference)).fetchone()
-        return float(row[0]) if row else None
+        if row is None:
+            return None
+        if not isinstance(row[0], float) or not 0 < row[0] < inf:
+            raise DatabaseError(f"{self.path} is damaged: the reference {reference} takes {row[0]!r} s. {_REMEDY}")
+        return row[0]
 
     def add(self, times: Sequence[KernelTime | NetworkTime], references: Mapping[str, float]) -> None:
         """Adds kernels and networks in one transaction, and what references took on a quiet machine, by name.
@@ -162,6 +166,10 @@ class KernelDatabase:
             for n in times
             if isinstance(n, NetworkTime)
         ]
+        for name, seconds in references.items():
+            # The fastest counts for ever: with a zero nothing would be quiet again.
+            if not 0 < seconds < inf:
+                raise ValueError(f"the reference {name} takes {seconds} s; it must be positive and finite")
         named = [(self.device, self.schedules, name, seconds) for name, seconds in references.items()]
         with self._writing() as connection:
             _put(connection, [(self.device, self.schedules, self.title)], named, kernels, networks)

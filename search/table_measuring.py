@@ -68,7 +68,8 @@ def measure_kernels(
     _refuse(watch, device)
     new = [KernelTime(works[key].workload, settled(s, timed.reference_s)) for key, s in timed.samples.items()]
     known |= {time.workload.key(): time for time in new}
-    _kept(notes, lambda: database.add(new, {name: timed.reference_s}))
+    if new:
+        _kept(notes, lambda: database.add(new, {name: timed.reference_s}))
     return dict(timed.failed)
 
 
@@ -122,7 +123,8 @@ def measure_networks(
     failed |= {f"network {key}": reason for key, reason in timed.failed.items()}
     new = [NetworkTime(plans[key].calls, settled(s, timed.reference_s)) for key, s in timed.samples.items()]
     found |= {network.key(): network for network in new}
-    _kept(notes, lambda: database.add(new, {name: timed.reference_s}))
+    if new:
+        _kept(notes, lambda: database.add(new, {name: timed.reference_s}))
     return list(found.values())
 
 

@@ -66,6 +66,19 @@ def test_of_a_reference_the_fastest_time_counts(database: KernelDatabase) -> Non
     assert database.reference_s("reference") == 1e-5
 
 
+@pytest.mark.parametrize("seconds", [0.0, -1.0, float("inf"), float("nan")])
+def test_a_reference_that_took_no_time_is_neither_taken_nor_given_out(database: KernelDatabase, seconds: float) -> None:
+    database.add([], {"reference": 1e-5})
+    with pytest.raises(ValueError, match="positive and finite"):
+        database.add([], {"reference": seconds})
+    assert database.reference_s("reference") == 1e-5
+    with sqlite3.connect(database.path) as connection:
+        connection.execute("UPDATE refs SET reference_s = 0")
+    connection.close()
+    with pytest.raises(DatabaseError, match="damaged"):
+        database.reference_s("reference")
+
+
 def test_two_machines_databases_merge(database: KernelDatabase, tmp_path: Path) -> None:
     database.add([_kernel(1)], {"reference": 1e-5})
     other = KernelDatabase(tmp_path / "other.sqlite", "elsewhere", "v1", "Another")
