@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
+from .held_out import HeldOut, held_out
+from .relative_fit import log_error, relative_fit
 from .workload import Workload
 
 # Fewer networks than this cannot tell the terms apart.
 LEAST = 6
-# How strongly the terms are held to those of a network that is the sum of its kernels.
-_PRIOR = 0.05
+# Expected: a network is the sum of its kernels.
 _SUM = (1.0, 0.0, 0.0)
 
 
@@ -29,6 +29,7 @@ class Corrector:
         byte_s: Seconds a byte of weights.
         error: The standard deviation of log(predicted / measured), each network predicted from the others.
         networks: That it was fitted to.
+        held_out: The errors on them, each predicted from the others; None where it was not fitted.
     """
 
     call_s: float = 0.0
@@ -36,6 +37,7 @@ class Corrector:
     byte_s: float = 0.0
     error: float = 0.1
     networks: int = 0
+    held_out: HeldOut | None = None
 
     def apply(self, sum_s: float, workloads: Sequence[Workload]) -> float:
         """Seconds of a network of these workloads whose kernels take `sum_s` alone."""
@@ -61,22 +63,7 @@ class Corrector:
                 for s, net in zip(sums_s, networks, strict=True)
             ]
         )
-        relative = terms / y[:, None]
-        everyone = np.arange(len(y))
-        left_out = np.array([relative[i] @ solved(relative[everyone != i], _SUM) for i in everyone])
-        residuals = np.log(left_out)
-        error = float(max(np.median(np.abs(residuals)) / 0.6745, 0.5 * np.std(residuals)))
-        factor, call, byte = solved(relative, _SUM)
-        return Corrector(float(call) * 1e-6, float(factor), float(byte) * 1e-10, error, len(y))
-
-
-def solved(relative: NDArray[np.float64], expected: Sequence[float]) -> NDArray[np.float64]:
-    """The coefficients, none negative, with which every row sums to 1; held a little to what is expected of them."""
-    from scipy.optimize import nnls
-
-    weight = _PRIOR * np.sqrt(len(relative))
-    scale = np.maximum(np.abs(relative).mean(0), 1e-12)
-    prior = np.diag(scale) * weight
-    rows = np.concatenate([relative, prior])
-    target = np.concatenate([np.ones(len(relative)), prior @ np.array(expected)])
-    return np.asarray(nnls(rows, target)[0], np.float64)
+        fit = relative_fit(terms, y, _SUM)
+        factor, call, byte = (float(value) for value in fit.coefficients)
+        found = held_out(list(fit.left_out), list(y))
+        return Corrector(call * 1e-6, factor, byte * 1e-10, log_error(fit.left_out, y), len(y), found)

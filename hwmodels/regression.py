@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .kernel_database import KernelTime
+from .relative_fit import log_error
 from .workload import Workload
 
 # Words of a workload's form that change what its kernel does at both ends of the sum.
@@ -55,13 +56,12 @@ class KernelRegression:
         y = np.log([t.time.median_s for t in times])
         rng = np.random.default_rng(seed)
         folds = rng.permutation(len(times)) % _FOLDS
-        residuals = np.empty(len(times))
+        left_out = np.empty(len(times))
         for fold in range(_FOLDS):
             inside = folds != fold
             line, forest = _fitted(x[inside], y[inside], len(ops), seed)
-            residuals[~inside] = _predicted(line, forest, x[~inside], len(ops)) - y[~inside]
-        # Half of the errors are within 0.6745 standard deviations; a few odd kernels do not decide about all.
-        error = float(max(np.median(np.abs(residuals)) / 0.6745, 0.5 * np.std(residuals)))
+            left_out[~inside] = _predicted(line, forest, x[~inside], len(ops))
+        error = log_error(np.exp(left_out), np.exp(y))
         return KernelRegression(*_fitted(x, y, len(ops), seed), ops, error)
 
     def predict(self, workloads: Sequence[Workload]) -> NDArray[np.float64]:

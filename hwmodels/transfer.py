@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from .corrector import solved
 from .device import Device
 from .held_out import HeldOut, held_out
 from .latency import Prediction
+from .relative_fit import log_error, relative_fit
 from .table import TableModel
 from .workload import Workload
 
@@ -60,12 +60,10 @@ class TransferModel:
             )
         y = np.array(measured_s)
         terms = np.array([_terms(source, network)[0] for network in networks])
-        relative, everyone = terms / y[:, None], np.arange(len(y))
-        predicted = np.array([terms[i] @ solved(relative[everyone != i], _PRIOR) for i in everyone])
-        residuals = np.log(predicted / y)
-        error = float(max(np.median(np.abs(residuals)) / 0.6745, 0.5 * np.std(residuals)))
-        a, b, c = (float(value) for value in solved(relative, _PRIOR))
-        return TransferModel(device, source, (a, b, c * 1e-6), error, held_out(list(predicted), list(y)))
+        fit = relative_fit(terms, y, _EXPECTED)
+        a, b, c = (float(value) for value in fit.coefficients)
+        found = held_out(list(fit.left_out), list(y))
+        return TransferModel(device, source, (a, b, c * 1e-6), log_error(fit.left_out, y), found)
 
     def predict(self, workloads: Sequence[Workload]) -> Prediction:
         """See `LatencyModel.predict`."""
@@ -81,7 +79,7 @@ class TransferModel:
 
 
 # Two threads halve what is shared, at best.
-_PRIOR = (1.0, 0.5, 0.0)
+_EXPECTED = (1.0, 0.5, 0.0)
 
 
 def _terms(

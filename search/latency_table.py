@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..hwmodels.corrector import LEAST, Corrector
-from ..hwmodels.held_out import HeldOut, held_out
+from ..hwmodels.held_out import HeldOut
 from ..hwmodels.kernel_database import KernelDatabase, KernelTime, NetworkTime
 from ..hwmodels.latency import Prediction
 from ..hwmodels.load import wait_for_quiet
@@ -158,7 +158,7 @@ def build_table(
     times = [*(t.time for t in known.values()), *(n.time for n in networks)]
     return LatencyTable(
         model=model,
-        held_out=cross_validated(model, networks),
+        held_out=model.corrector.held_out,
         measured=len(known.keys() - before),
         known=len(before),
         left=sum(key not in known for key in works),
@@ -181,24 +181,6 @@ def fitted(
     calls = [network.workloads for network in chosen]
     sums = [float(model.kernels(network)[0].sum()) for network in calls]
     return replace(model, corrector=Corrector.fit(sums, calls, [network.time.median_s for network in chosen]))
-
-
-def cross_validated(model: TableModel, networks: Sequence[NetworkTime]) -> HeldOut | None:
-    """The model's error on measured networks, each predicted by a corrector that was fitted to the others."""
-    chosen = _usable(model, networks)
-    if len(chosen) <= LEAST:
-        return None
-    calls = [network.workloads for network in chosen]
-    sums = [float(model.kernels(network)[0].sum()) for network in calls]
-    measured = [network.time.median_s for network in chosen]
-    predicted = []
-    for left_out, own in enumerate(calls):
-        others = [place for place in range(len(calls)) if place != left_out]
-        corrector = Corrector.fit(
-            [sums[place] for place in others], [calls[place] for place in others], [measured[place] for place in others]
-        )
-        predicted.append(corrector.apply(sums[left_out], own))
-    return held_out(predicted, measured)
 
 
 def _usable(model: TableModel, networks: Sequence[NetworkTime]) -> list[NetworkTime]:
