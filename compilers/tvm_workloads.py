@@ -83,7 +83,7 @@ def plan(program: ExportedProgram, device: Device) -> Plan:
                 rest[symbol] = function_kernel(found.module[symbol], symbol, found.context)
             kernel, site = rest[symbol], ""
         moved = sum(_bytes(argument) for argument in arguments)
-        work = _workload(kernel, cpu, moved, constant_bytes)
+        work = workload_of(kernel.subject, cpu, moved, constant_bytes)
         calls.append(replace(work, site=site))
         kernels.setdefault(work.key(), KernelWork(work, kernel, tuple(arguments)))
 
@@ -121,8 +121,15 @@ def _bytes(argument: tuple[tuple[int, ...], str]) -> int:
     return prod(shape) * int(tvm.DataType(dtype).itemsize)
 
 
-def _workload(kernel: Kernel, cpu: Machine, moved: int, constant: int) -> Workload:
-    subject = kernel.subject
+def workload_of(subject: object, cpu: Machine, moved: int, constant: int) -> Workload:
+    """The work of a kernel, by what it computes and how (`Kernel.subject`), without a site.
+
+    Args:
+        subject: Of the kernel.
+        cpu: It runs on.
+        moved: All bytes that it reads and writes once.
+        constant: Those of them that are weights.
+    """
     if isinstance(subject, tuple) and isinstance(subject[0], ConvSpec):
         return _convolution(subject[0], subject[1], cpu, moved, constant)
     if isinstance(subject, DenseSpec):

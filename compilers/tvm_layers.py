@@ -1,0 +1,93 @@
+"""The kernels that single layers of given shapes will call on a CPU, known without a program: milliseconds for a space.
+
+What stands around a layer decides its epilogue; here every layer is followed by a bias and a ReLU, and one of bytes
+reads bytes and writes bytes. Moves between float32 and bytes, or of layouts, are left out: a whole program's plan
+(`tvm_workloads.plan`) has them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import lru_cache
+from math import ceil, prod
+
+from ..hwmodels.device import Device
+from ..hwmodels.workload import Workload
+from ..spaces.layer_shapes import LayerShape
+from .cpu.convspec import ConvSpec, Step
+from .cpu.dense import DenseSpec
+from .cpu.machine import Machine
+from .cpu.tiles import choices
+from .tvm_build import cpu_machine
+from .tvm_lower_conv import PARALLEL_MACS
+from .tvm_workloads import workload_of
+
+_FLOAT = (Step("bias"), Step("relu"))
+# The largest sum of a convolution of bytes, for each of its weights: which of Winograd's forms are exact hangs on it.
+# Weights of trained layers have a mean magnitude of about a quarter of the largest, half of them on each side of zero.
+_USUAL_SUM = 6000
+_BYTES = (Step("scale"), Step("bias"), Step("relu"), Step("quantize"))
+
+
+def layer_workloads(device: Device) -> Callable[[Sequence[LayerShape]], list[Workload]]:
+    """A function from layers to the kernels that compute them on a CPU; equal layers are looked at once."""
+    machine = cpu_machine(device)
+
+    @lru_cache(maxsize=None)
+    def one(layer: LayerShape) -> Workload:
+        return _dense(layer, machine) if layer.op == "linear" else _convolution(layer, machine)
+
+    return lambda layers: [one(replace(layer, entries=0, stored_bits=min(layer.bits, 32))) for layer in layers]
+
+
+def _dense(layer: LayerShape, machine: Machine) -> Workload:
+    rows, dot = prod(layer.writes), machine.dot if layer.bits == 8 else None
+    steps = (Step("scale"), Step("bias")) if dot else (Step("bias"),)
+    threads = machine.threads if layer.macs >= PARALLEL_MACS else 1
+    spec = DenseSpec(
+        m=rows, k=layer.inputs, o=layer.outputs, lanes=machine.lanes, dot=dot, quantize=False, steps=steps,
+        threads=threads,
+    )  # fmt: skip
+    size = 1 if dot else 4
+    weights = layer.weights * size
+    moved = rows * (layer.inputs + layer.outputs) * size + weights
+    return workload_of(spec, machine, moved, weights)
+
+
+def _convolution(layer: LayerShape, machine: Machine) -> Workload:
+    lanes, dot = machine.lanes, machine.dot if layer.bits == 8 else None
+    depthwise = layer.groups == layer.inputs == layer.outputs and layer.groups > 1
+    groups = 1 if depthwise else _whole_groups(layer, lanes)
+    plain = not depthwise and layer.inputs < lanes
+    in_lanes = (dot.depth if dot else 1) if plain else lanes
+    top, left = layer.padding
+    spec = ConvSpec(
+        n=1, c=layer.inputs, h=layer.reads[0], w=layer.reads[1], o=layer.outputs, kernel=layer.kernel,
+        stride=layer.stride, padding=(top, left, top, left), dilation=layer.dilation, groups=groups, lanes=lanes,
+        in_lanes=in_lanes, depthwise=depthwise, dot=dot, steps=_BYTES if dot else _FLOAT,
+    )  # fmt: skip
+    if machine.threads > 1 and spec.macs >= PARALLEL_MACS:
+        spec = replace(spec, threads=machine.threads)
+    bound = _USUAL_SUM * layer.inputs // groups * prod(layer.kernel) if dot else 0
+    choice = choices(spec, machine, largest_sum=bound)[0]
+    size = 1 if dot else 4
+    weights = layer.outputs * layer.inputs // groups * prod(layer.kernel) * size
+    data = (ceil(layer.inputs / in_lanes) * in_lanes) * prod(layer.reads)
+    written = spec.out_blocks * lanes * prod(layer.writes)
+    return workload_of((spec, choice), machine, (data + written) * size + weights, weights)
+
+
+def _whole_groups(layer: LayerShape, lanes: int) -> int:
+    """The groups that are left once those without whole blocks of channels are joined."""
+    groups = layer.groups
+    inputs, outputs = layer.inputs, layer.outputs
+    return next(
+        (
+            g
+            for g in range(groups, 0, -1)
+            if groups % g == 0 and (inputs // g) % lanes == 0 and (outputs // g) % lanes == 0
+        ),
+        1,
+    )
+
