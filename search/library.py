@@ -1,0 +1,301 @@
+"""Builds the table of a space's options: the error of each on the original's own inputs, and what each site costs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import prod
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import nn
+
+from ..hwmodels.cycles import CountedCycles
+from ..hwmodels.latency import LatencyModel
+from ..hwmodels.roofline import Roofline
+from ..hwmodels.workload import Workload
+from ..spaces.layer_shapes import LayerShape, layers_at, shape_of
+from ..spaces.local_error import LocalErrors
+from ..spaces.prune import Group, kept_channels
+from ..spaces.size import count_macs, stored_bytes
+from ..spaces.propose import extent_of
+from ..spaces.space import Kind, Option, SearchSpace
+from .objective import split_metric
+from .option_table import Array, OptionTable, Site, every_level, undominated
+
+if TYPE_CHECKING:
+    from .evaluate import Evaluator
+
+# Kernels of a device that must have been timed before their times go before the compiler's counts.
+_ENOUGH = 100
+
+
+def option_table(evaluator: Evaluator, errors: LocalErrors, costs: Sequence[str]) -> OptionTable:
+    """The table of an evaluator's space.
+
+    Args:
+        evaluator: With the model, the space and the devices.
+        errors: Of the space's options.
+        costs: The names of objectives and budgets that are costs: `latency[DEVICE]`, `size`, `macs`; others do not add
+            up over sites and are left out.
+    """
+    space = evaluator.proposal.space
+    names = [name for name in costs if split_metric(name)[0] in ("latency", "size", "macs")]
+    option_errors = tuple(np.array(errors.errors[choice.name]) for choice in space.choices)
+    drafts = [_combinations(evaluator, layer, option_errors) for layer in _layers(evaluator)]
+    known = {_timed(part) for draft in drafts for parts in draft.standing.values() for part in parts}
+    seconds = {
+        name: _seconds(evaluator, label, sorted(known, key=repr))
+        for name in names
+        if (label := split_metric(name)[1]) is not None
+    }
+    sites, left_out = [], dict(errors.failed)
+    for draft in drafts:
+        site, beaten = _worthwhile(_site(draft, space, names, seconds), space)
+        sites.append(site)
+        left_out |= beaten
+    table = OptionTable(
+        space=space,
+        shared_errors={p: option_errors[p] for p, c in enumerate(space.choices) if c.kind is Kind.PRUNE},
+        shared_costs={"size": _norm_bytes(evaluator)} if "size" in names else {},
+        sites=tuple(sites),
+        fixed=dict.fromkeys(names, 0.0),
+        option_errors=option_errors,
+        left_out=left_out,
+    )
+    zero = np.zeros((1, len(space.choices)), dtype=np.int64)
+    own = {name: float(table.cost(name, zero)[0]) for name in names}
+    whole = own | _original(evaluator, names)
+    return replace(table, fixed={name: max(0.0, whole[name] - own[name]) for name in names})
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """A convolution or linear layer whose costs hang on choices.
+
+    `inside` and `outside` give, for its input and its output, the pruning choices and the positions that one channel of
+    the group takes there.
+    """
+
+    name: str
+    shape: LayerShape
+    calls: int
+    inside: Mapping[int, int]
+    outside: Mapping[int, int]
+    own: tuple[int, ...]
+
+    @property
+    def shared(self) -> tuple[int, ...]:
+        return tuple(sorted({*self.inside, *self.outside}))
+
+
+@dataclass(frozen=True)
+class _Draft:
+    """A layer with the combinations of its own options, and what stands there for every state of the shared choices."""
+
+    layer: _Layer
+    combinations: NDArray[np.int64]
+    errors: Array
+    standing: Mapping[tuple[tuple[int, ...], int], tuple[LayerShape, ...]]
+
+
+def _layers(evaluator: Evaluator) -> list[_Layer]:
+    """Every layer that has choices, or loses channels with one that has."""
+    space, groups = evaluator.proposal.space, evaluator.proposal.groups
+    places = {choice.name: place for place, choice in enumerate(space.choices)}
+    found = []
+    for layer in evaluator.traced.layers:
+        module = None if ":" in layer.name else evaluator.traced.module.get_submodule(layer.name)
+        if type(module) not in (nn.Conv2d, nn.Linear):
+            continue
+        assert isinstance(module, nn.Conv2d | nn.Linear)
+        if isinstance(module.padding if isinstance(module, nn.Conv2d) else 0, str):
+            continue
+        sides: dict[str, dict[int, int]] = {"in": {}, "out": {}}
+        for site, group in groups.items():
+            for member in group.members:
+                if member.name == layer.name and member.role != "parameter":
+                    for side in ("in", "out") if member.role == "both" else (member.role,):
+                        sides[side][places[f"{site}:{Kind.PRUNE.value}"]] = len(member.indices[0])
+        names = [f"{layer.name}:{kind.value}" for kind in Kind if kind is not Kind.PRUNE]
+        own = tuple(places[name] for name in names if name in places)
+        if own or sides["in"] or sides["out"]:
+            extent = extent_of(layer)
+            found.append(
+                _Layer(layer.name, shape_of(module, extent.reads), layer.calls, sides["in"], sides["out"], own)
+            )
+    return found
+
+
+def _combinations(evaluator: Evaluator, layer: _Layer, errors: Sequence[Array]) -> _Draft:
+    """The combinations of a layer's own options that make sense; the first leaves it as it is.
+
+    A block type is not combined with a rank: only the separable block has something to factorise, and the table need
+    not hold everything that a candidate may be.
+    """
+    space, lanes = evaluator.proposal.space, evaluator.proposal.lanes
+    kinds = [space.choices[place].kind for place in layer.own]
+    rows, sums = [], []
+    for levels in every_level([len(space.choices[place].options) for place in layer.own]):
+        by_kind = dict(zip(kinds, levels, strict=True))
+        total = sum(float(errors[place][level]) for place, level in zip(layer.own, levels, strict=True))
+        if not (by_kind.get(Kind.BLOCK) and by_kind.get(Kind.RANK)) and np.isfinite(total):
+            rows.append(levels)
+            sums.append(total)
+    standing = {}
+    for state in every_level([len(space.choices[place].options) for place in layer.shared]):
+        lost = {
+            place: _lost(evaluator.proposal.groups[space.choices[place].site], space.choices[place].options[level])
+            for place, level in zip(layer.shared, state, strict=True)
+        }
+        shape = replace(
+            layer.shape,
+            inputs=layer.shape.inputs - sum(lost[place] * size for place, size in layer.inside.items()),
+            outputs=layer.shape.outputs - sum(lost[place] * size for place, size in layer.outside.items()),
+        )
+        if layer.shape.groups > 1 and layer.shape.groups == layer.shape.inputs:  # depthwise
+            shape = replace(shape, groups=shape.inputs)
+        same = {p for p in layer.inside if lost[p]} == {p for p in layer.outside if lost[p]}
+        for row, levels in enumerate(rows):
+            options = {
+                kind: space.choices[place].options[level]
+                for kind, place, level in zip(kinds, layer.own, levels, strict=True)
+            }
+            standing[state, row] = layers_at(shape, options, lanes, same)
+    combinations = np.array(rows, dtype=np.int64).reshape(len(rows), len(layer.own))
+    return _Draft(layer, combinations, np.array(sums), standing)
+
+
+def _lost(group: Group, fraction: Option) -> int:
+    """The channels that a group loses."""
+    return 0 if fraction is None else group.width - kept_channels(group.width, float(fraction))
+
+
+def _site(
+    draft: _Draft, space: SearchSpace, names: Sequence[str], seconds: Mapping[str, Mapping[LayerShape, float]]
+) -> Site:
+    layer = draft.layer
+    sizes = [len(space.choices[place].options) for place in layer.shared]
+    costs = {name: np.zeros((*sizes, len(draft.combinations))) for name in names}
+    for (state, row), parts in draft.standing.items():
+        for name in names:
+            if name in seconds:
+                costs[name][state][row] = layer.calls * sum(seconds[name][_timed(part)] for part in parts)
+            elif name == "macs":
+                costs[name][state][row] = layer.calls * sum(part.macs for part in parts)
+            else:
+                costs[name][state][row] = sum(part.stored_bytes for part in parts)
+    return Site(layer.name, layer.shared, layer.own, draft.combinations, draft.errors, costs)
+
+
+def _worthwhile(site: Site, space: SearchSpace) -> tuple[Site, dict[str, str]]:
+    """The site without the combinations that another one beats, and which options that leaves without any use."""
+    rows = [tuple(int(level) for level in row) for row in site.combinations]
+    kept, beaten = undominated(rows, site.errors, site.costs)
+    used = {(place, int(rows[row][column])) for row in kept for column, place in enumerate(site.own)}
+    left_out = {}
+    for row, by in beaten.items():
+        alone = [(place, level) for place, level in zip(site.own, rows[row], strict=True) if level]
+        if len(alone) == 1 and alone[0] not in used:
+            better = " with ".join(
+                f"{space.choices[p].kind.value} {space.choices[p].options[level]}"
+                for p, level in zip(site.own, rows[by], strict=True)
+                if level
+            )
+            choice, level = space.choices[alone[0][0]], alone[0][1]
+            left_out[f"{choice.name}={choice.options[level]}"] = (
+                f"{better or 'leaving the layer as it is'} spoils no more ({site.errors[by]:.2g} against "
+                f"{site.errors[row]:.2g} of the output's variance) and costs no more"
+            )
+    costs = {name: values[..., kept] for name, values in site.costs.items()}
+    return replace(site, combinations=site.combinations[kept], errors=site.errors[kept], costs=costs), left_out
+
+
+def _timed(layer: LayerShape) -> LayerShape:
+    """What decides how long a layer takes; how its weights are stored does not."""
+    return replace(layer, entries=0, stored_bits=min(layer.bits, 32), bias=True)
+
+
+def _seconds(evaluator: Evaluator, label: str, layers: Sequence[LayerShape]) -> dict[LayerShape, float]:
+    model, works_of = latency_model(evaluator, label)
+    # A site for each, so that one prediction tells the seconds of all.
+    works = [replace(work, site=str(place)) for place, work in enumerate(works_of(layers))]
+    found = model.predict(works).site_s
+    return {layer: found[str(place)] for place, layer in enumerate(layers)}
+
+
+def latency_model(
+    evaluator: Evaluator, label: str
+) -> tuple[LatencyModel, Callable[[Sequence[LayerShape]], list[Workload]]]:
+    """The best model of a device that costs no measuring, and what turns layers into its workloads.
+
+    The times that `planish profile` left in the database where there are enough; the compiler's counted cycles else;
+    the roofline where the compiler has no schedules to count.
+    """
+    device = evaluator.devices[label]
+    if evaluator.compilers[label].name != "tvm":
+        return Roofline(device), _plain_workloads
+    from ..compilers.kernel_times import database_of
+    from ..compilers.tvm_layers import layer_workloads
+    from ..hwmodels.kernel_database import DatabaseError
+    from .latency_table import fitted
+
+    try:
+        database = database_of(device)
+        times = database.times()
+        model: LatencyModel = (
+            fitted(device, times, database.networks()) if len(times) >= _ENOUGH else CountedCycles(device)
+        )
+    except DatabaseError:  # `planish profile` tells; a search need not end for it
+        model = CountedCycles(device)
+    return model, layer_workloads(device)
+
+
+def _plain_workloads(layers: Sequence[LayerShape]) -> list[Workload]:
+    found = []
+    for layer in layers:
+        size = layer.bits // 8
+        weights = layer.weights * size
+        moved = (layer.inputs * prod(layer.reads) + layer.outputs * prod(layer.writes)) * size + weights
+        found.append(Workload("", layer.op, {}, layer.macs, moved, layer.bits, weights))
+    return found
+
+
+def _norm_bytes(evaluator: Evaluator) -> dict[int, Array]:
+    """What batch norms and other vectors of a group's channels store less, by the group's choice and level."""
+    found = {}
+    for place, choice in enumerate(evaluator.proposal.space.choices):
+        if choice.kind is not Kind.PRUNE:
+            continue
+        group = evaluator.proposal.groups[choice.site]
+        each = sum(_vector_bytes(evaluator, member.name) for member in group.members if member.role == "both")
+        found[place] = np.array([-each * _lost(group, option) for option in choice.options], dtype=np.float64)
+    return found
+
+
+def _vector_bytes(evaluator: Evaluator, name: str) -> int:
+    """The bytes that a module without a kernel stores for one channel."""
+    module = evaluator.traced.module.get_submodule(name)
+    if isinstance(module, nn.Conv2d | nn.Linear):
+        return 0
+    tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+    return sum(tensor.element_size() for tensor in tensors if tensor.ndim == 1)
+
+
+def _original(evaluator: Evaluator, names: Sequence[str]) -> dict[str, float]:
+    """The whole original's costs, by the same models."""
+    from .latency_table import plan_of
+
+    space, traced = evaluator.proposal.space, evaluator.traced
+    found: dict[str, float] = {}
+    for name in names:
+        label = split_metric(name)[1]
+        if label is None:
+            found[name] = float(
+                stored_bytes(traced.module) if name == "size" else count_macs(traced.module, traced.example)
+            )
+        elif evaluator.compilers[label].name == "tvm":
+            model, _ = latency_model(evaluator, label)
+            found[name] = model.predict(plan_of(evaluator, label, space.original()).calls).latency_s
+    return found
