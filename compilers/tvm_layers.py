@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import lru_cache
+from functools import cache
 from math import ceil, prod
 
 from ..hwmodels.device import Device
@@ -34,7 +34,7 @@ def layer_workloads(device: Device) -> Callable[[Sequence[LayerShape]], list[Wor
     """A function from layers to the kernels that compute them on a CPU; equal layers are looked at once."""
     machine = cpu_machine(device)
 
-    @lru_cache(maxsize=None)
+    @cache
     def one(layer: LayerShape) -> Workload:
         return _dense(layer, machine) if layer.op == "linear" else _convolution(layer, machine)
 
@@ -90,4 +90,3 @@ def _whole_groups(layer: LayerShape, lanes: int) -> int:
         ),
         1,
     )
-

@@ -19,6 +19,8 @@ from .errors import UserError
 from .front import improves
 from .front_writer import FrontWriter
 from .ledger import Ledger
+from .library_phase import library
+from .planish_sampler import SamplerTask
 from .progress import Progress
 from .promotion import promoted
 from .provenance import provenance
@@ -26,7 +28,7 @@ from .reach import check_reach
 from .run import Run
 from .rundir import RunDirectory
 from .rungs import run_rung
-from .sampler import Proposer, strongest
+from .sampler import WITH_TABLE, Proposer, strongest
 from .steps import Steps
 from .task_note import write_task
 from .trial import State
@@ -102,7 +104,7 @@ class _Search:
             try:
                 self._original(pool)
                 corners = self._reach(pool)
-                self._batches(pool, corners)
+                self._batches(pool, corners, self._task_of_sampler(pool))
             finally:
                 pool.close()
             self._finalists(self._rungs())
@@ -140,7 +142,31 @@ class _Search:
             raise
         return len(corners)
 
-    def _batches(self, pool: Pool, corners: int) -> None:
+    def _task_of_sampler(self, pool: Pool) -> SamplerTask | None:
+        """What a sampler with a table begins with: the library of the space's options."""
+        if self.spec.sampler not in WITH_TABLE:
+            return None
+        self._begin("library", 1, "end")
+        ledger = self.ledger
+        bounds = [bound for bound in ledger.bounds() if bound.goal == "minimize"]
+        costs = dict.fromkeys(o.metric for o in (*ledger.objectives, *bounds) if o.goal == "minimize")
+        table = library(self.evaluator, self.folder, pool, self.workers, list(costs), self.progress)
+        traded = {o.metric for o in ledger.objectives}
+        limits = {
+            bound.metric: bound.bound / value
+            for bound in bounds
+            if bound.metric in traded and bound.bound is not None and (value := bound.value(ledger.original)) > 0
+        }
+        shape = self.evaluator.traced.output_shape
+        return SamplerTask(
+            table=table,
+            objectives=ledger.objectives,
+            original=tuple(objective.value(ledger.original) for objective in ledger.objectives),
+            limits=limits,
+            classes=shape[1] if len(shape) == 2 else 0,
+        )
+
+    def _batches(self, pool: Pool, corners: int, task: SamplerTask | None) -> None:
         """Batches of proposals: scored, compiled, timed, told. Corners come on top of `search.trials`."""
         total, size, ledger = self.spec.search.trials, self.spec.search.batch, self.ledger
         proposer = Proposer(
@@ -150,10 +176,11 @@ class _Search:
             self.spec.seed,
             ["maximize" if o.goal == "maximize" else "minimize" for o in ledger.objectives],
             self.evaluator.simplified,
+            task,
         )
         known = [ledger.candidate(number) for number in range(1, 1 + corners)]
         for number, candidate in enumerate(proposer.ask(0, corners, known), start=1):
-            proposer.tell(candidate, ledger.values(number))
+            proposer.tell(candidate, ledger.values(number), ledger.divergence(number))
         self._begin("search", total, "score")
         for batch in range(1, 1 + math.ceil(total / size)):
             first = 1 + corners + (batch - 1) * size
@@ -165,7 +192,7 @@ class _Search:
                 ledger.start(number, candidate, batch)
             self.steps.score(pool, numbers)
             for number in numbers:
-                proposer.tell(ledger.candidate(number), ledger.values(number))
+                proposer.tell(ledger.candidate(number), ledger.values(number), ledger.divergence(number))
             if len(candidates) < count:
                 break  # the whole space is evaluated
 

@@ -168,7 +168,7 @@ class _SharedNode:
     """What a shared choice spoils, and costs outside of all sites."""
 
     def __init__(self, place: int, scale: _Scale) -> None:
-        self.scope = (place,)
+        self.scope: tuple[int, ...] = (place,)
         levels = scale.levels(place)
         errors = scale.table.shared_errors.get(place, np.zeros(levels)).copy()
         if scale.factors is not None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +18,7 @@ from ..compilers.verify import FLOAT_TOLERANCE, INT8_TOLERANCE
 from ..hwmodels.device import Device, parse_device
 from ..hwmodels.energy import energy_j
 from ..spaces.apply import apply, rebuild, simplify, state
+from ..spaces.local_error import local_errors
 from ..spaces.propose import Proposal, propose
 from ..spaces.quantize import deploy
 from ..spaces.size import count_macs, stored_bytes
@@ -28,12 +30,13 @@ from .config import Spec
 from .distill import distill
 from .distill_recipe import Recipe
 from .distill_state import load_checkpoint
-from .score import accuracy
+from .score import accuracy, accuracy_and_divergence, outputs
 from .tasks import Task, load_task
 from .tensor_file import write_tensors
 
 if TYPE_CHECKING:
     from ..compilers.compiler import Compiler
+    from ..hwmodels.latency import LatencyModel
 
 Metrics = dict[str, object]
 
@@ -71,6 +74,7 @@ class Evaluator:
         self.task = task or load_task(spec.model, spec.data or None, spec.weights, seed=spec.seed)
         self.teacher = self.task.model
         self.traced: TracedModel = trace(self.teacher, self.task.data.example(1))
+        self._models: dict[str, LatencyModel] = {}
         lanes = spec.space.lanes or max(device.lanes for device in self.devices.values())
         self.proposal: Proposal = propose(
             self.traced, lanes=lanes, families=tuple(Kind(family) for family in spec.space.families)
@@ -102,10 +106,55 @@ class Evaluator:
         """One-shot metrics on a sample of the validation split, and the size; compiled for every device."""
         torch.manual_seed(job.seed)
         module = self.build(job.candidate)
-        metrics = self._accuracy(module, self.spec.search.proxy_images)
-        metrics |= self.costs(module)
+        metrics = self._one_shot(module)
         metrics |= self.compile(module, job, "untrained")
         return metrics
+
+    def foresee(self, job: Job) -> Metrics:
+        """One-shot metrics like `score`'s, with latency predicted from the planned kernels instead of compiled code.
+
+        Latency of a device without a compiler that can plan is left out.
+        """
+        from ..compilers.tvm_workloads import plan
+        from .library import latency_model
+
+        for label in self.devices:
+            if label not in self._models:
+                self._models[label] = latency_model(self, label)[0]
+        torch.manual_seed(job.seed)
+        module = self.build(job.candidate)
+        metrics = self._one_shot(module)
+        program = torch.export.export(deploy(module), (self.traced.example,))
+        latencies = {}
+        for label, device in self.devices.items():
+            if self.compilers[label].name == "tvm":
+                planned = plan(program, device)
+                predicted = self._models[label].predict(planned.calls)
+                latencies[label] = {"value": predicted.latency_s, "std": predicted.std_s}
+        return {**metrics, "latency_s": latencies}
+
+    def _one_shot(self, module: nn.Module) -> Metrics:
+        """Accuracy and divergence on a sample of the validation split, stored bytes and MACs."""
+        limit = self.spec.search.proxy_images
+        result, divergence = accuracy_and_divergence(module, self.task.data.validation, limit, self._teacher_logits)
+        metrics: Metrics = {"accuracy": result.value, "accuracy_ci95": list(result.ci95)}
+        if divergence is not None and math.isfinite(divergence):
+            metrics["divergence"] = divergence
+        return metrics | self.costs(module)
+
+    @cached_property
+    def _teacher_logits(self) -> Tensor | None:
+        """Of the images that the one-shot score looks at; None where the model's outputs are not one row of classes."""
+        if len(self.traced.output_shape) != 2 or self.traced.output_shape[1] < 2:
+            return None
+        chosen = self.task.data.validation.sample(self.spec.search.proxy_images)
+        return torch.cat([outputs(self.teacher, inputs) for inputs, _ in chosen.batches(256)])
+
+    def option_errors(self, job: Job, names: Sequence[str]) -> Metrics:
+        """The errors of some choices' options (`spaces.local_error`), as `errors` and `failed`."""
+        asked = [choice for choice in self.proposal.space.choices if choice.name in names]
+        found = local_errors(self.traced, self.proposal, self.calibration, asked, seed=job.seed)
+        return {"errors": {name: list(e) for name, e in found.errors.items()}, "failed": dict(found.failed)}
 
     def train(self, job: Job, epochs: int, total: int) -> Metrics:
         """Distils the original into the candidate up to so many epochs, and scores it on the whole validation split."""

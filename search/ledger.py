@@ -85,6 +85,11 @@ class Ledger:
             return None
         return [objective.value(self.metrics(number)) for objective in self.objectives]
 
+    def divergence(self, number: int) -> float | None:
+        """Of a trial's outputs from the original's before training, in nats; None where it is not known."""
+        value = (self.records[number].score or {}).get("divergence")
+        return float(value) if isinstance(value, (int, float)) else None
+
     def job(self, number: int) -> Job:
         """What a worker needs to evaluate a trial."""
         from .evaluate import Job

@@ -17,9 +17,9 @@ from ..hwmodels.roofline import Roofline
 from ..hwmodels.workload import Workload
 from ..spaces.layer_shapes import LayerShape, layers_at, shape_of
 from ..spaces.local_error import LocalErrors
+from ..spaces.propose import extent_of
 from ..spaces.prune import Group, kept_channels
 from ..spaces.size import count_macs, stored_bytes
-from ..spaces.propose import extent_of
 from ..spaces.space import Kind, Option, SearchSpace
 from .objective import split_metric
 from .option_table import Array, OptionTable, Site, every_level, undominated

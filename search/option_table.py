@@ -1,4 +1,4 @@
-"""What every option of a space costs and spoils, site by site: what a candidate is predicted from without building it."""
+"""What every option of a space costs and spoils, site by site: candidates are predicted from it without being built."""
 
 from __future__ import annotations
 
@@ -110,7 +110,9 @@ def undominated(
         errors: (k,).
         costs: By name, (..., k).
     """
-    columns = np.concatenate([errors[:, None], *(np.moveaxis(c, -1, 0).reshape(len(errors), -1) for c in costs.values())], 1)
+    columns = np.concatenate(
+        [errors[:, None], *(np.moveaxis(c, -1, 0).reshape(len(errors), -1) for c in costs.values())], 1
+    )
     kept, beaten = [], {}
     for row in range(len(combinations)):
         no_worse = (columns <= columns[row]).all(1)

@@ -15,11 +15,16 @@ from typing import TYPE_CHECKING, Any
 
 from ..spaces.space import Candidate, Choice, Kind, SearchSpace
 from .errors import UserError, nearest
+from .netadapt import next_of_walk
+from .planish_sampler import DIVERGENCE, SamplerTask, planish_sampler
+from .refine import program_candidates
 
 if TYPE_CHECKING:
     import optuna
 
-SAMPLERS = ("grid", "random", "nsga2", "nsga3", "tpe")
+SAMPLERS = ("planish", "grid", "random", "nsga2", "nsga3", "tpe", "gp", "dp", "netadapt")
+# Those that begin with a table of options.
+WITH_TABLE = ("planish", "dp", "netadapt")
 # NSGA's own default of 50 would make a short search all first generation, which is random.
 _POPULATION = 8
 # Uniform candidates before the evolutionary samplers' own.
@@ -41,6 +46,7 @@ class Proposer:
         seed: int,
         directions: Sequence[str],
         simplified: Callable[[Candidate], Candidate] = lambda candidate: candidate,
+        task: SamplerTask | None = None,
     ) -> None:
         """Starts a new study in `path` (`study.log`); an old one is replaced, see `ask`.
 
@@ -51,6 +57,7 @@ class Proposer:
             seed: Of the run.
             directions: `minimize` or `maximize` for every value that will be told.
             simplified: The candidate without options that change nothing: two that give the same model count as one.
+            task: What those of `WITH_TABLE` need.
         """
         import optuna
         from optuna.storages import JournalStorage
@@ -61,7 +68,13 @@ class Proposer:
             raise UserError(f"sampler {sampler!r} is not known; {nearest(sampler, SAMPLERS)}")
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._space, self._sampler, self._seed = space, sampler, seed
+        if sampler in WITH_TABLE and task is None:
+            raise ValueError(f"sampler {sampler!r} needs a table of options")
+        self._task, self._planish = task, planish_sampler(task, seed) if task and sampler == "planish" else None
         self._policies = uniform_policies(space)
+        if task is not None and sampler == "dp":
+            self._policies = program_candidates(task.table, [o.metric for o in task.objectives])
+        self._accuracy: dict[tuple[int, ...], float | None] = {}
         self._told: dict[str, optuna.trial.Trial] = {}
         self._simplified = simplified
         self._keys: dict[str, str] = {}
@@ -87,7 +100,7 @@ class Proposer:
         for place in range(count):
             # A seed for every place of the batch: what is proposed after the known ones does not depend on how many
             # of those there are, so a batch that a kill cut short is completed as it would have been.
-            self._study.sampler = _sampler(self._sampler, _seed(self._seed, batch, place))
+            self._study.sampler = self._planish or _sampler(self._sampler, _seed(self._seed, batch, place))
             if place < len(fixed):
                 candidates.append(self._fixed(fixed[place]))
                 continue
@@ -97,9 +110,21 @@ class Proposer:
             candidates.append(candidate)
         return candidates
 
-    def tell(self, candidate: Candidate, values: Sequence[float] | None) -> None:
-        """Reports a candidate's values in the order of the directions; None (or a NaN) if it failed."""
+    def tell(self, candidate: Candidate, values: Sequence[float] | None, divergence: float | None = None) -> None:
+        """Reports a candidate's values in the order of the directions; None (or a NaN) if it failed.
+
+        Args:
+            candidate: One that was asked.
+            values: Of the objectives.
+            divergence: Of its outputs from the original's, in nats, where that is known.
+        """
         trial = self._told[candidate.key()]
+        if divergence is not None:
+            trial.set_user_attr(DIVERGENCE, divergence)
+        if self._task is not None:
+            row = tuple(int(level) for level in self._space.encode(candidate))
+            place = next(i for i, o in enumerate(self._task.objectives) if o.metric == "accuracy")
+            self._accuracy[row] = None if values is None else values[place]
         if values is None or not all(math.isfinite(value) for value in values):
             self._study.tell(trial, state=_fail())
         else:
@@ -110,6 +135,9 @@ class Proposer:
         policy = self._next_policy()
         if policy is not None:
             return self._fixed(policy)
+        step = self._next_step()
+        if step is not None:
+            return self._fixed(step)
         for attempt in range(_TRIES):
             if attempt == _REPETITIONS:
                 # A repetition tells a sampler nothing, so one that is sure of itself (TPE) would repeat it for ever.
@@ -127,12 +155,25 @@ class Proposer:
         return None
 
     def _next_policy(self) -> Candidate | None:
-        """Uniform policies come first: all of them for `grid`, a few generations for the evolutionary samplers."""
-        if self._sampler in ("random", "tpe"):
+        """Policies come first: all of them for `grid` and `dp`, a few generations for the evolutionary samplers."""
+        if self._sampler in ("planish", "random", "tpe", "gp", "netadapt"):
             return None
-        if self._sampler != "grid" and sum(p.key() in self._told for p in self._policies) >= _POLICIES:
+        if self._sampler not in ("grid", "dp") and sum(p.key() in self._told for p in self._policies) >= _POLICIES:
             return None
         return next((p for p in self._policies if self._model(p) not in self._seen), None)
+
+    def _next_step(self) -> Candidate | None:
+        """The next candidate of NetAdapt's walk; None where it has ended, and for other samplers."""
+        if self._sampler != "netadapt" or self._task is None:
+            return None
+        costs = [o.metric for o in self._task.objectives if o.metric in self._task.table.fixed]
+        pending = [
+            tuple(int(level) for level in self._space.encode(Candidate(dict(trial.params))))
+            for trial in self._told.values()
+        ]
+        row = next_of_walk(self._task.table, costs[0], self._accuracy, pending) if costs else None
+        candidate = None if row is None else self._space.decode(row)
+        return candidate if candidate is not None and self._model(candidate) not in self._seen else None
 
     def _fixed(self, candidate: Candidate) -> Candidate:
         self._study.enqueue_trial(dict(candidate.options))
@@ -225,6 +266,10 @@ def _sampler(name: str, seed: int) -> optuna.samplers.BaseSampler:
             # Its interface may change: constraints.txt pins it, and nobody who searches needs to know.
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             return optuna.samplers.NSGAIIISampler(population_size=_POPULATION, seed=seed)
+    if name == "gp":
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            return optuna.samplers.GPSampler(seed=seed, n_startup_trials=_POPULATION)
     if name == "tpe":
         return optuna.samplers.TPESampler(seed=seed, n_startup_trials=_POPULATION)
     return optuna.samplers.RandomSampler(seed=seed)

@@ -43,14 +43,30 @@ def accuracy(module: nn.Module, split: Split, limit: int | None = None, batch: i
     Raises:
         ValueError: the metric does not return one score in 0..1 for a sample.
     """
+    return accuracy_and_divergence(module, split, limit, None, batch)[0]
+
+
+def accuracy_and_divergence(
+    module: nn.Module, split: Split, limit: int | None, teacher_logits: Tensor | None, batch: int = 256
+) -> tuple[Accuracy, float | None]:
+    """Accuracy, and the mean KL(teacher | module) in nats of the same outputs (None without the teacher's logits).
+
+    Args:
+        module: As for `accuracy`.
+        split: As for `accuracy`.
+        limit: As for `accuracy`.
+        teacher_logits: Of the same samples in the same order, (n, classes).
+        batch: Samples at once.
+    """
     chosen = split.sample(limit)
+    found = list(_outputs(module, chosen, batch))
     scores = [
-        _score(split, outputs, targets)
-        for outputs, (_, targets) in zip(_outputs(module, chosen, batch), chosen.batches(batch), strict=True)
+        _score(split, outputs, targets) for outputs, (_, targets) in zip(found, chosen.batches(batch), strict=True)
     ]
     correct = torch.cat(scores)
     value = float(correct.to(torch.float64).mean())
-    return Accuracy(value, wilson(value, len(correct)), correct)
+    divergence = None if teacher_logits is None else _divergence(torch.cat(found), teacher_logits)
+    return Accuracy(value, wilson(value, len(correct)), correct), divergence
 
 
 def outputs(module: nn.Module, inputs: Tensor, batch: int = 256) -> Tensor:
@@ -100,11 +116,7 @@ def paired_bootstrap(correct_a: Tensor, correct_b: Tensor, seed: int, resamples:
 
 def kl_to_teacher(module: nn.Module, teacher_logits: Tensor, inputs: Tensor, batch: int = 256) -> float:
     """The mean of KL(teacher | module) over normalised inputs, in nats; infinite or NaN outputs give infinity."""
-    student = functional.log_softmax(outputs(module, inputs, batch).to(torch.float64), 1)
-    teacher = functional.log_softmax(teacher_logits.to(torch.float64), 1)
-    value = float(functional.kl_div(student, teacher, reduction="batchmean", log_target=True))
-    # Rounding can leave a hair below zero, and a NaN would sort as neither better nor worse.
-    return max(0.0, value) if math.isfinite(value) else math.inf
+    return _divergence(outputs(module, inputs, batch), teacher_logits)
 
 
 def agreement(module: nn.Module, teacher_logits: Tensor, inputs: Tensor, batch: int = 256) -> float:
@@ -165,6 +177,14 @@ def _outputs(module: nn.Module, split: Split, batch: int) -> Iterator[Tensor]:
     with evaluating(module), torch.no_grad():
         for inputs, _ in split.batches(batch):
             yield module(inputs.to(device)).cpu()
+
+
+def _divergence(logits: Tensor, teacher_logits: Tensor) -> float:
+    student = functional.log_softmax(logits.to(torch.float64), 1)
+    teacher = functional.log_softmax(teacher_logits.to(torch.float64), 1)
+    value = float(functional.kl_div(student, teacher, reduction="batchmean", log_target=True))
+    # Rounding can leave a hair below zero, and a NaN would sort as neither better nor worse.
+    return max(0.0, value) if math.isfinite(value) else math.inf
 
 
 def _score(split: Split, outputs: Tensor, targets: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ class Key:
 
 
 PRESETS = ("quick", "default", "thorough")
-SAMPLERS = ("grid", "random", "nsga2", "nsga3", "tpe")
+SAMPLERS = ("planish", "grid", "random", "nsga2", "nsga3", "tpe", "gp", "dp", "netadapt")
 # The values of spaces.Kind, which is not imported here: reading a specification must not load torch.
 FAMILIES = ("block", "prune", "rank", "cluster", "bits")
 
@@ -44,7 +44,7 @@ KEYS: Mapping[str, Key] = {
     "preset": Key("text", "how long to search", "default", allowed=PRESETS),
     "workers": Key("integer", "processes that evaluate; 0: one per core", 0, high=4096),
     "seed": Key("integer", "of every random choice", 0, high=2**31 - 1),
-    "sampler": Key("text", "what proposes candidates", "nsga2", allowed=SAMPLERS),
+    "sampler": Key("text", "what proposes candidates", "planish", allowed=SAMPLERS),
     "address": Key("text", "Ray cluster; local: this machine", "local"),
     "search.trials": Key("integer", "candidates that are scored", low=1, high=10**6),
     "search.batch": Key("integer", "candidates proposed at a time (the result depends on it)", low=1, high=10**4),

@@ -141,9 +141,7 @@ def _factors(layer: LayerShape, wanted: Rank) -> tuple[LayerShape, ...]:
         module: nn.Conv2d | nn.Linear = (
             nn.Linear(layer.inputs, layer.outputs)
             if layer.op == "linear"
-            else nn.Conv2d(
-                layer.inputs, layer.outputs, layer.kernel, layer.stride, layer.padding, layer.dilation
-            )
+            else nn.Conv2d(layer.inputs, layer.outputs, layer.kernel, layer.stride, layer.padding, layer.dilation)
         )
     rank = fit_rank(wanted, module, Extent(layer.reads, layer.writes))
     if rank is None:

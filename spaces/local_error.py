@@ -1,4 +1,4 @@
-"""What every option of a space would cost in accuracy, to first order: one pass over the original, no candidate built."""
+"""What every option of a space would spoil, to first order: one pass over the original, no candidate built."""
 
 from __future__ import annotations
 
@@ -121,9 +121,7 @@ class _Builder:
 
     def pruned(self, group: Group, fraction: float) -> list[_Change]:
         """The layers that read a group of channels, without a fraction of them."""
-        keep = choose_channels(
-            self._module, group, kept_channels(group.width, fraction), self._moments
-        )
+        keep = choose_channels(self._module, group, kept_channels(group.width, fraction), self._moments)
         smaller = nn.Module()
         names = {}
         for number, member in enumerate(group.consumers()):
@@ -140,9 +138,9 @@ class _Builder:
         changes = []
         for member in group.consumers():
             layer = self._module.get_submodule(member.name)
-            width = layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels  # type: ignore[union-attr]
+            width = layer.in_features if isinstance(layer, nn.Linear) else layer.get_parameter("weight").shape[1]
             lost = {position for channel in gone for position in member.indices[channel]}
-            positions = torch.tensor([p for p in range(int(width)) if p not in lost])
+            positions = torch.tensor([p for p in range(width) if p not in lost])
             compute = smaller.get_submodule(names[member.name]).eval()
             changes.append(_Change(member.name, compute, positions, -1 if isinstance(layer, nn.Linear) else 1))
         return changes
@@ -235,5 +233,4 @@ def _batches(traced: TracedModel, inputs: Tensor) -> tuple[Tensor, ...]:
     """Equal parts of the inputs, as small as it takes to hold the activations of every layer."""
     held = 2 * sum(torch.Size(layer.out_shape).numel() * layer.calls for layer in traced.layers) * (1 + PROBES) // 2
     size = max(1, min(64, _VALUES // max(1, held)))
-    return tuple(part for small in batches(inputs) for part in small.split(size))
-
+    return tuple(part for small in batches(inputs) for part in torch.split(small, size))

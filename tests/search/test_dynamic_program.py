@@ -8,48 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from planish.search.dynamic_program import TooDense, solve
-from planish.search.option_table import Array, OptionTable, Site, every_level, levels_of, undominated
-from planish.spaces.space import Choice, Kind, SearchSpace
-
-
-def table_of(seed: int, sites: int, shared: int, *, whole: bool = True, links: int = 2) -> OptionTable:
-    """A random table: every site has own choices and hangs on up to `links` shared ones."""
-    rng = np.random.default_rng(seed)
-    choices = [Choice(f"g{g}", Kind.PRUNE, (None, 0.25, 0.5)[: int(rng.integers(2, 4))]) for g in range(shared)]
-    own_of: list[list[int]] = []
-    for number in range(sites):
-        own_of.append([len(choices), len(choices) + 1])
-        choices.append(Choice(f"s{number}", Kind.BLOCK, (None, "separable")))
-        choices.append(Choice(f"s{number}", Kind.BITS, (None, 8, 4)[: int(rng.integers(2, 4))]))
-    space = SearchSpace(tuple(choices), {})
-    errors: tuple[Array, ...] = tuple(
-        np.array([0.0, *rng.integers(1, 50, len(choice.options) - 1).astype(float)]) for choice in choices
-    )
-    built = []
-    for number, own in enumerate(own_of):
-        linked = tuple(sorted(int(g) for g in rng.choice(shared, min(shared, int(rng.integers(0, links + 1))), False)))
-        combinations = every_level([len(choices[place].options) for place in own])
-        sizes = [len(choices[place].options) for place in linked]
-        costs = {
-            name: rng.integers(0, 20, (*sizes, len(combinations))).astype(float) * (1 if whole else 0.37)
-            for name in ("time", "size")
-        }
-        summed = np.array([sum(errors[p][level] for p, level in zip(own, c, strict=True)) for c in combinations])
-        built.append(Site(f"s{number}", linked, tuple(own), np.array(combinations), summed, costs))
-    return OptionTable(
-        space=space,
-        shared_errors={g: errors[g] for g in range(shared)},
-        shared_costs={"size": {g: rng.integers(0, 9, len(errors[g])).astype(float) for g in range(shared)}},
-        sites=tuple(built),
-        fixed={"time": 3.0, "size": 5.0},
-        option_errors=errors,
-        left_out={},
-    )
-
-
-def everything(table: OptionTable) -> tuple[Array, Array, Array]:
-    levels = np.array(every_level([len(choice.options) for choice in table.space.choices]))
-    return table.error(levels), table.cost("time", levels), table.cost("size", levels)
+from planish.search.option_table import OptionTable, Site, every_level, levels_of, undominated
+from tests.search.tables import everything, table_of
 
 
 @settings(max_examples=25)
@@ -93,9 +53,7 @@ def test_factors_change_which_errors_count() -> None:
     rng = np.random.default_rng(0)
     factors = tuple(rng.uniform(0.1, 3, len(e)) for e in table.option_errors)
     levels = np.array(every_level([len(choice.options) for choice in table.space.choices]))
-    errors = sum(
-        (table.option_errors[p] * factors[p])[levels[:, p]] for p in range(len(table.option_errors))
-    )
+    errors = sum((table.option_errors[p] * factors[p])[levels[:, p]] for p in range(len(table.option_errors)))
     time = table.cost("time", levels)
     most = float(time.max())
     found = solve(table, "time", buckets=int(most - 3), most=most, factors=factors)

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from planish.search.dynamic_program import solve
 from planish.search.integer_program import best_within
 from planish.search.option_table import every_level, levels_of
-
-from .test_dynamic_program import everything, table_of
+from planish.spaces.space import Candidate
+from tests.search.tables import everything, table_of
 
 
 @settings(max_examples=15)
@@ -26,7 +26,8 @@ def test_the_least_error_under_two_limits(seed: int, tight: float, tight_size: f
         return
     assert found is not None
     levels = levels_of(table.space, [found])
-    assert table.cost("time", levels)[0] <= limits["time"] and table.cost("size", levels)[0] <= limits["size"]
+    assert table.cost("time", levels)[0] <= limits["time"]
+    assert table.cost("size", levels)[0] <= limits["size"]
     assert abs(table.error(levels)[0] - fitting.min()) < 1e-6
 
 
@@ -35,7 +36,7 @@ def test_a_pool_is_the_best_that_differ_enough() -> None:
     levels = np.array(every_level([len(choice.options) for choice in table.space.choices]))
     errors, time, _ = everything(table)
     limit = float(np.median(time))
-    pool = []
+    pool: list[Candidate] = []
     for _ in range(4):
         found = best_within(table, {"time": limit}, apart=pool, distance=2)
         assert found is not None
@@ -55,6 +56,7 @@ def test_it_agrees_with_the_dynamic_program_on_a_larger_space() -> None:
     found = solve(table, "time", buckets=int(most - 3), most=most)
     for budget in np.linspace(found.least(), most, 4).round():
         one, two = found.best(budget), best_within(table, {"time": budget})
-        assert one is not None and two is not None
+        assert one is not None
+        assert two is not None
         errors = table.error(levels_of(table.space, [one, two]))
         assert abs(errors[0] - errors[1]) < 1e-6

@@ -8,8 +8,11 @@ from pathlib import Path
 import pytest
 
 from planish.search.errors import UserError
+from planish.search.objective import objectives_of
+from planish.search.planish_sampler import SamplerTask
 from planish.search.sampler import SAMPLERS, Proposer, strongest, uniform_policies
 from planish.spaces.space import Candidate, Choice, Kind, SearchSpace
+from tests.search.tables import table_for
 
 
 def space_of(sites: int = 3) -> SearchSpace:
@@ -28,12 +31,14 @@ def space_of(sites: int = 3) -> SearchSpace:
 def values(candidate: Candidate) -> list[float]:
     """Two objectives that contradict each other, from the options alone."""
     strength = sum(len(str(option)) for option in candidate.options.values() if option is not None)
-    return [float(-strength), float(strength % 7)]
+    return [1 - strength / 200, (1 + strength % 7) / 8]
 
 
 def proposer(folder: Path, sampler: str, seed: int = 0, space: SearchSpace | None = None) -> Proposer:
     folder.mkdir(parents=True, exist_ok=True)
-    return Proposer(folder / "study.log", space or space_of(), sampler, seed, ["maximize", "minimize"])
+    space = space or space_of()
+    task = SamplerTask(table_for(space), objectives_of(("accuracy", "latency"), ("cpu",)), (1.0, 1.0), {}, 10)
+    return Proposer(folder / "study.log", space, sampler, seed, ["maximize", "minimize"], task=task)
 
 
 def asked(proposing: Proposer, batches: int, size: int, known: Sequence[Candidate] = ()) -> list[Candidate]:
@@ -65,7 +70,7 @@ def test_nothing_is_proposed_twice_nor_the_original(tmp_path: Path, sampler: str
     assert space_of().original().key() not in keys
 
 
-@pytest.mark.parametrize("sampler", ["random", "nsga2", "nsga3", "tpe"])
+@pytest.mark.parametrize("sampler", ["random", "nsga2", "nsga3", "tpe", "planish"])
 def test_another_seed_proposes_others(tmp_path: Path, sampler: str) -> None:
     one, two = (asked(proposer(tmp_path / str(seed), sampler, seed), 5, 8) for seed in (0, 1))
     assert [c.key() for c in one] != [c.key() for c in two]

@@ -41,7 +41,7 @@ def net() -> tuple[TracedModel, Proposal]:
 
 
 def real_layers(module: nn.Module, site: str) -> list[tuple[object, ...]]:
-    found = []
+    found: list[tuple[nn.Module, tuple[object, ...], tuple[int, int], int, bool]] = []
     for layer in module.get_submodule(site).modules():
         if isinstance(layer, Quantized):
             inner, bits = layer.inner, (8, layer.bits)
@@ -51,14 +51,18 @@ def real_layers(module: nn.Module, site: str) -> list[tuple[object, ...]]:
             continue
         entries = len(inner.shared.codebook) if isinstance(inner, SharedConv2d | SharedLinear) else 0
         if isinstance(inner, nn.Linear):
-            found.append((inner, ("linear", inner.in_features, inner.out_features), bits, entries))
+            found.append(
+                (inner, ("linear", inner.in_features, inner.out_features), bits, entries, inner.bias is not None)
+            )
         else:
             key = (inner.in_channels, inner.out_channels, inner.kernel_size, inner.stride, inner.padding, inner.groups)
-            found.append((inner, ("conv2d", *key), bits, entries))
+            found.append((inner, ("conv2d", *key), bits, entries, inner.bias is not None))
     seen: set[int] = set()
     return [
-        (key, *bits, entries, inner.bias is not None)
-        for inner, key, bits, entries in sorted(found, key=lambda f: f[2][0])  # the quantised view of a layer first
+        (key, *bits, entries, bias)
+        for inner, key, bits, entries, bias in sorted(
+            found, key=lambda f: f[2][0]
+        )  # the quantised view of a layer first
         if not (id(inner) in seen or seen.add(id(inner)))  # type: ignore[func-returns-value]
     ]
 

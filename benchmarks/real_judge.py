@@ -1,0 +1,228 @@
+"""Samplers on a real task: one evaluator, its results kept by candidate on disk, hypervolume against charged evaluations."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from micro_judge import volume
+
+Row = dict[str, Any]
+BATCH = 8
+DATA = Path(os.environ.get("PLANISH_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
+TASKS: dict[str, dict[str, Any]] = {
+    "digits": {"model": "digits-resnet", "data": "digits32"},
+    "cifar10": {
+        "model": "cifar10-resnet20",
+        "weights": str(DATA / "weights" / "cifar10_resnet20.pt"),
+        "data": f"cifar10:{DATA / 'cifar10'}?validation=test",
+    },
+}
+# Block types that shrink, what prunes, and so on: one family at a time.
+FAMILIES = ("prune", "bits", "rank", "block")
+_PROXY = 512
+
+
+def task_rows(
+    task: str,
+    samplers: Sequence[str],
+    seeds: Sequence[int],
+    most: int,
+    ours: int,
+    latency: str,
+    cache: Path,
+    workers: int,
+    families: bool,
+) -> list[Row]:
+    """A row for every method: hypervolumes at a few charged budgets and the area of what is missing, by seed."""
+    rows = []
+    with Judge(task, latency, cache, workers) as judge:
+        for sampler in ("planish", *samplers):
+            started = time.monotonic()
+            # Beyond what is compared, ours need not run.
+            curves = np.array([judge.curve(sampler, seed, most) for seed in seeds])
+            rows.append(row_of(task, sampler, curves, most, ours, time.monotonic() - started))
+            print(rows[-1]["sampler"], rows[-1]["hypervolume"], file=sys.stderr, flush=True)
+    if families:
+        for name in (*FAMILIES, "all"):
+            started = time.monotonic()
+            chosen = FAMILIES if name == "all" else (name,)
+            with Judge(task, latency, cache, workers, chosen) as judge:
+                curves = np.array([judge.curve("planish", seed, ours) for seed in seeds])
+            rows.append(row_of(f"{task} families", name, curves, ours, ours, time.monotonic() - started))
+            print(name, rows[-1]["hypervolume"], file=sys.stderr, flush=True)
+    return rows
+
+
+def row_of(task: str, sampler: str, curves: np.ndarray, most: int, ours: int, seconds: float) -> Row:
+    places = sorted({30, ours, 100, 200, most} & set(range(most + 1)))
+    return {
+        "task": task,
+        "sampler": sampler,
+        "seeds": len(curves),
+        "hypervolume": {str(place): [float(value) for value in curves[:, place]] for place in places},
+        "area": [float(value) for value in 1 - curves[:, : most + 1].mean(1)],
+        "seconds": seconds,
+    }
+
+
+class Judge:
+    """A task's evaluator on local Ray workers, with everything that was ever evaluated."""
+
+    def __init__(
+        self, task: str, latency: str, cache: Path, workers: int, families: Sequence[str] | None = None
+    ) -> None:
+        from planish.search.config import load_spec
+        from planish.search.evaluate import Evaluator
+
+        keys = {**TASKS[task], "device": "cpu", "search.proxy_images": _PROXY, "preset": "quick"}
+        if families is not None:
+            keys["space.families"] = list(families)
+        self.spec = load_spec(None, keys)
+        self.evaluator = Evaluator(self.spec)
+        self.space = self.evaluator.proposal.space
+        self.latency = latency
+        cache.mkdir(parents=True, exist_ok=True)
+        self.file = cache / f"{task}-{latency}.jsonl"
+        self.known: dict[str, dict[str, float] | None] = {}
+        if self.file.exists():
+            for text in self.file.read_text(encoding="utf-8").splitlines():
+                entry = json.loads(text)
+                self.known[entry["key"]] = entry["values"]
+        self.folder = cache
+        self.workers = workers or os.cpu_count() or 1
+
+    def __enter__(self) -> Judge:
+        from planish.search.workers import Pool, cluster
+
+        self._cluster = cluster("local", self.workers)
+        self._cluster.__enter__()
+        self.pool = Pool(self.spec, self.workers, self.evaluator.task)
+        self._learn()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.pool.close()
+        self._cluster.__exit__(*error)
+
+    def _learn(self) -> None:
+        """The original's values, the library, and what that costs in evaluations."""
+        from planish.search.library import option_table
+        from planish.search.planish_sampler import SamplerTask
+        from planish.search.sampler import strongest
+        from planish.spaces.local_error import LocalErrors
+
+        self.original = self.values([self.space.original()])[0]
+        assert self.original is not None
+        # Two evaluations in a row, both not from the cache, for the charge; the first one warms the workers.
+        started = time.monotonic()
+        self._evaluate(list(strongest(self.space)) * 2)
+        each = (time.monotonic() - started) / (2 * len(strongest(self.space)))
+        started = time.monotonic()
+        errors: dict[str, tuple[float, ...]] = {}
+        parts = [tuple(c.name for c in self.space.choices[i :: 2 * self.workers]) for i in range(2 * self.workers)]
+        results = self._run("option_errors", [self.space.original()] * len(parts), [(part,) for part in parts])
+        for result in results:
+            errors.update({name: tuple(values) for name, values in result["errors"].items()})
+        table = option_table(self.evaluator, LocalErrors(errors, {}), ["latency[cpu]"])
+        self.charge = max(1, round((time.monotonic() - started) / each))
+        print(f"an evaluation takes {each:.2f} s, the library {self.charge} evaluations", file=sys.stderr, flush=True)
+        shape = self.evaluator.traced.output_shape
+        self.task = SamplerTask(
+            table, self.spec.targets(), (self.original["accuracy"], 1.0), {}, classes=shape[1], trained=False
+        )
+
+    def curve(self, sampler: str, seed: int, most: int) -> list[float]:
+        """The hypervolume after every charged evaluation, the original's included."""
+        from planish.search.sampler import WITH_TABLE, Proposer
+
+        library = self.charge if sampler in WITH_TABLE else 0
+        losses = [[1 - self.original["accuracy"], 1.0]]
+        found = [0.0] * (1 + library)
+        with tempfile.TemporaryDirectory() as folder:
+            proposer = Proposer(
+                Path(folder) / "study.log", self.space, sampler, seed, ("maximize", "minimize"),
+                self.evaluator.simplified if sampler == "netadapt" else lambda candidate: candidate,
+                task=self.task,
+            )  # fmt: skip
+            batch = 0
+            while len(found) <= most:
+                batch += 1
+                candidates = proposer.ask(batch, min(BATCH, most + 1 - len(found)))
+                if not candidates:
+                    break
+                for candidate, values in zip(candidates, self.values(candidates), strict=True):
+                    told = None if values is None else [values["accuracy"], values["ratio"]]
+                    proposer.tell(candidate, told, values.get("divergence") if values else None)
+                    if told:
+                        losses.append([1 - told[0], told[1]])
+                    found.append(volume(np.array(losses)))
+        return found + [found[-1]] * (most + 1 - len(found))
+
+    def values(self, candidates: Sequence[Any]) -> list[dict[str, float] | None]:
+        """Accuracy, divergence and latency relative to the original of every candidate; None for one that failed."""
+        missing = list({c.key(): c for c in candidates if c.key() not in self.known}.values())
+        if missing:
+            found = self._evaluate(missing)
+            with self.file.open("a", encoding="utf-8") as file:
+                for candidate, values in zip(missing, found, strict=True):
+                    self.known[candidate.key()] = values
+                    file.write(json.dumps({"key": candidate.key(), "values": values}) + "\n")
+        return [self.known[candidate.key()] for candidate in candidates]
+
+    def _evaluate(self, candidates: Sequence[Any]) -> list[dict[str, float] | None]:
+        from planish.search.workers import Failure
+
+        method = "foresee" if self.latency == "counted" else "score"
+        found = self._run(method, candidates, [()] * len(candidates))
+        if self.latency == "measured":
+            found = self._timed(found)
+        values: list[dict[str, float] | None] = []
+        for result in found:
+            if isinstance(result, Failure):
+                values.append(None)
+                continue
+            own = {name: float(result[name]) for name in ("accuracy", "divergence") if name in result}
+            own["ratio"] = self._ratio(result)
+            values.append(own)
+        return values
+
+    def _ratio(self, result: dict[str, Any]) -> float:
+        if self.latency == "measured":
+            return float(result["latency_ratio"]["cpu"])
+        seconds = float(result["latency_s"]["cpu"]["value"])
+        if not hasattr(self, "_whole"):
+            self._whole = seconds  # the original comes first
+        return seconds / self._whole
+
+    def _timed(self, found: list[Any]) -> list[Any]:
+        from planish.search.measuring import measure_trials
+        from planish.search.workers import Failure
+
+        folders = {n: self.folder / "work" / str(n) for n, result in enumerate(found) if not isinstance(result, Failure)}
+        original = self.folder / "original"
+        if not original.exists():
+            from planish.search.evaluate import Job
+
+            job = Job(0, self.space.original(), 0, original)
+            self.evaluator.compile(self.evaluator.build(job.candidate), job, "untrained")
+        timed = measure_trials(self.evaluator, folders, original, "untrained", final=False)
+        return [timed[n] if isinstance(timed.get(n, r), Failure) else {**r, **timed.get(n, {})} for n, r in enumerate(found)]
+
+    def _run(self, method: str, candidates: Sequence[Any], arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
+        from planish.search.evaluate import Job
+
+        results: dict[int, Any] = {}
+        jobs = [
+            (Job(n, candidate, 0, self.folder / "work" / str(n)), extra)
+            for n, (candidate, extra) in enumerate(zip(candidates, arguments, strict=True))
+        ]
+        self.pool.run(method, jobs, lambda job, result: results.__setitem__(job.number, result))
+        return [results[n] for n in range(len(jobs))]

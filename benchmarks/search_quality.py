@@ -1,0 +1,145 @@
+"""How good the search is: against an exact front, against every other sampler, and one family against all together.
+
+    python benchmarks/search_quality.py              # the small space with all samplers, then a real task
+    python benchmarks/search_quality.py --quick      # the small space, fewer seeds
+
+**The small space** (`micro_space.py`): 46 656 networks whose accuracy and latency are all stored, so that the best
+hypervolume is known. A method's regret is the share of it that is missing after so many charged evaluations. What the
+library of options costs is charged too, as evaluations.
+
+**A real task** (`--task digits` or `--task cifar10`): candidates are built and scored before training on the validation
+split; latency is the compiler's counted time of every kernel that the candidate calls (`--latency counted`, the same for
+every method and machine), or compiled and timed beside the original (`--latency measured`). Evaluations are kept by
+candidate in `--cache`, so that methods and seeds share them and a killed run carries on.
+
+Every method has the same space, evaluator, batches of 8 and seeds; the reference of the hypervolume is (error 1,
+latency of the original). Intervals are 95 %, by bootstrap over seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import numpy as np
+
+OURS = "planish"
+BASELINES = ("grid", "random", "nsga2", "nsga3", "tpe", "netadapt", "dp")
+BATCH = 8
+
+Row = dict[str, Any]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="the small space alone, 2 seeds, baselines to 100")
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--most", type=int, default=300, help="charged evaluations of the baselines")
+    parser.add_argument("--ours", type=int, default=60, help="charged evaluations of ours that are compared")
+    parser.add_argument("--samplers", nargs="+", default=list(BASELINES))
+    parser.add_argument("--task", choices=("none", "digits", "cifar10"), default="digits")
+    parser.add_argument("--families", action="store_true", help="each family alone against all together, too")
+    parser.add_argument("--latency", choices=("counted", "measured"), default="counted")
+    parser.add_argument("--workers", type=int, default=0)
+    parser.add_argument("--cache", type=Path, default=Path("runs/search-quality"))
+    args = parser.parse_args()
+    if args.quick:
+        args.seeds, args.most, args.task = 2, 100, "none"
+    seeds = list(range(args.seeds))
+    rows = micro_rows(args.samplers, seeds, args.most, args.ours)
+    summary: Row = micro_summary(rows, args.ours)
+    if args.task != "none":
+        from real_judge import task_rows
+
+        real = task_rows(
+            args.task, args.samplers, seeds, args.most, args.ours, args.latency, args.cache, args.workers, args.families
+        )
+        rows += real
+        summary |= real_summary(real, args.ours)
+    if args.json:
+        from engines import machine
+
+        print(json.dumps({"rows": rows, "summary": summary, "machine": machine()}, indent=2))
+        return
+    for row in rows:
+        print(line(row))
+    print(", ".join(f"{key} {value if value is None else round(value, 4)}" for key, value in summary.items()))
+
+
+def micro_rows(samplers: Sequence[str], seeds: Sequence[int], most: int, ours: int) -> list[Row]:
+    from micro_judge import load, regrets
+
+    micro, rows = load(), []
+    for sampler in (OURS, *samplers):
+        started = time.monotonic()
+        # A grid has nothing random before it is exhausted, and random is random's.
+        found = np.array([regrets(micro, sampler, seed, most) for seed in seeds])
+        rows.append(curve_row("micro", sampler, found, most, ours, time.monotonic() - started))
+        print(line(rows[-1]), file=sys.stderr)
+    return rows
+
+
+def curve_row(task: str, sampler: str, regret: np.ndarray, most: int, ours: int, seconds: float) -> Row:
+    """A method's regrets, shape (seeds, charged + 1), at a few budgets and as an area."""
+    places = sorted({30, ours, 100, 200, most} & set(range(most + 1)))
+    return {
+        "task": task,
+        "sampler": sampler,
+        "seeds": len(regret),
+        "regret": {str(place): [float(value) for value in regret[:, place]] for place in places},
+        "area": [float(value) for value in regret[:, : most + 1].mean(1)],
+        "seconds": seconds,
+    }
+
+
+def micro_summary(rows: Sequence[Row], ours: int) -> Row:
+    own = next(row for row in rows if row["sampler"] == OURS)
+    return {"regret_60": float(np.mean(own["regret"][str(ours)])), **wins(rows)}
+
+
+def wins(rows: Sequence[Row]) -> Row:
+    """In how many seeds the area under our curve of missing hypervolume is smaller than every baseline's."""
+    own = np.array(next(row for row in rows if row["sampler"] == OURS)["area"])
+    others = np.array([row["area"] for row in rows if row["sampler"] != OURS])
+    return {"auc_wins": int((own[None] < others).all(0).sum()), "auc_seeds": len(own)}
+
+
+def real_summary(rows: Sequence[Row], ours: int) -> Row:
+    own = next(row for row in rows if row["sampler"] == OURS)
+    others = [row for row in rows if row["sampler"] != OURS and not row["task"].endswith("families")]
+    return {
+        "hv_ours_60": float(np.mean(own["hypervolume"][str(ours)])),
+        "hv_best_baseline_300": max(float(np.mean(row["hypervolume"][max(row["hypervolume"], key=int)])) for row in others),
+        **wins([own, *others]),
+    }
+
+
+def line(row: Row) -> str:
+    kind = "regret" if "regret" in row else "hypervolume"
+    parts = []
+    for place, values in row[kind].items():
+        low, high = interval(values)
+        scale = 100 if kind == "regret" else 1
+        parts.append(f"{place}: {scale * np.mean(values):.3f} [{scale * low:.3f}, {scale * high:.3f}]")
+    unit = " %" if kind == "regret" else ""
+    return f"{row['task']:14} {row['sampler']:10} {kind}{unit} at {'  '.join(parts)}  ({row['seconds']:.0f} s)"
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """95 % by bootstrap of the mean."""
+    drawn = np.random.default_rng(0).choice(np.array(values), (2000, len(values))).mean(1)
+    low, high = np.quantile(drawn, (0.025, 0.975))
+    return float(low), float(high)
+
+
+if __name__ == "__main__":
+    main()

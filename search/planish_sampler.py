@@ -1,0 +1,182 @@
+"""The sampler of the name `planish`: the option table's best trade-offs, corrected by what was evaluated so far.
+
+An Optuna sampler like any other: everything it knows of candidates it reads from the study. What it proposes depends on
+the trials that are complete and on those that run (they count as being what they are predicted to be), so a batch is
+the same however many workers evaluate it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..spaces.space import Candidate
+from .objective import Objective
+from .option_table import OptionTable, levels_of
+from .pareto import non_dominated
+from .refine import Chooser, Goals, pool
+from .surrogate import Evaluated, Levels, Surrogate
+
+if TYPE_CHECKING:
+    import optuna
+
+# The user attribute of a trial that holds its divergence from the original's outputs.
+DIVERGENCE = "divergence"
+# What training leaves of a harm of h nats: a damage of so much times the square root of h. It only decides how much of
+# a batch goes to candidates that are useless before training and good after; read off two networks' distillation.
+_RECOVERY = 0.015
+_ELITE = 32
+
+
+@dataclass(frozen=True)
+class SamplerTask:
+    """What the sampler needs to know of a search beside its space.
+
+    Attributes:
+        table: Of the options.
+        objectives: In the order in which values are told.
+        original: Their values for the original.
+        limits: The most of a cost, relative to the original.
+        classes: Of the task; 0 where it has none.
+        trained: Candidates are trained after the search: every second one is chosen by what training may make of it.
+    """
+
+    table: OptionTable
+    objectives: tuple[Objective, ...]
+    original: tuple[float, ...]
+    limits: Mapping[str, float]
+    classes: int = 0
+    trained: bool = True
+
+
+def planish_sampler(task: SamplerTask, seed: int) -> optuna.samplers.BaseSampler:
+    """The sampler of a task; keep one for a whole study, because it remembers its fits."""
+    import optuna
+
+    space = task.table.space
+    distributions: dict[str, optuna.distributions.BaseDistribution] = {
+        c.name: optuna.distributions.CategoricalDistribution(list(c.options)) for c in space.choices
+    }
+
+    class PlanishSampler(optuna.samplers.BaseSampler):
+        def __init__(self) -> None:
+            self._batch: tuple[tuple[int, ...], _Batch] | None = None
+
+        def infer_relative_search_space(
+            self, study: optuna.Study, trial: optuna.trial.FrozenTrial
+        ) -> dict[str, optuna.distributions.BaseDistribution]:
+            return distributions
+
+        def sample_relative(
+            self,
+            study: optuna.Study,
+            trial: optuna.trial.FrozenTrial,
+            search_space: dict[str, optuna.distributions.BaseDistribution],
+        ) -> dict[str, Any]:
+            states = optuna.trial.TrialState
+            others = [t for t in study.get_trials(deepcopy=False) if t.number != trial.number]
+            complete = [t for t in others if t.state == states.COMPLETE]
+            key = tuple(t.number for t in complete)
+            if self._batch is None or self._batch[0] != key:
+                self._batch = key, _Batch(task, [_told(t) for t in complete], _seed(seed, len(key)))
+            # Failed ones too: asked for again they would fail again.
+            rest = [t for t in others if t.state != states.COMPLETE and len(t.params) == len(space.choices)]
+            running = [t.state in (states.RUNNING, states.WAITING) for t in rest]
+            chosen = self._batch[1].next([dict(t.params) for t in rest], running)
+            return dict(chosen.options)
+
+        def sample_independent(
+            self,
+            study: optuna.Study,
+            trial: optuna.trial.FrozenTrial,
+            param_name: str,
+            param_distribution: optuna.distributions.BaseDistribution,
+        ) -> Any:
+            # Only what is not of this space is asked for here.
+            return optuna.samplers.RandomSampler(seed=seed).sample_independent(
+                study, trial, param_name, param_distribution
+            )
+
+    return PlanishSampler()
+
+
+@dataclass(frozen=True)
+class _Told:
+    options: Mapping[str, Any]
+    values: tuple[float, ...]
+    divergence: float
+
+
+class _Batch:
+    """The proposals between two tellings."""
+
+    def __init__(self, task: SamplerTask, told: Sequence[_Told], seed: int) -> None:
+        self._task, self._rng = task, np.random.default_rng(seed)
+        space = task.table.space
+        accuracy = next(i for i, o in enumerate(task.objectives) if o.metric == "accuracy")
+        names = tuple(o.metric for i, o in enumerate(task.objectives) if i != accuracy)
+        base = 1 - task.original[accuracy]
+        top = 1 - 1 / task.classes if task.classes > 1 else 1.0
+        self._goals = Goals(names, base, top, task.limits)
+        seen = _evaluated(task, told, accuracy)
+        self._seen = {tuple(row) for row in seen.levels}
+        self._surrogate = Surrogate(task.table, seen, names, base, top, seed)
+        self._levels = self._pool(seen)
+        recoveries = (None, _RECOVERY) if task.trained else (None,)
+        self._choosers = [Chooser(self._surrogate, self._goals, seen, self._rng, recovery) for recovery in recoveries]
+        self._gains = [chooser.gains(self._levels) for chooser in self._choosers]
+        self._counted: set[tuple[int, ...]] = set()
+        self._space = space
+
+    def next(self, others: Sequence[Mapping[str, Any]], running: Sequence[bool]) -> Candidate:
+        """The next candidate beside others that are running or have failed."""
+        known = set(self._seen)
+        for row, runs in zip(levels_of(self._space, [Candidate(o) for o in others]), running, strict=True):
+            key = tuple(int(level) for level in row)
+            known.add(key)
+            if runs and key not in self._counted:
+                self._counted.add(key)
+                for chooser in self._choosers:
+                    chooser.count(chooser.gains(row[None])[0])
+        taken = [place for place, row in enumerate(self._levels) if tuple(int(x) for x in row) in known]
+        turn = len(self._counted) % len(self._choosers)
+        place = self._choosers[turn].choose(self._levels, self._gains[turn], taken)
+        if place is None:
+            return self._space.sample(self._rng)
+        return self._space.decode(self._levels[place])
+
+    def _pool(self, seen: Evaluated) -> Levels:
+        elite = seen.levels
+        if len(elite):
+            losses = np.stack([seen.loss, *(seen.costs[name] for name in self._goals.costs)], 1)
+            front = elite[non_dominated(losses)]
+            # By harm too: what is useless before training is on no front.
+            harmless = np.stack(
+                [self._surrogate.harm(elite).mean, *(seen.costs[name] for name in self._goals.costs)], 1
+            )
+            elite = np.unique(np.concatenate([front, elite[non_dominated(harmless)]]), axis=0)
+            if len(elite) > _ELITE:
+                elite = elite[self._rng.choice(len(elite), _ELITE, replace=False)]
+        return pool(self._task.table, self._goals, elite, self._rng)
+
+
+def _evaluated(task: SamplerTask, told: Sequence[_Told], accuracy: int) -> Evaluated:
+    space = task.table.space
+    levels = levels_of(space, [Candidate(t.options) for t in told])
+    values = np.array([t.values for t in told], dtype=np.float64).reshape(len(told), len(task.objectives))
+    costs = {o.metric: values[:, i] / (task.original[i] or 1.0) for i, o in enumerate(task.objectives) if i != accuracy}
+    divergence = np.array([t.divergence for t in told], dtype=np.float64)
+    return Evaluated(levels, 1 - values[:, accuracy], divergence, costs)
+
+
+def _told(trial: Any) -> _Told:
+    divergence = trial.user_attrs.get(DIVERGENCE)
+    return _Told(dict(trial.params), tuple(trial.values), math.nan if divergence is None else float(divergence))
+
+
+def _seed(seed: int, complete: int) -> int:
+    return (seed * 1_000_003 + complete) % 2**31

@@ -1,0 +1,222 @@
+"""Which candidates to evaluate next: a pool around the best trade-offs, chosen by expected hypervolume improvement."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..spaces.space import Candidate
+from .dynamic_program import TooDense, solve
+from .option_table import Array, OptionTable
+from .pareto import non_dominated
+from .surrogate import Evaluated, Levels, Surrogate
+
+# Perturbed tables whose fronts enter a pool, budgets taken from each, and buckets of their dynamic programs.
+_FRONTS = 6
+_BUDGETS = 40
+_BUCKETS = 400
+# How far an option's error is perturbed: the standard deviation of log(joint / summed) of small experiments.
+_SPREAD = 0.4
+_MUTANTS = 400
+# Budgets of the sampler that is the dynamic program alone.
+_POLICY_BUDGETS = 129
+# Points of the space of losses in which improvements are counted.
+_POINTS = 3000
+_TRIED_POINTS = 60000
+# What training has to take back is not looked at beyond this harm, in nats.
+_WORST_HARM = 30.0
+
+
+@dataclass(frozen=True)
+class Goals:
+    """What is made better.
+
+    Attributes:
+        costs: Names, in the order of the losses behind the first, which is 1 - accuracy.
+        base_loss: The original's 1 - accuracy.
+        top_loss: Of a model that knows nothing.
+        limits: The most of a cost, relative to the original: what is beyond it gains nothing.
+    """
+
+    costs: tuple[str, ...]
+    base_loss: float
+    top_loss: float
+    limits: Mapping[str, float]
+
+
+def pool(table: OptionTable, goals: Goals, elite: Levels, rng: np.random.Generator, *, fronts: int = _FRONTS) -> Levels:
+    """Candidates near the best trade-offs, without repetitions, shape (n, n_choices).
+
+    Args:
+        table: Of the space.
+        goals: What is traded off.
+        elite: The best candidates so far, (m, n_choices): they are mutated and crossed.
+        rng: Of all that is random.
+        fronts: Dynamic programs with perturbed errors.
+    """
+    found = [_front(table, goals, rng, perturbed=number > 0) for number in range(fronts)]
+    from_programs = np.concatenate(found) if found else np.zeros((0, len(table.space.choices)), dtype=np.int64)
+    parents = np.concatenate([elite, from_programs]) if len(elite) else from_programs
+    if not len(parents):
+        parents = np.zeros((1, len(table.space.choices)), dtype=np.int64)
+    children = np.stack([_child(table, parents, rng) for _ in range(_MUTANTS)])
+    return np.unique(np.concatenate([from_programs, children]), axis=0)
+
+
+def program_candidates(table: OptionTable, costs: Sequence[str]) -> list[Candidate]:
+    """The dynamic program's best of budgets over the whole range of the first cost that adds up over sites.
+
+    In the order of a bisection: the ends, the middle, the quarters, ... so that any number of them covers the range.
+    """
+    names = tuple(name for name in costs if name in table.fixed)
+    goals = Goals(names, 0.0, 1.0, {})
+    rows = _front(table, goals, np.random.default_rng(0), perturbed=False, budgets=_POLICY_BUDGETS)
+    found = {tuple(int(level) for level in rows[place]): None for place in _bisected(len(rows))}
+    return [table.space.decode(row) for row in found if any(row)]
+
+
+def _bisected(count: int) -> list[int]:
+    """0 to count - 1: the ends, the middle, the quarters, ..."""
+    order = [0, count - 1] if count > 1 else list(range(count))
+    spans = [(0, count - 1)]
+    while spans:
+        low, high = spans.pop(0)
+        if high - low > 1:
+            middle = (low + high) // 2
+            order.append(middle)
+            spans += [(low, middle), (middle, high)]
+    return order
+
+
+def _front(
+    table: OptionTable, goals: Goals, rng: np.random.Generator, perturbed: bool, budgets: int = _BUDGETS
+) -> Levels:
+    """The best candidates of many budgets of one cost, errors perturbed, other costs as penalties."""
+    additive = [name for name in goals.costs if name in table.fixed]
+    if not additive:
+        return np.zeros((0, len(table.space.choices)), dtype=np.int64)
+    cost = additive[int(rng.integers(len(additive)))] if perturbed else additive[0]
+    factors = None
+    if perturbed:
+        factors = tuple(np.exp(rng.normal(0, _SPREAD, len(errors))) for errors in table.option_errors)
+    zero = np.zeros((1, len(table.space.choices)), dtype=np.int64)
+    whole = {name: float(table.cost(name, zero)[0]) for name in additive}
+    # An error of 1 is a model destroyed; a hundredth to a hundred times that for the whole of another cost.
+    penalties = {name: 10 ** rng.uniform(-2, 1.5) / whole[name] for name in additive if name != cost and perturbed}
+    try:
+        solved = solve(table, cost, buckets=_BUCKETS, penalties=penalties, factors=factors)
+    except TooDense:
+        return np.zeros((0, len(table.space.choices)), dtype=np.int64)
+    low = max(solved.least(), 1e-6 * whole[cost])
+    asked = np.exp(np.linspace(np.log(low), np.log(whole[cost]), budgets))
+    best = [candidate for budget in asked if (candidate := solved.best(float(budget) * (1 + 1e-9))) is not None]
+    return np.array([table.space.encode(candidate) for candidate in best], dtype=np.int64).reshape(
+        len(best), len(table.space.choices)
+    )
+
+
+def _child(table: OptionTable, parents: Levels, rng: np.random.Generator) -> Levels:
+    """A parent with a few choices changed or taken from another parent."""
+    child: Levels = parents[int(rng.integers(len(parents)))].copy()
+    if rng.random() < 0.5:
+        other = parents[int(rng.integers(len(parents)))]
+        # Whole sites: the choices of one belong together.
+        for site in table.sites:
+            if rng.random() < 0.3:
+                child[list(site.own)] = other[list(site.own)]
+        for place in table.shared_errors:
+            if rng.random() < 0.3:
+                child[place] = other[place]
+    for _ in range(int(rng.integers(1, 4))):
+        if rng.random() < 0.5 and table.sites:
+            site = table.sites[int(rng.integers(len(table.sites)))]
+            if len(site.own):
+                child[list(site.own)] = site.combinations[int(rng.integers(len(site.combinations)))]
+        else:
+            place = int(rng.integers(len(child)))
+            count = len(table.space.choices[place].options)
+            child[place] = int(np.clip(child[place] + rng.choice((-1, 1)), 0, count - 1))
+    return child
+
+
+class Chooser:
+    """Chooses candidates one after the other; each counts as evaluated, as well as it is predicted, for the next."""
+
+    def __init__(
+        self,
+        surrogate: Surrogate,
+        goals: Goals,
+        seen: Evaluated,
+        rng: np.random.Generator,
+        recovery: float | None = None,
+    ) -> None:
+        """Points of the space of losses are drawn where something is still to be gained.
+
+        Args:
+            surrogate: Predicts candidates.
+            goals: What is traded off.
+            seen: What was evaluated.
+            rng: Of the points.
+            recovery: None: candidates count as they are. Else as they may be after training, which takes back most of
+                the harm, more of it where there is more: what is left is `recovery` times its square root.
+        """
+        self._surrogate, self._goals, self._recovery = surrogate, goals, recovery
+        harm = (
+            surrogate.harm_at(seen.loss) if recovery is None or not len(seen.loss) else surrogate.harm(seen.levels).mean
+        )
+        own = self._axes(harm, [seen.costs[name] for name in goals.costs])
+        for column, name in enumerate(goals.costs, start=1):
+            own = own[own[:, column] <= goals.limits.get(name, np.inf)]
+        front = own[non_dominated(own)] if len(own) else own
+        worst = 1.0 if recovery is None else float(self._loss(np.array([_WORST_HARM]))[0])
+        upper = np.array([worst, *(min(1.0, goals.limits.get(name, 1.0)) for name in goals.costs)])
+        low = np.array([goals.base_loss, *np.zeros(len(goals.costs))])
+        points = low + (upper - low) * rng.random((_TRIED_POINTS, len(upper)))
+        for start in range(0, len(front), 64):
+            part = front[start : start + 64]
+            points = points[~(part[None] <= points[:, None]).all(2).any(1)]
+        self._points = points[:_POINTS]
+        self._weights = np.ones(len(self._points))
+
+    def gains(self, levels: Levels) -> Array:
+        """For every candidate and point the probability that it is better there in everything, (n, points)."""
+        from scipy.special import ndtr
+
+        harm = self._surrogate.harm(levels)
+        wanted = np.log(np.maximum(self._harm_at(self._points[:, 0]), 1e-12))
+        found = ndtr((wanted[None] - np.log(harm.mean)[:, None]) / harm.std[:, None])
+        for column, name in enumerate(self._goals.costs, start=1):
+            guess = self._surrogate.cost(name, levels)
+            wanted = np.log(np.maximum(self._points[:, column], 1e-12))
+            found *= ndtr((wanted[None] - np.log(guess.mean)[:, None]) / guess.std[:, None])
+        return np.asarray(found)
+
+    def choose(self, levels: Levels, gains: Array, taken: Collection[int]) -> int | None:
+        """The row of the largest expected gain that is not taken; None where all are."""
+        total = gains @ self._weights
+        total[list(taken)] = -1.0
+        row = int(total.argmax())
+        return row if total[row] >= 0 else None
+
+    def count(self, gains: Array) -> None:
+        """One candidate's gains, (points,), are no longer to be had."""
+        self._weights = self._weights * (1 - gains)
+
+    def _axes(self, harm: Array, costs: Sequence[Array]) -> Array:
+        return np.stack([self._loss(harm), *costs], 1) if len(harm) else np.zeros((0, 1 + len(costs)))
+
+    def _loss(self, harm: Array) -> Array:
+        if self._recovery is None:
+            return self._surrogate.loss_at(harm)
+        goals = self._goals
+        return goals.base_loss + (goals.top_loss - goals.base_loss) * -np.expm1(-self._recovery * np.sqrt(harm))
+
+    def _harm_at(self, loss: Array) -> Array:
+        if self._recovery is None:
+            return self._surrogate.harm_at(loss)
+        goals = self._goals
+        share = np.clip((loss - goals.base_loss) / (goals.top_loss - goals.base_loss), 0, 1 - 1e-9)
+        found: Array = (-np.log1p(-share) / self._recovery) ** 2
+        return found
