@@ -85,16 +85,12 @@ def regrets(micro: Micro, sampler: str, seed: int, charged: int, batch: int = 8)
 
     objectives = objectives_of(("accuracy", "latency"), ("cpu",))
     start = (0,) * len(micro.space.choices)
-    task = SamplerTask(
-        micro.table, objectives, (float(micro.accuracy[start]), 1.0), {}, classes=10, trained=False
-    )
+    task = SamplerTask(micro.table, objectives, (float(micro.accuracy[start]), 1.0), {}, classes=10, trained=False)
     library = LIBRARY_CHARGE if sampler in WITH_TABLE else 0
     seen = [_losses(micro, [start])]
     found = [1 - volume(np.concatenate(seen)) / micro.best] * (1 + library)
     with tempfile.TemporaryDirectory() as folder:
-        proposer = Proposer(
-            Path(folder) / "study.log", micro.space, sampler, seed, ("maximize", "minimize"), task=task
-        )
+        proposer = Proposer(Path(folder) / "study.log", micro.space, sampler, seed, ("maximize", "minimize"), task=task)
         number = 0
         while len(found) <= charged:
             number += 1

@@ -206,7 +206,9 @@ class Judge:
         from planish.search.measuring import measure_trials
         from planish.search.workers import Failure
 
-        folders = {n: self.folder / "work" / str(n) for n, result in enumerate(found) if not isinstance(result, Failure)}
+        folders = {
+            n: self.folder / "work" / str(n) for n, result in enumerate(found) if not isinstance(result, Failure)
+        }
         original = self.folder / "original"
         if not original.exists():
             from planish.search.evaluate import Job
@@ -214,7 +216,9 @@ class Judge:
             job = Job(0, self.space.original(), 0, original)
             self.evaluator.compile(self.evaluator.build(job.candidate), job, "untrained")
         timed = measure_trials(self.evaluator, folders, original, "untrained", final=False)
-        return [timed[n] if isinstance(timed.get(n, r), Failure) else {**r, **timed.get(n, {})} for n, r in enumerate(found)]
+        return [
+            timed[n] if isinstance(timed.get(n, r), Failure) else {**r, **timed.get(n, {})} for n, r in enumerate(found)
+        ]
 
     def _run(self, method: str, candidates: Sequence[Any], arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
         from planish.search.evaluate import Job

@@ -118,7 +118,9 @@ def real_summary(rows: Sequence[Row], ours: int) -> Row:
     others = [row for row in rows if row["sampler"] != OURS and not row["task"].endswith("families")]
     return {
         "hv_ours_60": float(np.mean(own["hypervolume"][str(ours)])),
-        "hv_best_baseline_300": max(float(np.mean(row["hypervolume"][max(row["hypervolume"], key=int)])) for row in others),
+        "hv_best_baseline_300": max(
+            float(np.mean(row["hypervolume"][max(row["hypervolume"], key=int)])) for row in others
+        ),
         **wins([own, *others]),
     }
 

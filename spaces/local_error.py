@@ -162,6 +162,8 @@ def _seen(
     for batch in _batches(traced, inputs):
         calls, output = _watched(module, layers, batch)
         outputs.append(output.detach().flatten(1))
+        if not calls:
+            continue
         probes = [_signs(output, generator) for _ in range(PROBES)]
         wanted = [y for pairs in calls.values() for _, y in pairs]
         slopes = [torch.autograd.grad((output * probe).sum(), wanted, retain_graph=True) for probe in probes]
