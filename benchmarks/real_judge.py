@@ -1,4 +1,4 @@
-"""Samplers on a real task: one evaluator, its results kept by candidate on disk, hypervolume against charged evaluations."""
+"""Samplers on a real task: results kept by candidate on disk, hypervolume against charged evaluations."""
 
 from __future__ import annotations
 

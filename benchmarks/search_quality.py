@@ -8,8 +8,8 @@ hypervolume is known. A method's regret is the share of it that is missing after
 library of options costs is charged too, as evaluations.
 
 **A real task** (`--task digits` or `--task cifar10`): candidates are built and scored before training on the validation
-split; latency is the compiler's counted time of every kernel that the candidate calls (`--latency counted`, the same for
-every method and machine), or compiled and timed beside the original (`--latency measured`). Evaluations are kept by
+split; latency is the compiler's counted time of every kernel that the candidate calls (`--latency counted`, the same
+for every method and machine), or compiled and timed beside the original (`--latency measured`). Evaluations are kept by
 candidate in `--cache`, so that methods and seeds share them and a killed run carries on.
 
 Every method has the same space, evaluator, batches of 8 and seeds; the reference of the hypervolume is (error 1,
@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.search.tables import everything, table_of
 
 from planish.search.dynamic_program import TooDense, solve
 from planish.search.option_table import OptionTable, Site, every_level, levels_of, undominated
-from tests.search.tables import everything, table_of
 
 
 @settings(max_examples=25)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.search.tables import everything, table_of
 
 from planish.search.dynamic_program import solve
 from planish.search.integer_program import best_within
 from planish.search.option_table import every_level, levels_of
 from planish.spaces.space import Candidate
-from tests.search.tables import everything, table_of
 
 
 @settings(max_examples=15)

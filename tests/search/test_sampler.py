@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from tests.search.tables import table_for
 
 from planish.search.errors import UserError
 from planish.search.objective import objectives_of
 from planish.search.planish_sampler import SamplerTask
 from planish.search.sampler import SAMPLERS, Proposer, strongest, uniform_policies
 from planish.spaces.space import Candidate, Choice, Kind, SearchSpace
-from tests.search.tables import table_for
 
 
 def space_of(sites: int = 3) -> SearchSpace:

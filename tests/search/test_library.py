@@ -1,0 +1,165 @@
+"""A space's table of options: what it says of candidates against what they are, its file, and what is left out of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from planish.hwmodels.cycles import CountedCycles
+from planish.search import library
+from planish.search.config import load_spec
+from planish.search.data import Data, Split
+from planish.search.errors import UserError
+from planish.search.evaluate import Evaluator
+from planish.search.latency_table import plan_of
+from planish.search.library import option_table
+from planish.search.library_file import library_key, read_library, write_library
+from planish.search.option_table import OptionTable, levels_of
+from planish.search.tasks import Task
+from planish.search.zoo import SmallResNet
+from planish.spaces.apply import skeleton
+from planish.spaces.local_error import LocalErrors
+from planish.spaces.size import count_macs, stored_bytes
+from planish.spaces.space import Candidate, Choice
+
+pytestmark = pytest.mark.tvm
+
+
+@pytest.fixture(scope="module")
+def evaluator() -> Evaluator:
+    torch.manual_seed(0)
+    split = Split(torch.randn(8, 1, 16, 16), torch.arange(8) % 4)
+    data = Data(split, split, split, ("a", "b", "c", "d"))
+    task = Task(SmallResNet(widths=(16, 32), blocks=1, classes=4).eval(), data)
+    return Evaluator(load_spec(None, {"model": "own", "data": "own", "space.lanes": 8}), task)
+
+
+@pytest.fixture(scope="module")
+def table(evaluator: Evaluator) -> OptionTable:
+    # What the machine's database knows of kernels is not what this is about.
+    patch = pytest.MonkeyPatch()
+    patch.setattr(library, "_ENOUGH", 10**9)
+    rising = {c.name: tuple(0.01 * level for level in range(len(c.options))) for c in evaluator.proposal.space.choices}
+    found = option_table(evaluator, LocalErrors(rising, {}), ["latency[cpu]", "size", "macs"])
+    patch.undo()
+    return found
+
+
+def in_table(table: OptionTable, rng: np.random.Generator) -> Candidate:
+    """A candidate of combinations that the table holds."""
+    levels = np.zeros(len(table.space.choices), dtype=np.int64)
+    for place in table.shared_errors:
+        levels[place] = rng.integers(len(table.space.choices[place].options))
+    for site in table.sites:
+        levels[list(site.own)] = site.combinations[rng.integers(len(site.combinations))]
+    return table.space.decode(levels)
+
+
+def test_sizes_and_macs_are_those_of_the_candidates(evaluator: Evaluator, table: OptionTable) -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(12):
+        candidate = in_table(table, rng)
+        module = skeleton(candidate, evaluator.traced, evaluator.proposal)
+        levels = levels_of(table.space, [candidate])
+        assert table.cost("macs", levels)[0] == count_macs(module, evaluator.traced.example)
+        assert table.cost("size", levels)[0] == stored_bytes(module), candidate.options
+
+
+def test_latencies_are_near_those_of_the_candidates_plans(evaluator: Evaluator, table: OptionTable) -> None:
+    rng = np.random.default_rng(1)
+    model = CountedCycles(evaluator.devices["cpu"])
+    for _ in range(8):
+        candidate = in_table(table, rng)
+        wanted = model.predict(plan_of(evaluator, "cpu", candidate).calls).latency_s
+        got = table.cost("latency[cpu]", levels_of(table.space, [candidate]))[0]
+        # Moves between float32 and bytes, and channels of elementwise operators, are not in the table.
+        assert got == pytest.approx(wanted, rel=0.25)
+
+
+def test_an_error_is_the_sum_of_the_options(table: OptionTable) -> None:
+    candidate = in_table(table, np.random.default_rng(2))
+    levels = levels_of(table.space, [candidate])
+    assert table.error(levels)[0] == pytest.approx(0.01 * levels.sum())
+
+
+def test_a_combination_that_was_left_out_counts_as_its_nearest(table: OptionTable) -> None:
+    rng = np.random.default_rng(3)
+    levels = levels_of(table.space, [table.space.sample(rng) for _ in range(50)])
+    for name in table.fixed:
+        costs = table.cost(name, levels)
+        assert np.isfinite(costs).all()
+        assert (costs > 0).all()
+
+
+def test_options_that_are_never_worth_it_are_named_with_what_beats_them(evaluator: Evaluator) -> None:
+    # Codebooks change no latency: where latency alone counts they only spoil.
+    space = evaluator.proposal.space
+    errors = {c.name: tuple(0.01 * level for level in range(len(c.options))) for c in space.choices}
+    errors["stem:bits"] = (0.0, 0.01, float("inf"))
+    found = option_table(evaluator, LocalErrors(errors, {"stem:bits=4": "broken"}), ["latency[cpu]"])
+    clusters = {f"{c.name}={o}" for c in space.choices if c.kind.value == "cluster" for o in c.options[1:]}
+    assert clusters
+    assert clusters <= set(found.left_out)
+    assert found.left_out["stem:bits=4"] == "broken"
+    for site in found.sites:
+        for column, place in enumerate(site.own):
+            if space.choices[place].kind.value == "cluster":
+                assert not site.combinations[:, column].any()
+
+
+def test_a_table_survives_its_file(table: OptionTable, tmp_path: Path) -> None:
+    path = tmp_path / "library.json"
+    write_library(path, table, "key", "")
+    again = read_library(path, table.space, "key")
+    assert again is not None
+    rng = np.random.default_rng(4)
+    levels = levels_of(table.space, [table.space.sample(rng) for _ in range(20)])
+    assert (again.error(levels) == table.error(levels)).all()
+    for name in table.fixed:
+        assert (again.cost(name, levels) == table.cost(name, levels)).all()
+    assert again.left_out == table.left_out
+    assert read_library(path, table.space, "another key") is None
+    assert read_library(tmp_path / "missing.json", table.space, "key") is None
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda d: "{",
+        lambda d: json.dumps({**d, "sites": [{**d["sites"][0], "combinations": [[99] * len(d["sites"][0]["own"])]}]}),
+        lambda d: json.dumps({**d, "fixed": {"latency[cpu]": "much"}}),
+        lambda d: json.dumps({**d, "option_errors": {}}),
+        lambda d: json.dumps({**d, "sites": 7}),
+    ],
+    ids=["cut", "level", "text", "missing", "kind"],
+)
+def test_a_damaged_file_is_refused_in_one_line(table: OptionTable, tmp_path: Path, damage: object) -> None:
+    path = tmp_path / "library.json"
+    write_library(path, table, "key", "")
+    assert callable(damage)
+    path.write_text(damage(json.loads(path.read_text())))
+    with pytest.raises(UserError, match=r"library\.json") as error:
+        read_library(path, table.space, "key")
+    assert "\n" not in str(error.value)
+
+
+def test_the_key_follows_weights_and_costs(table: OptionTable) -> None:
+    one, two = torch.zeros(3), torch.ones(3)
+    keys = {
+        library_key(table.space, ["size"], ["cpu"], [one]),
+        library_key(table.space, ["size"], ["cpu"], [two]),
+        library_key(table.space, ["macs"], ["cpu"], [one]),
+        library_key(table.space, ["size"], ["other"], [one]),
+    }
+    assert len(keys) == 4
+    assert library_key(table.space, ["size"], ["cpu"], [one]) in keys
+
+
+def test_choices_are_named_in_the_order_of_the_space(table: OptionTable) -> None:
+    assert all(isinstance(choice, Choice) for choice in table.space.choices)
+    for site in table.sites:
+        assert all(table.space.choices[place].site == site.name for place in site.own)
