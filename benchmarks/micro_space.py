@@ -3,10 +3,10 @@
     python benchmarks/micro_space.py    # about three quarters of an hour: writes benchmarks/data/micro_space.npz
 
 The network is the built-in one for scikit-learn's digits. Each of its six blocks can be put in one of six forms, with
-the product's own closed forms fitted on the original's inputs; the networks of all combinations are run on the validation
-split (a tree, so that what they share is computed once). A form's latency is what it changes in the compiled original,
-timed in turns with it; latencies of blocks add up. With that the exact front of the space is known, and how far any
-search is from it.
+the product's own closed forms fitted on the original's inputs; the networks of all combinations are run on the
+validation split (a tree, so that what they share is computed once). A form's latency is what it changes in the compiled
+original, timed in turns with it; latencies of blocks add up. With that the exact front of the space is known, and how
+far any search is from it.
 
 The file holds no pickles: correct answers (uint16) and divergence from the original (float16) of every network, the
 last block's form changing fastest, and by block and form the latency, the size, and the product's own guesses: the

@@ -18,7 +18,7 @@ from ..spaces.space import Candidate
 from .objective import Objective
 from .option_table import OptionTable, levels_of
 from .pareto import non_dominated
-from .refine import Chooser, Goals, pool
+from .refine import AfterTraining, AsTheyAre, Axis, Chooser, Goals, pool
 from .surrogate import Evaluated, Levels, Surrogate
 
 if TYPE_CHECKING:
@@ -26,9 +26,6 @@ if TYPE_CHECKING:
 
 # The user attribute of a trial that holds its divergence from the original's outputs.
 DIVERGENCE = "divergence"
-# What training leaves of a harm of h nats: a damage of so much times the square root of h. It only decides how much of
-# a batch goes to candidates that are useless before training and good after; read off two networks' distillation.
-_RECOVERY = 0.015
 _ELITE = 32
 
 
@@ -126,8 +123,10 @@ class _Batch:
         self._seen = {tuple(row) for row in seen.levels}
         self._surrogate = Surrogate(task.table, seen, names, base, top, seed)
         self._levels = self._pool(seen)
-        recoveries = (None, _RECOVERY) if task.trained else (None,)
-        self._choosers = [Chooser(self._surrogate, self._goals, seen, self._rng, recovery) for recovery in recoveries]
+        axes: list[Axis] = [AsTheyAre(self._surrogate)]
+        if task.trained:
+            axes.append(AfterTraining(task.table, self._goals))
+        self._choosers = [Chooser(self._surrogate, axis, self._goals, seen, self._rng) for axis in axes]
         self._gains = [chooser.gains(self._levels) for chooser in self._choosers]
         self._counted: set[tuple[int, ...]] = set()
         self._space = space
@@ -144,7 +143,7 @@ class _Batch:
                     chooser.count(chooser.gains(row[None])[0])
         taken = [place for place, row in enumerate(self._levels) if tuple(int(x) for x in row) in known]
         turn = len(self._counted) % len(self._choosers)
-        place = self._choosers[turn].choose(self._levels, self._gains[turn], taken)
+        place = self._choosers[turn].choose(self._gains[turn], taken)
         if place is None:
             return self._space.sample(self._rng)
         return self._space.decode(self._levels[place])

@@ -1,4 +1,4 @@
-"""A space's table of options: what it says of candidates against what they are, its file, and what is left out of it."""
+"""A space's table of options: what it says of candidates against what they are, its file, and what it leaves out."""
 
 from __future__ import annotations
 
