@@ -52,27 +52,35 @@ def asked(proposing: Proposer, batches: int, size: int, known: Sequence[Candidat
     return found
 
 
+def length(sampler: str) -> tuple[int, int]:
+    """Batches and their size: enough to come to a sampler's own proposals behind what it begins with."""
+    return (3, 4) if sampler in ("planish", "gp", "tpe", "netadapt") else (5, 6)
+
+
 @pytest.mark.parametrize("sampler", SAMPLERS)
-@pytest.mark.parametrize("killed_after", [1, 27])
+@pytest.mark.parametrize("share", [0.1, 0.9])
 def test_a_run_that_was_cut_short_is_completed_as_it_would_have_been(
-    tmp_path: Path, sampler: str, killed_after: int
+    tmp_path: Path, sampler: str, share: float
 ) -> None:
-    undisturbed = asked(proposer(tmp_path / "a", sampler), 5, 6)
-    resumed = asked(proposer(tmp_path / "b", sampler), 5, 6, undisturbed[:killed_after])
+    undisturbed = asked(proposer(tmp_path / "a", sampler), *length(sampler))
+    known = undisturbed[: round(share * len(undisturbed))]
+    resumed = asked(proposer(tmp_path / "b", sampler), *length(sampler), known)
     assert [c.key() for c in resumed] == [c.key() for c in undisturbed]
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_nothing_is_proposed_twice_nor_the_original(tmp_path: Path, sampler: str) -> None:
-    found = asked(proposer(tmp_path, sampler), 5, 8)
+    batches, size = length(sampler)
+    found = asked(proposer(tmp_path, sampler), batches, size)
     keys = {candidate.key() for candidate in found}
-    assert len(keys) == len(found) == 40
+    assert len(keys) == len(found) == batches * size
     assert space_of().original().key() not in keys
 
 
 @pytest.mark.parametrize("sampler", ["random", "nsga2", "nsga3", "tpe", "planish"])
 def test_another_seed_proposes_others(tmp_path: Path, sampler: str) -> None:
-    one, two = (asked(proposer(tmp_path / str(seed), sampler, seed), 5, 8) for seed in (0, 1))
+    batches, size = (4, 8) if sampler.startswith("nsga") else (3, 4)  # NSGA begins with 24 policies, whatever the seed
+    one, two = (asked(proposer(tmp_path / str(seed), sampler, seed), batches, size) for seed in (0, 1))
     assert [c.key() for c in one] != [c.key() for c in two]
 
 

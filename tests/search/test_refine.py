@@ -1,0 +1,161 @@
+"""Predictions of candidates from those that were evaluated, and which of a pool are chosen."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from planish.search.dynamic_program import solve
+from planish.search.option_table import Array, OptionTable, levels_of
+from planish.search.refine import AfterTraining, AsTheyAre, Chooser, Goals, pool, program_candidates
+from planish.search.surrogate import Evaluated, Levels, Surrogate
+from tests.search.tables import everything, table_of
+
+BASE, TOP = 0.08, 0.9
+GOALS = Goals(("time", "size"), BASE, TOP, {})
+
+
+@pytest.fixture(scope="module")
+def table() -> OptionTable:
+    return table_of(4, 6, 3)
+
+
+def sampled(table: OptionTable, count: int, seed: int) -> Levels:
+    rng = np.random.default_rng(seed)
+    return levels_of(table.space, [table.space.sample(rng) for _ in range(count)])
+
+
+def told(table: OptionTable, levels: Levels, divergence: bool = True) -> Evaluated:
+    """Candidates as a machine and a model might make them: by laws that the table does not know."""
+    zero = np.zeros((1, levels.shape[1]), dtype=np.int64)
+    errors = table.error(levels) / 100
+    harm = 0.7 * errors**1.3
+    loss = BASE + (TOP - BASE) * -np.expm1(-0.8 * harm)
+    costs = {name: 1.1 * (table.cost(name, levels) / table.cost(name, zero)) ** 0.9 for name in ("time", "size")}
+    return Evaluated(levels, loss, harm if divergence else np.full(len(levels), np.nan), costs)
+
+
+def surrogate_of(table: OptionTable, seen: Evaluated) -> Surrogate:
+    return Surrogate(table, seen, GOALS.costs, BASE, TOP, 0)
+
+
+@pytest.mark.parametrize("divergence", [True, False])
+def test_what_was_told_corrects_the_table(table: OptionTable, divergence: bool) -> None:
+    model = surrogate_of(table, told(table, sampled(table, 40, 0), divergence))
+    others = sampled(table, 30, 1)
+    wanted = told(table, others)
+    # 40 exact pairs pull the prior's slope to theirs up to a few hundredths.
+    assert model.loss_at(model.harm(others).mean) == pytest.approx(wanted.loss, abs=0.03)
+    for name in GOALS.costs:
+        assert model.cost(name, others).mean == pytest.approx(wanted.costs[name], rel=0.06)
+        assert (model.cost(name, others).std < 0.1).all()
+
+
+def test_before_anything_is_told_the_table_is_the_guess(table: OptionTable) -> None:
+    model = surrogate_of(table, told(table, sampled(table, 0, 0)))
+    levels = sampled(table, 25, 2)
+    zero = np.zeros((1, levels.shape[1]), dtype=np.int64)
+    assert model.cost("time", levels).mean == pytest.approx(table.cost("time", levels) / table.cost("time", zero))
+    assert (np.diff(table.error(levels)[np.argsort(model.harm(levels).mean)]) >= 0).all()
+
+
+def test_few_pairs_that_agree_are_no_certainty(table: OptionTable) -> None:
+    few, many = (surrogate_of(table, told(table, sampled(table, count, 3))) for count in (3, 200))
+    levels = sampled(table, 5, 4)
+    assert (few.cost("time", levels).std > 2 * many.cost("time", levels).std).all()
+
+
+def test_harm_and_loss_are_each_others_inverse(table: OptionTable) -> None:
+    model = surrogate_of(table, told(table, sampled(table, 30, 5)))
+    harm = np.array([0.01, 0.3, 2.0])
+    assert model.harm_at(model.loss_at(harm)) == pytest.approx(harm)
+    assert model.harm_at(np.array([BASE]))[0] == 0
+    assert np.isinf(model.harm_at(np.array([1.0]))[0])
+    trained = AfterTraining(table, GOALS)
+    one_each = np.eye(len(table.space.choices), dtype=np.int64)
+    assert trained.harm_at(trained.losses(told(table, one_each))) == pytest.approx(table.error(one_each), rel=1e-6)
+
+
+def test_a_cost_that_the_table_has_not_is_learned(table: OptionTable) -> None:
+    seen = told(table, sampled(table, 60, 7))
+    memory = np.where(seen.levels[:, 0] > 0, 0.5, 1.0)
+    more = Evaluated(seen.levels, seen.loss, seen.divergence, {**seen.costs, "memory": memory})
+    model = Surrogate(table, more, ("time", "memory"), BASE, TOP, 0)
+    others = sampled(table, 30, 8)
+    guess = model.cost("memory", others).mean
+    assert guess[others[:, 0] > 0].mean() < 0.65 < 0.85 < guess[others[:, 0] == 0].mean()
+
+
+def test_a_pool_holds_the_best_of_every_budget_once(table: OptionTable) -> None:
+    rows = pool(table, GOALS, np.zeros((0, len(table.space.choices)), dtype=np.int64), np.random.default_rng(0))
+    assert len(np.unique(rows, axis=0)) == len(rows) > 300
+    found = solve(table, "time", buckets=400)
+    best = found.best(0.5 * (found.least() + table.cost("time", np.zeros_like(rows[:1]))[0]))
+    assert best is not None
+    cheap = table.cost("time", rows) <= table.cost("time", levels_of(table.space, [best]))[0] * 1.02
+    assert table.error(rows[cheap]).min() <= table.error(levels_of(table.space, [best]))[0] * 1.05
+
+
+def test_candidates_of_the_program_begin_with_both_ends(table: OptionTable) -> None:
+    found = levels_of(table.space, program_candidates(table, ["time"]))
+    costs = table.cost("time", found)
+    _, time, _ = everything(table) if np.prod([len(c.options) for c in table.space.choices]) < 10**6 else (0, costs, 0)
+    assert costs[0] == pytest.approx(min(costs))
+    assert costs[0] <= np.min(time) * 1.05
+    errors = table.error(found)
+    # None beats another: more error always buys less time.
+    order = np.argsort(costs)
+    assert (np.diff(errors[order]) <= 1e-9).all()
+
+
+def test_the_first_choice_gains_the_most_and_a_copy_of_it_nothing(table: OptionTable) -> None:
+    seen = told(table, sampled(table, 60, 9))
+    model = surrogate_of(table, seen)
+    rows = sampled(table, 200, 10)
+    chooser = Chooser(model, AsTheyAre(model), GOALS, seen, np.random.default_rng(0))
+    gains = chooser.gains(rows)
+    first = chooser.choose(gains, [])
+    assert first is not None
+    assert gains[first].sum() == pytest.approx(gains.sum(1).max())
+    chooser.count(gains[first])
+    doubled = np.concatenate([gains, gains[first : first + 1]])
+    assert chooser.choose(doubled, [first]) != len(rows) or not np.maximum(gains - gains[first], 0).any()
+    assert chooser.choose(gains, range(len(rows))) is None
+
+
+def test_expected_gains_are_those_of_the_hypervolume(table: OptionTable) -> None:
+    """With predictions that are nearly certain, the points gained are the volume that is gained."""
+    seen = told(table, sampled(table, 300, 11))
+    model = surrogate_of(table, seen)
+    rows = sampled(table, 400, 12)
+    axis = AsTheyAre(model)
+    chooser = Chooser(model, axis, GOALS, seen, np.random.default_rng(1))
+    exact = told(table, rows)
+    by_points = chooser.gains(rows).sum(1)
+    by_volume = np.array([gained(seen, exact, row) for row in range(len(rows))])
+    top = np.argsort(-by_volume)[:20]
+    # What truly gains most is among the first by points.
+    assert set(np.argsort(-by_points)[:60]) >= set(top[:5])
+
+
+def test_what_exceeds_a_limit_gains_nothing(table: OptionTable) -> None:
+    seen = told(table, sampled(table, 80, 13))
+    model = surrogate_of(table, seen)
+    rows = sampled(table, 300, 14)
+    limited = Goals(GOALS.costs, BASE, TOP, {"time": 0.4})
+    gains = Chooser(model, AsTheyAre(model), limited, seen, np.random.default_rng(0)).gains(rows).sum(1)
+    slow = told(table, rows).costs["time"] > 0.8
+    assert slow.any()
+    assert gains[slow].max() < 0.05 * gains.max()
+
+
+def gained(seen: Evaluated, candidates: Evaluated, row: int) -> float:
+    """The volume that one candidate adds, by counting points."""
+    points = BASE + (1 - BASE) * np.random.default_rng(2).random((20000, 3))
+    points[:, 1:] = np.random.default_rng(3).random((20000, 2))
+    own = np.stack([seen.loss, seen.costs["time"], seen.costs["size"]], 1)
+    one = np.array([candidates.loss[row], candidates.costs["time"][row], candidates.costs["size"][row]])
+    better: Array = (one[None] <= points).all(1)
+    inside = np.flatnonzero(better)
+    known = np.array([(own <= points[place]).all(1).any() for place in inside], dtype=bool)
+    return float((~known).sum())
