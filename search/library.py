@@ -31,7 +31,9 @@ if TYPE_CHECKING:
 _ENOUGH = 100
 
 
-def option_table(evaluator: Evaluator, errors: LocalErrors, costs: Sequence[str]) -> OptionTable:
+def option_table(
+    evaluator: Evaluator, errors: LocalErrors, costs: Sequence[str], *, every: bool = False
+) -> OptionTable:
     """The table of an evaluator's space.
 
     Args:
@@ -39,6 +41,7 @@ def option_table(evaluator: Evaluator, errors: LocalErrors, costs: Sequence[str]
         errors: Of the space's options.
         costs: The names of objectives and budgets that are costs: `latency[DEVICE]`, `size`, `macs`; others do not add
             up over sites and are left out.
+        every: Keep combinations that others beat.
     """
     space = evaluator.proposal.space
     names = [name for name in costs if split_metric(name)[0] in ("latency", "size", "macs")]
@@ -52,9 +55,11 @@ def option_table(evaluator: Evaluator, errors: LocalErrors, costs: Sequence[str]
     }
     sites, left_out = [], dict(errors.failed)
     for draft in drafts:
-        site, beaten = _worthwhile(_site(draft, space, names, seconds), space)
+        site = _site(draft, space, names, seconds)
+        if not every:
+            site, beaten = _worthwhile(site, space)
+            left_out |= beaten
         sites.append(site)
-        left_out |= beaten
     table = OptionTable(
         space=space,
         shared_errors={p: option_errors[p] for p, c in enumerate(space.choices) if c.kind is Kind.PRUNE},

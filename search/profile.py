@@ -14,6 +14,7 @@ from ..hwmodels.load import wait_for_quiet
 from .config import Spec
 from .latency_table import LatencyTable, build_table
 from .measuring import measure_trials
+from .option_gains import option_gains
 from .peaks import with_measured_peaks
 from .progress import Progress
 from .slow_sites import LayerCost, layer_costs
@@ -34,8 +35,9 @@ def profile(
 
     Returns:
         By device: the original's latency, a row a layer (MACs, bytes, measured seconds, share, the roofline's bound and
-        what binds), the reachable range of every cost, and the latency model with its own error; also the space's
-        size, its options a site, and what was left out with its reason.
+        what binds), the reachable range of every cost, the latency model with its own error, and what every option
+        alone would gain, with the reason where it gains nothing; also the space's size, its options a site, and what
+        was left out with its reason.
 
     Raises:
         ValueError: the task or a device is not usable; with a table also: others use the cores that measuring needs,
@@ -87,6 +89,8 @@ def profile(
                 evaluator, label, database_of(device), progress, seed=spec.seed, limits=limits, more=candidates
             )
             devices[label]["latency_model"] = _table(found)
+    for label in evaluator.devices if space.choices else ():
+        devices[label]["gains"] = option_gains(evaluator, label)
     return {
         "model": spec.model,
         "devices": devices,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from math import prod
 
 import torch
@@ -136,6 +137,7 @@ def _one_by_one(layer: LayerShape, reads: tuple[int, int]) -> LayerShape:
     return replace(layer, kernel=(1, 1), stride=(1, 1), padding=(0, 0), dilation=(1, 1), reads=reads)
 
 
+@lru_cache(maxsize=8192)  # asked for again with every codebook and width of numbers
 def _factors(layer: LayerShape, wanted: Rank) -> tuple[LayerShape, ...]:
     with torch.device("meta"):
         module: nn.Conv2d | nn.Linear = (

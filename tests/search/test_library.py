@@ -18,6 +18,7 @@ from planish.search.evaluate import Evaluator
 from planish.search.latency_table import plan_of
 from planish.search.library import option_table
 from planish.search.library_file import library_key, read_library, write_library
+from planish.search.option_gains import option_gains
 from planish.search.option_table import OptionTable, levels_of
 from planish.search.tasks import Task
 from planish.search.zoo import SmallResNet
@@ -163,3 +164,21 @@ def test_choices_are_named_in_the_order_of_the_space(table: OptionTable) -> None
     assert all(isinstance(choice, Choice) for choice in table.space.choices)
     for site in table.sites:
         assert all(table.space.choices[place].site == site.name for place in site.own)
+
+
+def test_what_gains_nothing_says_why(evaluator: Evaluator) -> None:
+    rows = option_gains(evaluator, "cpu")
+    space = evaluator.proposal.space
+    assert [(r["choice"], r["option"]) for r in rows] == [(c.name, o) for c in space.choices for o in c.options[1:]]
+    assert any(row["pays"] for row in rows)
+    for row in rows:
+        ratio = row["latency_ratio"]
+        assert isinstance(ratio, float)
+        assert row["pays"] == (ratio < 0.998)
+        assert bool(row["why"]) != row["pays"]
+        if str(row["choice"]).endswith(":cluster"):
+            assert ratio == pytest.approx(1)
+            assert "storage" in str(row["why"])
+            size = row["size_ratio"]
+            assert isinstance(size, float)
+            assert size < 1

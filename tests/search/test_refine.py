@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from tests.search.tables import everything, table_of
 
 from planish.search.dynamic_program import solve
-from planish.search.option_table import Array, OptionTable, levels_of
+from planish.search.option_table import OptionTable, levels_of
 from planish.search.refine import AfterTraining, AsTheyAre, Chooser, Goals, pool, program_candidates
 from planish.search.surrogate import Evaluated, Levels, Surrogate
-from tests.search.tables import everything, table_of
 
 BASE, TOP = 0.08, 0.9
 GOALS = Goals(("time", "size"), BASE, TOP, {})
@@ -155,7 +155,6 @@ def gained(seen: Evaluated, candidates: Evaluated, row: int) -> float:
     points[:, 1:] = np.random.default_rng(3).random((20000, 2))
     own = np.stack([seen.loss, seen.costs["time"], seen.costs["size"]], 1)
     one = np.array([candidates.loss[row], candidates.costs["time"][row], candidates.costs["size"][row]])
-    better: Array = (one[None] <= points).all(1)
-    inside = np.flatnonzero(better)
+    inside = np.flatnonzero((one[None] <= points).all(axis=1))
     known = np.array([(own <= points[place]).all(1).any() for place in inside], dtype=bool)
     return float((~known).sum())
