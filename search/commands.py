@@ -95,11 +95,17 @@ def profile(arguments: argparse.Namespace, command: str) -> Output:
     """`planish profile`."""
     from .config import load_spec
 
+    from .profile_page import check_place, write_profile_page
+
     spec = load_spec(arguments.spec, overrides(arguments))
+    if arguments.html:
+        check_place(arguments.html)
     from .profile import profile as profile_of
 
     with _progress() as progress:
         result = profile_of(spec, progress, table=not arguments.no_table)
+    if arguments.html:
+        write_profile_page(result, arguments.html)
     return Output(result, text_of(result))
 
 

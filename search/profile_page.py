@@ -1,0 +1,136 @@
+"""`planish profile --html FILE`: what every layer costs, what options gain, and how wrong the latency model is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from html import escape
+from importlib import resources
+from pathlib import Path
+from string import Template
+
+from .atomic import write_text
+from .errors import UserError
+from .report import table
+
+_ROW, _LABEL, _WIDTH, _VALUE = 20, 220, 760, 120
+_FONT = 'font-family="system-ui, sans-serif" font-size="12"'
+_TIME, _BOUND = "#a9cdf0", "#0b6bcb"
+
+
+def write_profile_page(profile: Mapping[str, object], path: Path) -> None:
+    """Writes what `profile.profile` returned as a page that loads nothing.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    check_place(path)
+    write_text(path, profile_html(profile), "choose another file with --html")
+
+
+def check_place(path: Path) -> None:
+    """Whether a page can stand there, before a profile is made for it.
+
+    Raises:
+        UserError: its folder is missing, or it is a folder itself.
+    """
+    if path.is_dir() or not path.parent.is_dir():
+        what = "is a folder" if path.is_dir() else f"cannot be written: there is no folder {path.parent}"
+        raise UserError(f"{path} {what}; choose another file with --html")
+
+
+def profile_html(profile: Mapping[str, object]) -> str:
+    """The page as text; every text from the profile is escaped."""
+    template = Template(resources.files(__package__).joinpath("profile.html").read_text(encoding="utf-8"))
+    devices = _mapping(profile.get("devices"))
+    return template.substitute(
+        title=escape(f"Planish: profile of {profile.get('model')}"),
+        devices="\n".join(_device(str(name), _mapping(entry)) for name, entry in devices.items()),
+        left_out=_left_out(_mapping(profile.get("left_out"))),
+    )
+
+
+def layers_svg(layers: Sequence[Mapping[str, object]], other_s: float) -> str:
+    """A bar for every layer: the time that it takes, and the part of it that the roofline leaves it no choice about."""
+    rows = [
+        (str(row.get("site")), _number(row.get("time_s")), _number(row.get("roofline_share"))) for row in layers
+    ] + [("everything else", other_s, 0.0)]
+    longest = max((seconds for _, seconds, _ in rows), default=0.0) or 1.0
+    height, room = _ROW * len(rows) + 10, _WIDTH - _LABEL - _VALUE
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {height}" role="img" width="100%" '
+        f'style="max-width:{_WIDTH}px"><title>Time of every layer</title>'
+    ]
+    for number, (name, seconds, bound) in enumerate(rows):
+        top, length = _ROW * number + 5, max(0.0, seconds / longest * room)
+        parts += [
+            f'<text x="{_LABEL - 8}" y="{top + 12}" text-anchor="end" {_FONT}>{escape(name)}</text>',
+            f'<rect x="{_LABEL}" y="{top}" width="{length:.1f}" height="{_ROW - 6}" fill="{_TIME}"/>',
+            f'<rect x="{_LABEL}" y="{top}" width="{length * min(bound, 1.0):.1f}" height="{_ROW - 6}" '
+            f'fill="{_BOUND}"/>',
+            f'<text x="{_LABEL + length + 6:.1f}" y="{top + 12}" {_FONT}>{seconds * 1e6:.1f} us</text>',
+        ]
+    return "\n".join([*parts, "</svg>"])
+
+
+def _device(name: str, entry: Mapping[str, object]) -> str:
+    layers = [_mapping(row) for row in _list(entry.get("layers"))]
+    gains = [_mapping(row) for row in _list(entry.get("gains"))]
+    paying = sorted((g for g in gains if g.get("pays")), key=lambda g: _number(g.get("latency_ratio")))
+    idle = [g for g in gains if not g.get("pays")]
+    reachable = [
+        [key, *(f"{_number(value):.4g}" for value in _list(span))]
+        for key, span in _mapping(entry.get("reachable")).items()
+    ]
+    model = _mapping(entry.get("latency_model"))
+    error = _mapping(model.get("held_out"))
+    parts = [
+        f"<h2>{escape(name)}: {escape(str(entry.get('title', '')))}</h2>",
+        f"<p>The model takes {_number(entry.get('latency_s')) * 1e6:.1f} us. Light: the time of a layer; dark: the "
+        "part that arithmetic and memory traffic at their measured peaks would take.</p>",
+        layers_svg(layers, _number(entry.get("other_time_s"))),
+        "<h3>Reachable</h3>",
+        table(["cost", "least", "most"], reachable),
+        "<h3>What options gain, each alone</h3>",
+        f'<div class="scroll">{table(["choice", "option", "latency", "size"], [_gain(g) for g in paying])}</div>',
+        "<h3>Options that gain nothing, and why</h3>",
+        f'<div class="scroll">{_idle(idle)}</div>',
+    ]
+    if error:
+        rows = [[key, "" if value is None else f"{_number(value):.3g}"] for key, value in error.items()]
+        parts += ["<h3>The latency model's own error, on networks left out</h3>", table(["", ""], rows)]
+    return "\n".join(parts)
+
+
+def _gain(row: Mapping[str, object]) -> list[object]:
+    ratios = (f"{_number(row.get(key)):.3f}x" for key in ("latency_ratio", "size_ratio"))
+    return [row.get("choice"), row.get("option"), *ratios]
+
+
+def _idle(rows: Sequence[Mapping[str, object]]) -> str:
+    """Grouped by reason: there are many."""
+    by_reason: dict[str, list[str]] = {}
+    for row in rows:
+        reason = str(row.get("why")).rpartition(": ")[0] or str(row.get("why"))
+        by_reason.setdefault(reason, []).append(f"{row.get('choice')}={row.get('option')}")
+    found = [[reason, len(names), ", ".join(names)] for reason, names in by_reason.items()]
+    return table(["reason", "options", ""], found) if found else "<p>None.</p>"
+
+
+def _left_out(left_out: Mapping[str, object]) -> str:
+    by_reason: dict[str, list[str]] = {}
+    for layer, reason in left_out.items():
+        by_reason.setdefault(str(reason), []).append(layer)
+    rows = [[", ".join(names), reason] for reason, names in by_reason.items()]
+    return table(["layers", "reason"], rows) if rows else "<p>Nothing is left alone.</p>"
+
+
+def _mapping(value: object) -> Mapping[str, object]:
+    return value if isinstance(value, Mapping) else {}
+
+
+def _list(value: object) -> list[object]:
+    return list(value) if isinstance(value, list) else []
+
+
+def _number(value: object) -> float:
+    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else 0.0
