@@ -94,7 +94,6 @@ def export(arguments: argparse.Namespace, command: str) -> Output:
 def profile(arguments: argparse.Namespace, command: str) -> Output:
     """`planish profile`."""
     from .config import load_spec
-
     from .profile_page import check_place, write_profile_page
 
     spec = load_spec(arguments.spec, overrides(arguments))

@@ -18,7 +18,7 @@ from ..spaces.space import Candidate
 from .objective import Objective
 from .option_table import OptionTable, levels_of
 from .pareto import non_dominated
-from .refine import AfterTraining, AsTheyAre, Axis, Chooser, Goals, pool
+from .refine import AfterTraining, AsTheyAre, Axis, Chooser, Goals, pool, within_limits
 from .surrogate import Evaluated, Levels, Surrogate
 
 if TYPE_CHECKING:
@@ -160,7 +160,10 @@ class _Batch:
             elite = np.unique(np.concatenate([front, elite[non_dominated(harmless)]]), axis=0)
             if len(elite) > _ELITE:
                 elite = elite[self._rng.choice(len(elite), _ELITE, replace=False)]
-        return pool(self._task.table, self._goals, elite, self._rng)
+        found = pool(self._task.table, self._goals, elite, self._rng)
+        if not len(elite):
+            found = np.unique(np.concatenate([found, within_limits(self._task.table, self._goals)]), axis=0)
+        return found
 
 
 def _evaluated(task: SamplerTask, told: Sequence[_Told], accuracy: int) -> Evaluated:

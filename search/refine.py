@@ -10,7 +10,8 @@ import numpy as np
 
 from ..spaces.space import Candidate
 from .dynamic_program import TooDense, solve
-from .option_table import Array, OptionTable
+from .integer_program import best_within
+from .option_table import Array, OptionTable, levels_of
 from .pareto import non_dominated
 from .surrogate import Evaluated, Guess, Levels, Surrogate
 
@@ -23,6 +24,8 @@ _SPREAD = 0.4
 _MUTANTS = 400
 # Budgets of the sampler that is the dynamic program alone.
 _POLICY_BUDGETS = 129
+# Candidates that keep several limits at once, how far inside of them (predictions err), and the seconds for each.
+_WITHIN, _INSIDE, _WITHIN_SECONDS = 4, 0.95, 5.0
 # Points of the space of losses in which improvements are counted.
 _POINTS = 3000
 _TRIED_POINTS = 60000
@@ -67,6 +70,25 @@ def pool(table: OptionTable, goals: Goals, elite: Levels, rng: np.random.Generat
         parents = np.zeros((1, len(table.space.choices)), dtype=np.int64)
     children = np.stack([_child(table, parents, rng) for _ in range(_MUTANTS)])
     return np.unique(np.concatenate([from_programs, children]), axis=0)
+
+
+def within_limits(table: OptionTable, goals: Goals) -> Levels:
+    """Where several costs have limits: candidates of least error that keep all of them, apart from each other.
+
+    The dynamic program knows one budget; candidates of its fronts that keep several limits are found by luck.
+    """
+    limits = {name: limit for name, limit in goals.limits.items() if name in table.fixed}
+    found: list[Candidate] = []
+    zero = np.zeros((1, len(table.space.choices)), dtype=np.int64)
+    absolute = {name: limit * _INSIDE * float(table.cost(name, zero)[0]) for name, limit in limits.items()}
+    while len(limits) > 1 and len(found) < _WITHIN:
+        candidate = best_within(
+            table, absolute, apart=found, distance=1 + len(table.space.choices) // 20, seconds=_WITHIN_SECONDS
+        )
+        if candidate is None:
+            break
+        found.append(candidate)
+    return levels_of(table.space, found)
 
 
 def program_candidates(table: OptionTable, costs: Sequence[str]) -> list[Candidate]:

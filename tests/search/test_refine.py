@@ -8,7 +8,7 @@ from tests.search.tables import everything, table_of
 
 from planish.search.dynamic_program import solve
 from planish.search.option_table import OptionTable, levels_of
-from planish.search.refine import AfterTraining, AsTheyAre, Chooser, Goals, pool, program_candidates
+from planish.search.refine import AfterTraining, AsTheyAre, Chooser, Goals, pool, program_candidates, within_limits
 from planish.search.surrogate import Evaluated, Levels, Surrogate
 
 BASE, TOP = 0.08, 0.9
@@ -136,6 +136,17 @@ def test_expected_gains_are_those_of_the_hypervolume(table: OptionTable) -> None
     top = np.argsort(-by_volume)[:20]
     # What truly gains most is among the first by points.
     assert set(np.argsort(-by_points)[:60]) >= set(top[:5])
+
+
+def test_several_limits_at_once_are_kept_by_candidates_that_differ(table: OptionTable) -> None:
+    zero = np.zeros((1, len(table.space.choices)), dtype=np.int64)
+    rows = within_limits(table, Goals(GOALS.costs, BASE, TOP, {"time": 0.6, "size": 0.7}))
+    assert len(rows) == 4
+    for name, limit in (("time", 0.6), ("size", 0.7)):
+        assert (table.cost(name, rows) <= limit * table.cost(name, zero)).all()
+    assert all((one != two).any() for n, one in enumerate(rows) for two in rows[:n])
+    assert len(within_limits(table, Goals(GOALS.costs, BASE, TOP, {"time": 0.6}))) == 0
+    assert len(within_limits(table, Goals(GOALS.costs, BASE, TOP, {"time": 1e-6, "size": 0.7}))) == 0
 
 
 def test_what_exceeds_a_limit_gains_nothing(table: OptionTable) -> None:
