@@ -114,10 +114,10 @@ class Judge:
 
     def _learn(self) -> None:
         """The original's values, the library, and what that costs in evaluations."""
-        from planish.search.library import option_table
+        from planish.search.library_phase import LIBRARY, library
         from planish.search.planish_sampler import SamplerTask
+        from planish.search.progress import Progress
         from planish.search.sampler import strongest
-        from planish.spaces.local_error import LocalErrors
 
         self.original = self.values([self.space.original()])[0]
         assert self.original is not None
@@ -125,13 +125,9 @@ class Judge:
         started = time.monotonic()
         self._evaluate(list(strongest(self.space)) * 2)
         each = (time.monotonic() - started) / (2 * len(strongest(self.space)))
+        (self.folder / LIBRARY).unlink(missing_ok=True)
         started = time.monotonic()
-        errors: dict[str, tuple[float, ...]] = {}
-        parts = [tuple(c.name for c in self.space.choices[i :: 2 * self.workers]) for i in range(2 * self.workers)]
-        results = self._run("option_errors", [self.space.original()] * len(parts), [(part,) for part in parts])
-        for result in results:
-            errors.update({name: tuple(values) for name, values in result["errors"].items()})
-        table = option_table(self.evaluator, LocalErrors(errors, {}), ["latency[cpu]"])
+        table = library(self.evaluator, self.folder, self.pool, self.workers, ["latency[cpu]"], Progress(None))
         self.charge = max(1, round((time.monotonic() - started) / each))
         print(f"an evaluation takes {each:.2f} s, the library {self.charge} evaluations", file=sys.stderr, flush=True)
         shape = self.evaluator.traced.output_shape

@@ -94,6 +94,7 @@ def export(arguments: argparse.Namespace, command: str) -> Output:
 def profile(arguments: argparse.Namespace, command: str) -> Output:
     """`planish profile`."""
     from .config import load_spec
+    from .option_gains import gains_in_short
     from .profile_page import check_place, write_profile_page
 
     spec = load_spec(arguments.spec, overrides(arguments))
@@ -105,7 +106,7 @@ def profile(arguments: argparse.Namespace, command: str) -> Output:
         result = profile_of(spec, progress, table=not arguments.no_table)
     if arguments.html:
         write_profile_page(result, arguments.html)
-    return Output(result, text_of(result))
+    return Output(result, text_of(gains_in_short(result)))
 
 
 def devices(arguments: argparse.Namespace, command: str) -> Output:

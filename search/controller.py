@@ -150,7 +150,7 @@ class _Search:
         ledger = self.ledger
         bounds = [bound for bound in ledger.bounds() if bound.goal == "minimize"]
         costs = dict.fromkeys(o.metric for o in (*ledger.objectives, *bounds) if o.goal == "minimize")
-        table = library(self.evaluator, self.folder, pool, self.workers, list(costs), self.progress)
+        table = library(self.evaluator, self.folder.path, pool, self.workers, list(costs), self.progress)
         traded = {o.metric for o in ledger.objectives}
         limits = {
             bound.metric: bound.bound / value

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..spaces.local_error import LocalErrors
+from ..spaces.space import Choice, Kind
 from .library import option_table
 from .library_file import library_key, read_library, write_library
 from .option_table import OptionTable
@@ -14,21 +16,21 @@ from .workers import Failure, Pool
 
 if TYPE_CHECKING:
     from .evaluate import Evaluator, Job, Metrics
-    from .rundir import RunDirectory
 
 LIBRARY = "library.json"
 # Parts for every worker: few, because each runs the original once; more than one, because parts differ in length.
 _PARTS = 2
+_UNKNOWN = 1e-3
 
 
 def library(
-    evaluator: Evaluator, folder: RunDirectory, pool: Pool, workers: int, costs: Sequence[str], progress: Progress
+    evaluator: Evaluator, run: Path, pool: Pool, workers: int, costs: Sequence[str], progress: Progress
 ) -> OptionTable:
     """The run's table of options, made on the workers unless the run has it.
 
     Args:
         evaluator: Of the run.
-        folder: Of the run.
+        run: Its folder.
         pool: Whose workers look at the options.
         workers: Their number.
         costs: Names of objectives and budgets.
@@ -42,24 +44,22 @@ def library(
     space = evaluator.proposal.space
     tensors = [*evaluator.traced.module.state_dict().values(), evaluator.calibration]
     key = library_key(space, costs, list(evaluator.devices.values()), tensors)
-    path = folder.path / LIBRARY
+    path = run / LIBRARY
     known = read_library(path, space, key)
     if known is not None:
         return known
+    # Codebooks take the longest to fit, and change nothing but size.
+    asked = [c for c in space.choices if c.kind is not Kind.CLUSTER or "size" in costs]
+    errors = {c.name: _unknown(c) for c in space.choices}
     # Dealt out in turn, so that every part has layers of every size.
-    count = max(1, min(_PARTS * workers, len(space.choices)))
-    parts = [tuple(c.name for c in space.choices[start::count]) for start in range(count)]
+    count = max(1, min(_PARTS * workers, len(asked)))
+    parts = [tuple(c.name for c in asked[start::count]) for start in range(count)]
     progress.begin("library", count + 1)
-    errors: dict[str, tuple[float, ...]] = {}
     failed: dict[str, str] = {}
 
     def done(job: Job, result: Metrics | Failure) -> None:
         if isinstance(result, Failure):
-            # Its options are as good as any: what they are is found out by evaluating them.
-            for choice in space.choices:
-                if choice.name in parts[job.number]:
-                    errors[choice.name] = (0.0, *[1e-3] * (len(choice.options) - 1))
-                    failed[choice.name] = str(result)
+            failed.update(dict.fromkeys(parts[job.number], str(result)))
         else:
             told, reasons = result["errors"], result["failed"]
             assert isinstance(told, dict)
@@ -68,9 +68,14 @@ def library(
             failed.update(reasons)
         progress.advance()
 
-    jobs = [Job(number, space.original(), evaluator.spec.seed, folder.path) for number in range(count)]
+    jobs = [Job(number, space.original(), evaluator.spec.seed, run) for number in range(count)]
     pool.run("option_errors", [(job, (parts[job.number],)) for job in jobs], done)
     table = option_table(evaluator, LocalErrors(errors, failed), costs)
-    write_library(path, table, key, f"what was recorded is kept; carry on with: planish resume {folder.path}")
+    write_library(path, table, key, f"what was recorded is kept; carry on with: planish resume {run}")
     progress.advance()
     return table
+
+
+def _unknown(choice: Choice) -> tuple[float, ...]:
+    """The errors of options that nobody looked at: what they are is found out by evaluating them."""
+    return (0.0, *[_UNKNOWN] * (len(choice.options) - 1))

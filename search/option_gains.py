@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,6 +17,9 @@ if TYPE_CHECKING:
 
 # What is gained below this share of the model's latency is not told apart from noise in any measurement.
 _NOISE = 0.002
+# Rows and columns that a terminal is shown.
+_SHOWN = 8
+_COLUMNS = ("choice", "option", "latency_ratio", "size_ratio")
 
 
 def option_gains(evaluator: Evaluator, label: str) -> list[dict[str, object]]:
@@ -61,3 +66,23 @@ def _why(kind: Kind, option: object, added_s: float) -> str:
     if kind is Kind.PRUNE:
         return f"the layers that lose channels are not bound by them: {change}"
     return f"its kernels together take no less than the layer's own: {change}"
+
+
+def gains_in_short(profile: Mapping[str, object]) -> dict[str, object]:
+    """A profile whose rows of gains are the best few, and a count for every reason to gain nothing."""
+    devices = profile.get("devices")
+    short: dict[str, object] = {}
+    for label, entry in devices.items() if isinstance(devices, Mapping) else ():
+        rows = [row for row in entry.get("gains", ()) if isinstance(row, Mapping)]
+        if not rows:
+            short[label] = entry
+            continue
+        paying = sorted((row for row in rows if row["pays"]), key=lambda row: float(row["latency_ratio"]))
+        reasons = Counter(str(row["why"]).partition(": ")[0] for row in rows if not row["pays"])
+        short[label] = {
+            **entry,
+            "gains": [{key: row[key] for key in _COLUMNS} for row in paying[:_SHOWN]],
+            "options_that_pay": f"{len(paying)} of {len(rows)}, the best of them above",
+            "gain_nothing": dict(reasons),
+        }
+    return {**profile, "devices": short}

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 # The user attribute of a trial that holds its divergence from the original's outputs.
 DIVERGENCE = "divergence"
 _ELITE = 32
+# Until so many are told, candidates that keep several limits at once are in the pool as the table sees them.
+_BEGINNING = 8
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,7 @@ class _Batch:
     """The proposals between two tellings."""
 
     def __init__(self, task: SamplerTask, told: Sequence[_Told], seed: int) -> None:
-        self._task, self._rng = task, np.random.default_rng(seed)
+        self._task, self._seed, self._rng = task, seed, np.random.default_rng(seed)
         space = task.table.space
         accuracy = next(i for i, o in enumerate(task.objectives) if o.metric == "accuracy")
         names = tuple(o.metric for i, o in enumerate(task.objectives) if i != accuracy)
@@ -145,7 +147,8 @@ class _Batch:
         turn = len(self._counted) % len(self._choosers)
         place = self._choosers[turn].choose(self._gains[turn], taken)
         if place is None:
-            return self._space.sample(self._rng)
+            # From numbers of its own: a batch that a kill cut short asks for fewer.
+            return self._space.sample(np.random.default_rng([self._seed, len(others)]))
         return self._space.decode(self._levels[place])
 
     def _pool(self, seen: Evaluated) -> Levels:
@@ -161,7 +164,7 @@ class _Batch:
             if len(elite) > _ELITE:
                 elite = elite[self._rng.choice(len(elite), _ELITE, replace=False)]
         found = pool(self._task.table, self._goals, elite, self._rng)
-        if not len(elite):
+        if len(seen.levels) < _BEGINNING:
             found = np.unique(np.concatenate([found, within_limits(self._task.table, self._goals)]), axis=0)
         return found
 

@@ -18,7 +18,7 @@ from planish.search.evaluate import Evaluator
 from planish.search.latency_table import plan_of
 from planish.search.library import option_table
 from planish.search.library_file import library_key, read_library, write_library
-from planish.search.option_gains import option_gains
+from planish.search.option_gains import gains_in_short, option_gains
 from planish.search.option_table import OptionTable, levels_of
 from planish.search.tasks import Task
 from planish.search.zoo import SmallResNet
@@ -182,3 +182,14 @@ def test_what_gains_nothing_says_why(evaluator: Evaluator) -> None:
             size = row["size_ratio"]
             assert isinstance(size, float)
             assert size < 1
+
+
+def test_a_terminal_is_shown_the_best_gains_and_a_count_for_every_reason(evaluator: Evaluator) -> None:
+    rows = option_gains(evaluator, "cpu")
+    short = gains_in_short({"model": "own", "devices": {"cpu": {"gains": rows, "title": "t"}, "none": {}}})
+    devices = short["devices"]
+    assert isinstance(devices, dict)
+    shown = [row["latency_ratio"] for row in devices["cpu"]["gains"]]
+    assert shown == sorted(float(str(row["latency_ratio"])) for row in rows)[: len(shown)]
+    assert sum(devices["cpu"]["gain_nothing"].values()) == sum(not row["pays"] for row in rows)
+    assert devices["none"] == {}
