@@ -155,7 +155,7 @@ class Judge:
                 if not candidates:
                     break
                 for candidate, values in zip(candidates, self.values(candidates), strict=True):
-                    told = None if values is None else [values["accuracy"], values["ratio"]]
+                    told = None if values is None else [values["accuracy"], self.ratio(values)]
                     proposer.tell(candidate, told, values.get("divergence") if values else None)
                     if told:
                         losses.append([1 - told[0], told[1]])
@@ -186,17 +186,15 @@ class Judge:
                 values.append(None)
                 continue
             own = {name: float(result[name]) for name in ("accuracy", "divergence") if name in result}
-            own["ratio"] = self._ratio(result)
+            own["latency_s"] = float(result["latency_s"]["cpu"]["value"])
+            if self.latency == "measured":
+                own["ratio"] = float(result["latency_ratio"]["cpu"])
             values.append(own)
         return values
 
-    def _ratio(self, result: dict[str, Any]) -> float:
-        if self.latency == "measured":
-            return float(result["latency_ratio"]["cpu"])
-        seconds = float(result["latency_s"]["cpu"]["value"])
-        if not hasattr(self, "_whole"):
-            self._whole = seconds  # the original comes first
-        return seconds / self._whole
+    def ratio(self, values: dict[str, float]) -> float:
+        """Latency relative to the original: as measured beside it, or by the same model."""
+        return values["ratio"] if "ratio" in values else values["latency_s"] / self.original["latency_s"]
 
     def _timed(self, found: list[Any]) -> list[Any]:
         from planish.search.measuring import measure_trials

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,10 +12,14 @@ from numpy.typing import NDArray
 from .option_table import Array, OptionTable
 
 Levels = NDArray[np.int64]
+# What is to be added to a logarithm, (n,), for features (n, f).
+Correction = Callable[[Array], Array]
 
-# Evaluations before which a forest on what the line leaves is not even tried.
-_LEAST = 16
+# Evaluations before which nothing but a line is tried.
+_LEAST = 8
 _FOLDS = 5
+# How strongly the weights of options are held to zero.
+_SHRINKS = (0.3, 3.0)
 # log KL = a + b log(error): what a and b are held to, and how strongly, before there are evaluations. The slope is from
 # small experiments on two networks, where the sum of errors rose by 1 and the divergence by 1.2 decades.
 _LINE = (0.5, 1.2)
@@ -35,7 +39,7 @@ class Guess:
 
 
 class LogModel:
-    """`log y = a + b log x`, and a forest on levels for what that leaves where it predicts better: by cross-validation.
+    """`log y = a + b log x`, and what corrects it best by cross-validation: a forest, weights of options, or nothing.
 
     The standard deviation is that of what cross-validation left.
     """
@@ -56,41 +60,44 @@ class LogModel:
         Args:
             x: The guess, (n,).
             y: What it turned out to be, (n,).
-            features: (n, f) for the forest.
+            features: (n, f) for what corrects the line.
             line: a and b before any pair.
             strength: How many pairs that is worth, for each.
             std: Of log y before any pair.
             seed: Of the forest and the folds.
         """
         self._line, self._prior, self._strength = np.array(line), np.array(line), np.array(strength)
-        self._forest: Any = None
+        self._correction: Correction | None = None
         self.std = std
         if len(x) == 0:
             return
         u, v = np.log(x), np.log(y)
         self._line = self._solved(u, v)
-        rng = np.random.default_rng(seed)
-        folds = rng.permutation(len(u)) % min(_FOLDS, len(u))
-        straight, bent = np.empty(len(u)), np.empty(len(u))
+        folds = np.random.default_rng(seed).permutation(len(u)) % min(_FOLDS, len(u))
+        makers: dict[str, Callable[[Array, Array], Correction] | None] = {"none": None}
+        if len(u) >= _LEAST:
+            makers |= {f"weights {shrink}": partial(_weights, shrink=shrink) for shrink in _SHRINKS}
+            makers["forest"] = partial(_forest, seed=seed)
+        left = {name: np.empty(len(u)) for name in makers}
         for fold in range(int(folds.max()) + 1):
             inside = folds != fold
-            own = self._solved(u[inside], v[inside])
-            straight[~inside] = v[~inside] - own[0] - own[1] * u[~inside]
-            if len(u) >= _LEAST:
-                forest = _forest(features[inside], v[inside] - own[0] - own[1] * u[inside], seed)
-                bent[~inside] = straight[~inside] - forest.predict(features[~inside])
-        left = straight
-        if len(u) >= _LEAST and np.square(bent).mean() < np.square(straight).mean():
-            self._forest = _forest(features, v - self._line[0] - self._line[1] * u, seed)
-            left = bent
+            a, b = self._solved(u[inside], v[inside])
+            over = v - a - b * u
+            for name, make in makers.items():
+                correction = make(features[inside], over[inside]) if make else None
+                left[name][~inside] = over[~inside] - (correction(features[~inside]) if correction else 0)
+        best = min(left, key=lambda name: float(np.square(left[name]).mean()))
+        make = makers[best]
+        if make is not None:
+            self._correction = make(features, v - self._line[0] - self._line[1] * u)
         # As if the prior's spread had been seen twice: few pairs that happen to agree are no certainty.
-        self.std = float(np.sqrt((np.square(left).sum() + 2 * std**2) / (len(left) + 2)))
+        self.std = float(np.sqrt((np.square(left[best]).sum() + 2 * std**2) / (len(u) + 2)))
 
     def predict(self, x: Array, features: Array) -> Guess:
         """The median of y and the standard deviation of log y, of n candidates."""
         v = self._line[0] + self._line[1] * np.log(x)
-        if self._forest is not None:
-            v = v + self._forest.predict(features)
+        if self._correction is not None:
+            v = v + self._correction(features)
         return Guess(np.exp(v), np.full(len(x), self.std))
 
     def _solved(self, u: Array, v: Array) -> Array:
@@ -173,9 +180,10 @@ class Surrogate:
         return self._costs[name].predict(self._guess(name, levels), self.features(levels))
 
     def features(self, levels: Levels) -> Array:
-        """What forests see: the share of the error that comes from every choice, and every level."""
+        """What corrections see: the share of the error that comes from every choice, and whether an option is taken."""
         parts = np.stack([e[levels[:, p]] for p, e in enumerate(self._table.option_errors)], 1)
-        return np.concatenate([parts / np.maximum(parts.sum(1, keepdims=True), 1e-12), levels], 1)
+        taken = [levels[:, p, None] == np.arange(1, len(e)) for p, e in enumerate(self._table.option_errors)]
+        return np.concatenate([parts / np.maximum(parts.sum(1, keepdims=True), 1e-12), *taken], 1)
 
     def _errors(self, levels: Levels) -> Array:
         return np.maximum(self._table.error(levels), 1e-9)
@@ -224,7 +232,18 @@ class _DamageMap:
         return found
 
 
-def _forest(features: Array, residuals: Array, seed: int) -> Any:
+def _forest(features: Array, residuals: Array, seed: int) -> Correction:
     from sklearn.ensemble import ExtraTreesRegressor
 
-    return ExtraTreesRegressor(100, min_samples_leaf=2, max_features=0.5, random_state=seed).fit(features, residuals)
+    trees = ExtraTreesRegressor(100, min_samples_leaf=2, max_features=0.5, random_state=seed).fit(features, residuals)
+    return lambda asked: np.asarray(trees.predict(asked))
+
+
+def _weights(features: Array, residuals: Array, shrink: float) -> Correction:
+    """A weight for every option (ridge regression): costs add up, and an option that is misjudged is so everywhere."""
+    mean = features.mean(0)
+    rows = features - mean
+    # As many unknowns as options and as many equations as candidates: the smaller system is solved.
+    dual = np.linalg.solve(rows @ rows.T + shrink * np.eye(len(rows)), residuals)
+    weights = rows.T @ dual
+    return lambda asked: np.asarray((asked - mean) @ weights)
