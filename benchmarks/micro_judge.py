@@ -107,5 +107,20 @@ def regrets(micro: Micro, sampler: str, seed: int, charged: int, batch: int = 8)
     return found + [found[-1]] * (charged + 1 - len(found))
 
 
+def curve_row(kind: str, task: str, sampler: str, curves: np.ndarray, ours: int, seconds: float) -> dict[str, Any]:
+    """A method's `regret` or `hypervolume`, shape (seeds, charged + 1), at a few budgets; the area that is missing."""
+    most = curves.shape[1] - 1
+    places = sorted({30, ours, 100, 200, most} & set(range(most + 1)))
+    missing = curves if kind == "regret" else 1 - curves
+    return {
+        "task": task,
+        "sampler": sampler,
+        "seeds": len(curves),
+        kind: {str(place): [float(value) for value in curves[:, place]] for place in places},
+        "area": [float(value) for value in missing.mean(1)],
+        "seconds": seconds,
+    }
+
+
 def _losses(micro: Micro, keys: Sequence[tuple[int, ...]]) -> np.ndarray:
     return np.array([[1 - micro.accuracy[key], micro.ratio[key]] for key in keys])

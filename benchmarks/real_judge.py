@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from micro_judge import volume
+from micro_judge import curve_row, volume
 
 Row = dict[str, Any]
 BATCH = 8
@@ -46,9 +46,8 @@ def task_rows(
     with Judge(task, latency, cache, workers) as judge:
         for sampler in ("planish", *samplers):
             started = time.monotonic()
-            # Beyond what is compared, ours need not run.
             curves = np.array([judge.curve(sampler, seed, most) for seed in seeds])
-            rows.append(row_of(task, sampler, curves, most, ours, time.monotonic() - started))
+            rows.append(curve_row("hypervolume", task, sampler, curves, ours, time.monotonic() - started))
             print(rows[-1]["sampler"], rows[-1]["hypervolume"], file=sys.stderr, flush=True)
     if families:
         for name in (*FAMILIES, "all"):
@@ -56,21 +55,9 @@ def task_rows(
             chosen = FAMILIES if name == "all" else (name,)
             with Judge(task, latency, cache, workers, chosen) as judge:
                 curves = np.array([judge.curve("planish", seed, ours) for seed in seeds])
-            rows.append(row_of(f"{task} families", name, curves, ours, ours, time.monotonic() - started))
+            rows.append(curve_row("hypervolume", f"{task} families", name, curves, ours, time.monotonic() - started))
             print(name, rows[-1]["hypervolume"], file=sys.stderr, flush=True)
     return rows
-
-
-def row_of(task: str, sampler: str, curves: np.ndarray, most: int, ours: int, seconds: float) -> Row:
-    places = sorted({30, ours, 100, 200, most} & set(range(most + 1)))
-    return {
-        "task": task,
-        "sampler": sampler,
-        "seeds": len(curves),
-        "hypervolume": {str(place): [float(value) for value in curves[:, place]] for place in places},
-        "area": [float(value) for value in 1 - curves[:, : most + 1].mean(1)],
-        "seconds": seconds,
-    }
 
 
 class Judge:

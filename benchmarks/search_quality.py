@@ -32,7 +32,6 @@ import numpy as np
 
 OURS = "planish"
 BASELINES = ("grid", "random", "nsga2", "nsga3", "tpe", "netadapt", "dp")
-BATCH = 8
 
 Row = dict[str, Any]
 
@@ -65,7 +64,7 @@ def main() -> None:
         rows += real
         summary |= real_summary(real, args.ours)
     if args.json:
-        from engines import machine
+        from compiled_speed import machine
 
         print(json.dumps({"rows": rows, "summary": summary, "machine": machine()}, indent=2))
         return
@@ -75,29 +74,15 @@ def main() -> None:
 
 
 def micro_rows(samplers: Sequence[str], seeds: Sequence[int], most: int, ours: int) -> list[Row]:
-    from micro_judge import load, regrets
+    from micro_judge import curve_row, load, regrets
 
     micro, rows = load(), []
     for sampler in (OURS, *samplers):
         started = time.monotonic()
-        # A grid has nothing random before it is exhausted, and random is random's.
         found = np.array([regrets(micro, sampler, seed, most) for seed in seeds])
-        rows.append(curve_row("micro", sampler, found, most, ours, time.monotonic() - started))
+        rows.append(curve_row("regret", "micro", sampler, found, ours, time.monotonic() - started))
         print(line(rows[-1]), file=sys.stderr)
     return rows
-
-
-def curve_row(task: str, sampler: str, regret: np.ndarray, most: int, ours: int, seconds: float) -> Row:
-    """A method's regrets, shape (seeds, charged + 1), at a few budgets and as an area."""
-    places = sorted({30, ours, 100, 200, most} & set(range(most + 1)))
-    return {
-        "task": task,
-        "sampler": sampler,
-        "seeds": len(regret),
-        "regret": {str(place): [float(value) for value in regret[:, place]] for place in places},
-        "area": [float(value) for value in regret[:, : most + 1].mean(1)],
-        "seconds": seconds,
-    }
 
 
 def micro_summary(rows: Sequence[Row], ours: int) -> Row:

@@ -11,8 +11,15 @@ from .cache_folder import cache_folder
 from .kernel_store import schedules_version
 
 _FILE = "kernel_times.sqlite"
+# Counted up when times are taken otherwise: 2, networks in samples of 5 ms after 2 ms untimed.
+_TIMING = 2
 
 
 def database_of(device: Device, path: Path | None = None) -> KernelDatabase:
     """The database of a device's kernel times: the user's, or the file that is named."""
-    return KernelDatabase(path or cache_folder() / _FILE, fingerprint(device), schedules_version()[:16], device.title)
+    return KernelDatabase(path or cache_folder() / _FILE, fingerprint(device), times_version(), device.title)
+
+
+def times_version() -> str:
+    """What times must have in common to be used together: the schedules' code, and how it is timed."""
+    return f"{schedules_version()[:14]}.{_TIMING}"

@@ -6,8 +6,7 @@ import os
 from datetime import datetime, timezone
 from pathlib import Path
 
-from ..compilers.kernel_store import schedules_version
-from ..compilers.kernel_times import database_of
+from ..compilers.kernel_times import database_of, times_version
 from ..compilers.registry import COMPILERS
 from ..hwmodels.device import Device, described, host, parse_device
 from ..hwmodels.fingerprint import fingerprint
@@ -40,7 +39,7 @@ def table_of(path: Path | None = None) -> list[dict[str, object]]:
             "title": held.title,
             "name": names.get(held.device, ""),
             "schedules": held.schedules,
-            "current": held.schedules == schedules_version()[:16],
+            "current": held.schedules == times_version(),
             "kernels": held.kernels,
             "quiet": held.quiet,
             "networks": held.networks,

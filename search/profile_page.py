@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from html import escape
-from importlib import resources
 from pathlib import Path
-from string import Template
 
 from .atomic import write_text
 from .errors import UserError
+from .page import page
 from .report import table
 
 _ROW, _LABEL, _WIDTH, _VALUE = 20, 220, 760, 120
@@ -40,13 +39,12 @@ def check_place(path: Path) -> None:
 
 def profile_html(profile: Mapping[str, object]) -> str:
     """The page as text; every text from the profile is escaped."""
-    template = Template(resources.files(__package__).joinpath("profile.html").read_text(encoding="utf-8"))
     devices = _mapping(profile.get("devices"))
-    return template.substitute(
-        title=escape(f"Planish: profile of {profile.get('model')}"),
-        devices="\n".join(_device(str(name), _mapping(entry)) for name, entry in devices.items()),
-        left_out=_left_out(_mapping(profile.get("left_out"))),
-    )
+    parts = {
+        "devices": "\n".join(_device(str(name), _mapping(entry)) for name, entry in devices.items()),
+        "left_out": _left_out(_mapping(profile.get("left_out"))),
+    }
+    return page("profile.html", f"Planish: profile of {profile.get('model')}", parts)
 
 
 def layers_svg(layers: Sequence[Mapping[str, object]], other_s: float) -> str:

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from html import escape
-from importlib import resources
 from pathlib import Path
-from string import Template
 
 from .atomic import write_text
 from .errors import UserError
 from .objective import Objective
+from .page import page
 from .pareto import ParetoFront
 from .pictures import front_svg, history_svg
 from .quantities import metric_cells, metric_names
@@ -42,28 +41,29 @@ def report_html(run: RunDirectory) -> str:
     """The page as text. Every text that comes from the run is escaped."""
     front, history = run.front(), run.history()
     spec = run.spec()
-    template = Template(resources.files(__package__).joinpath("report.html").read_text(encoding="utf-8"))
     states = Counter(trial.state.value for trial in history.trials())
     volumes = hypervolume_history(spec.targets(), history, original_metrics(run, history))
     left_out = run.space().left_out if (run.path / "space.json").exists() else {}
-    return template.substitute(
-        title=escape(f"Planish: {run.path.resolve().name}"),
-        lead=escape(f"{_short(spec.model)} on {', '.join(spec.labels())}, data {_short(spec.data)}, seed {spec.seed}"),
-        notice=_notice(front),
-        front_picture=front_svg(front, [trial for trial in history.trials() if trial.state is not State.FAILED]),
-        front_table=_front_table(front),
-        choices_table=_choices_table(front),
-        slow_table=_slow_table(front),
-        left_out_table=_left_out_table(left_out),
-        history_picture=history_svg(volumes),
-        history_note=escape(
+    parts = {
+        "lead": escape(
+            f"{_short(spec.model)} on {', '.join(spec.labels())}, data {_short(spec.data)}, seed {spec.seed}"
+        ),
+        "notice": _notice(front),
+        "front_picture": front_svg(front, [trial for trial in history.trials() if trial.state is not State.FAILED]),
+        "front_table": _front_table(front),
+        "choices_table": _choices_table(front),
+        "slow_table": _slow_table(front),
+        "left_out_table": _left_out_table(left_out),
+        "history_picture": history_svg(volumes),
+        "history_note": escape(
             f"Of the candidates as they were scored before fine-tuning. Trials: {len(history.records)}"
             + "".join(f", {count} {state}" for state, count in sorted(states.items()))
         ),
-        trials_table=_failures(history.trials()),
-        provenance_table=table(["", ""], _flat_rows(run.provenance())),
-        spec=escape((run.path / "spec.toml").read_text(encoding="utf-8")),
-    )
+        "trials_table": _failures(history.trials()),
+        "provenance_table": table(["", ""], _flat_rows(run.provenance())),
+        "spec": escape((run.path / "spec.toml").read_text(encoding="utf-8")),
+    }
+    return page("report.html", f"Planish: {run.path.resolve().name}", parts)
 
 
 def hypervolume_history(
