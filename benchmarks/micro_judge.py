@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,34 +77,71 @@ def volume(losses: np.ndarray) -> float:
     return float(hypervolume(ordered[falling], np.ones(2)))
 
 
-def regrets(micro: Micro, sampler: str, seed: int, charged: int, batch: int = 8) -> list[float]:
+def regrets(micro: Micro, sampler: str, seed: int, charged: int) -> list[float]:
     """The share of the best hypervolume that is missing after every charged evaluation, the original's included."""
     from planish.search.objective import objectives_of
     from planish.search.planish_sampler import SamplerTask
-    from planish.search.sampler import WITH_TABLE, Proposer
+    from planish.search.sampler import OPENS, WITH_TABLE, Proposer
 
     objectives = objectives_of(("accuracy", "latency"), ("cpu",))
     start = (0,) * len(micro.space.choices)
     task = SamplerTask(micro.table, objectives, (float(micro.accuracy[start]), 1.0), {}, classes=10, trained=False)
     library = LIBRARY_CHARGE if sampler in WITH_TABLE else 0
     seen = [_losses(micro, [start])]
-    found = [1 - volume(np.concatenate(seen)) / micro.best] * (1 + library)
+
+    def evaluate(candidates: Sequence[Any]) -> Iterator[float]:
+        for candidate in candidates:
+            key = tuple(int(level) for level in micro.space.encode(candidate))
+            values = [float(micro.accuracy[key]), float(micro.ratio[key])]
+            proposer.tell(candidate, values, float(micro.divergence[key]))
+            seen.append(_losses(micro, [key]))
+            yield 1 - volume(np.concatenate(seen)) / micro.best
+
     with tempfile.TemporaryDirectory() as folder:
-        proposer = Proposer(Path(folder) / "study.log", micro.space, sampler, seed, ("maximize", "minimize"), task=task)
-        number = 0
-        while len(found) <= charged:
-            number += 1
-            candidates = proposer.ask(number, min(batch, charged + 1 - len(found)))
-            if not candidates:
-                break
-            for candidate in candidates:
-                key = tuple(int(level) for level in micro.space.encode(candidate))
-                proposer.tell(
-                    candidate, [float(micro.accuracy[key]), float(micro.ratio[key])], float(micro.divergence[key])
-                )
-                seen.append(_losses(micro, [key]))
-                found.append(1 - volume(np.concatenate(seen)) / micro.best)
-    return found + [found[-1]] * (charged + 1 - len(found))
+        proposer = Proposer(
+            Path(folder) / "study.log", micro.space, sampler, seed, ("maximize", "minimize"),
+            task=None if sampler in OPENS else task,
+        )  # fmt: skip
+        return charged_curve(proposer, sampler, task, library, charged, 1 - volume(seen[0]) / micro.best, evaluate)
+
+
+def charged_curve(
+    proposer: Any,
+    sampler: str,
+    task: Any,
+    library: int,
+    charged: int,
+    original: float,
+    evaluate: Callable[[Sequence[Any]], Iterable[float]],
+    batch: int = 8,
+) -> list[float]:
+    """What `evaluate` gives after every charged evaluation: the original, the opening, the library, the search.
+
+    Args:
+        proposer: Of the sampler, without the table where it can open without it.
+        sampler: Its name.
+        task: With the table.
+        library: Evaluations that the table costs; 0 where it is not used.
+        charged: Evaluations in all.
+        original: What the original alone gives.
+        evaluate: Evaluates and tells candidates; gives a number after each.
+        batch: Candidates that are asked for at once.
+    """
+    from planish.search.sampler import OPENS, opening
+
+    found, number = [original], 0
+    if sampler in OPENS:
+        number = 1
+        found += evaluate(proposer.ask(number, opening(sampler, batch, charged)))
+        proposer.inform(task)
+    found += [found[-1]] * library
+    while len(found) <= charged:
+        number += 1
+        candidates = proposer.ask(number, min(batch, charged + 1 - len(found)))
+        if not candidates:
+            break
+        found += evaluate(candidates)
+    return (found + [found[-1]] * charged)[: charged + 1]
 
 
 def curve_row(kind: str, task: str, sampler: str, curves: np.ndarray, ours: int, seconds: float) -> dict[str, Any]:

@@ -7,15 +7,14 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from micro_judge import curve_row, volume
+from micro_judge import charged_curve, curve_row, volume
 
 Row = dict[str, Any]
-BATCH = 8
 DATA = Path(os.environ.get("PLANISH_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 TASKS: dict[str, dict[str, Any]] = {
     "digits": {"model": "digits-resnet", "data": "digits32"},
@@ -124,30 +123,26 @@ class Judge:
 
     def curve(self, sampler: str, seed: int, most: int) -> list[float]:
         """The hypervolume after every charged evaluation, the original's included."""
-        from planish.search.sampler import WITH_TABLE, Proposer
+        from planish.search.sampler import OPENS, WITH_TABLE, Proposer
 
         library = self.charge if sampler in WITH_TABLE else 0
         losses = [[1 - self.original["accuracy"], 1.0]]
-        found = [0.0] * (1 + library)
+
+        def evaluate(candidates: Sequence[Any]) -> Iterator[float]:
+            for candidate, values in zip(candidates, self.values(candidates), strict=True):
+                told = None if values is None else [values["accuracy"], self.ratio(values)]
+                proposer.tell(candidate, told, values.get("divergence") if values else None)
+                if told:
+                    losses.append([1 - told[0], told[1]])
+                yield volume(np.array(losses))
+
         with tempfile.TemporaryDirectory() as folder:
             proposer = Proposer(
                 Path(folder) / "study.log", self.space, sampler, seed, ("maximize", "minimize"),
                 self.evaluator.simplified if sampler == "netadapt" else lambda candidate: candidate,
-                task=self.task,
+                task=None if sampler in OPENS else self.task,
             )  # fmt: skip
-            batch = 0
-            while len(found) <= most:
-                batch += 1
-                candidates = proposer.ask(batch, min(BATCH, most + 1 - len(found)))
-                if not candidates:
-                    break
-                for candidate, values in zip(candidates, self.values(candidates), strict=True):
-                    told = None if values is None else [values["accuracy"], self.ratio(values)]
-                    proposer.tell(candidate, told, values.get("divergence") if values else None)
-                    if told:
-                        losses.append([1 - told[0], told[1]])
-                    found.append(volume(np.array(losses)))
-        return found + [found[-1]] * (most + 1 - len(found))
+            return charged_curve(proposer, sampler, self.task, library, most, 0.0, evaluate)
 
     def values(self, candidates: Sequence[Any]) -> list[dict[str, float] | None]:
         """Accuracy, divergence and latency relative to the original of every candidate; None for one that failed."""

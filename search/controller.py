@@ -6,7 +6,6 @@ carries on with what is missing.
 
 from __future__ import annotations
 
-import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
@@ -28,7 +27,7 @@ from .reach import check_reach
 from .run import Run
 from .rundir import RunDirectory
 from .rungs import run_rung
-from .sampler import WITH_TABLE, Proposer, strongest
+from .sampler import OPENS, WITH_TABLE, Proposer, opening, strongest
 from .steps import Steps
 from .task_note import write_task
 from .trial import State
@@ -104,7 +103,7 @@ class _Search:
             try:
                 self._original(pool)
                 corners = self._reach(pool)
-                self._batches(pool, corners, self._task_of_sampler(pool))
+                self._batches(pool, corners)
             finally:
                 pool.close()
             self._finalists(self._rungs())
@@ -142,10 +141,8 @@ class _Search:
             raise
         return len(corners)
 
-    def _task_of_sampler(self, pool: Pool) -> SamplerTask | None:
-        """What a sampler with a table begins with: the library of the space's options."""
-        if self.spec.sampler not in WITH_TABLE:
-            return None
+    def _task_of_sampler(self, pool: Pool) -> SamplerTask:
+        """What a sampler with a table needs: the library of the space's options."""
         self._begin("library", 1, "end")
         ledger = self.ledger
         bounds = [bound for bound in ledger.bounds() if bound.goal == "minimize"]
@@ -166,25 +163,30 @@ class _Search:
             classes=shape[1] if len(shape) == 2 else 0,
         )
 
-    def _batches(self, pool: Pool, corners: int, task: SamplerTask | None) -> None:
+    def _batches(self, pool: Pool, corners: int) -> None:
         """Batches of proposals: scored, compiled, timed, told. Corners come on top of `search.trials`."""
-        total, size, ledger = self.spec.search.trials, self.spec.search.batch, self.ledger
+        total, size, ledger, sampler = self.spec.search.trials, self.spec.search.batch, self.ledger, self.spec.sampler
         proposer = Proposer(
             self.folder.path / "study.log",
             self.space,
-            self.spec.sampler,
+            sampler,
             self.spec.seed,
             ["maximize" if o.goal == "maximize" else "minimize" for o in ledger.objectives],
             self.evaluator.simplified,
-            task,
+            self._task_of_sampler(pool) if sampler in WITH_TABLE and sampler not in OPENS else None,
         )
         known = [ledger.candidate(number) for number in range(1, 1 + corners)]
         for number, candidate in enumerate(proposer.ask(0, corners, known), start=1):
             proposer.tell(candidate, ledger.values(number), ledger.divergence(number))
+        first, batch, end = 1 + corners, 0, 1 + corners + total
         self._begin("search", total, "score")
-        for batch in range(1, 1 + math.ceil(total / size)):
-            first = 1 + corners + (batch - 1) * size
-            count = min(size, 1 + corners + total - first)
+        while first < end:
+            batch += 1
+            opens = batch == 1 and sampler in OPENS
+            if batch == 2 and sampler in OPENS:
+                proposer.inform(self._task_of_sampler(pool))
+                self._begin("search", total, "score")
+            count = opening(sampler, size, total) if opens else min(size, end - first)
             known = [ledger.candidate(n) for n in range(first, first + count) if n in ledger.records]
             candidates = proposer.ask(batch, count, known)
             numbers = list(range(first, first + len(candidates)))
@@ -193,8 +195,9 @@ class _Search:
             self.steps.score(pool, numbers)
             for number in numbers:
                 proposer.tell(ledger.candidate(number), ledger.values(number), ledger.divergence(number))
-            if len(candidates) < count:
+            if len(candidates) < count and not opens:
                 break  # the whole space is evaluated
+            first += len(candidates)
 
     def _rungs(self) -> list[int]:
         """Successive halving: fewer candidates, more epochs. Returns who got through."""

@@ -25,6 +25,10 @@ if TYPE_CHECKING:
 SAMPLERS = ("planish", "grid", "random", "nsga2", "nsga3", "tpe", "gp", "dp", "netadapt")
 # Those that begin with a table of options.
 WITH_TABLE = ("planish", "dp", "netadapt")
+# Those that can propose without it, so that something is known before the table is made: uniform policies, of which
+# the share of all trials is small enough not to be missed among what is chosen with more knowledge.
+OPENS = ("planish",)
+_OPENING_SHARE = 8
 # NSGA's own default of 50 would make a short search all first generation, which is random.
 _POPULATION = 8
 # Uniform candidates before the evolutionary samplers' own.
@@ -57,7 +61,7 @@ class Proposer:
             seed: Of the run.
             directions: `minimize` or `maximize` for every value that will be told.
             simplified: The candidate without options that change nothing: two that give the same model count as one.
-            task: What those of `WITH_TABLE` need.
+            task: What those of `WITH_TABLE` need; those of `OPENS` may be given it later, by `inform`.
         """
         import optuna
         from optuna.storages import JournalStorage
@@ -68,12 +72,13 @@ class Proposer:
             raise UserError(f"sampler {sampler!r} is not known; {nearest(sampler, SAMPLERS)}")
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._space, self._sampler, self._seed = space, sampler, seed
-        if sampler in WITH_TABLE and task is None:
+        if sampler in WITH_TABLE and sampler not in OPENS and task is None:
             raise ValueError(f"sampler {sampler!r} needs a table of options")
-        self._task, self._planish = task, planish_sampler(task, seed) if task and sampler == "planish" else None
+        self._task: SamplerTask | None = None
+        self._planish: optuna.samplers.BaseSampler | None = None
         self._policies = uniform_policies(space)
-        if task is not None and sampler == "dp":
-            self._policies = program_candidates(task.table, [o.metric for o in task.objectives])
+        if task is not None:
+            self.inform(task)
         self._accuracy: dict[tuple[int, ...], float | None] = {}
         self._told: dict[str, optuna.trial.Trial] = {}
         self._simplified = simplified
@@ -88,12 +93,20 @@ class Proposer:
             sampler=optuna.samplers.RandomSampler(seed=seed),
         )
 
+    def inform(self, task: SamplerTask) -> None:
+        """From here on, what is proposed follows from the table of options."""
+        self._task = task
+        if self._sampler == "planish":
+            self._planish = planish_sampler(task, self._seed)
+        if self._sampler == "dp":
+            self._policies = program_candidates(task.table, [o.metric for o in task.objectives])
+
     def ask(self, batch: int, count: int, fixed: Sequence[Candidate] = ()) -> list[Candidate]:
         """The candidates of a batch.
 
         Args:
             batch: 0, 1, ...; every batch is asked once, in order.
-            count: How many; fewer come back only where the space has no more.
+            count: How many; fewer come back only where the space has no more, or no more policies to open with.
             fixed: Candidates that are known to start the batch, as a journal tells; the others are proposed.
         """
         candidates: list[Candidate] = []
@@ -135,6 +148,8 @@ class Proposer:
         policy = self._next_policy()
         if policy is not None:
             return self._fixed(policy)
+        if self._sampler in OPENS and self._task is None:
+            return None
         step = self._next_step()
         if step is not None:
             return self._fixed(step)
@@ -155,8 +170,11 @@ class Proposer:
         return None
 
     def _next_policy(self) -> Candidate | None:
-        """Policies come first: all of them for `grid` and `dp`, a few generations for the evolutionary samplers."""
-        if self._sampler in ("planish", "random", "tpe", "gp", "netadapt"):
+        """Policies come first: all of them for `grid` and `dp`, a few generations for the evolutionary samplers.
+
+        `planish` takes them for as long as it has no table.
+        """
+        if self._sampler in ("random", "tpe", "gp", "netadapt") or (self._sampler in OPENS and self._task is not None):
             return None
         if self._sampler not in ("grid", "dp") and sum(p.key() in self._told for p in self._policies) >= _POLICIES:
             return None
@@ -193,6 +211,17 @@ class Proposer:
     def _note(self, candidate: Candidate, trial: Any) -> None:
         self._seen.add(self._model(candidate))
         self._told[candidate.key()] = trial
+
+
+def opening(sampler: str, batch: int, trials: int) -> int:
+    """How many candidates a sampler proposes before it has its table; 0 for those that open with none.
+
+    Args:
+        sampler: One of `SAMPLERS`.
+        batch: Candidates of a batch.
+        trials: Candidates of the whole search.
+    """
+    return min(batch, max(1, trials // _OPENING_SHARE)) if sampler in OPENS else 0
 
 
 def uniform_policies(space: SearchSpace) -> list[Candidate]:

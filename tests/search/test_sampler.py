@@ -11,7 +11,7 @@ from tests.search.tables import table_for
 from planish.search.errors import UserError
 from planish.search.objective import objectives_of
 from planish.search.planish_sampler import SamplerTask
-from planish.search.sampler import SAMPLERS, Proposer, strongest, uniform_policies
+from planish.search.sampler import SAMPLERS, Proposer, opening, strongest, uniform_policies
 from planish.spaces.space import Candidate, Choice, Kind, SearchSpace
 
 
@@ -68,6 +68,30 @@ def test_a_run_that_was_cut_short_is_completed_as_it_would_have_been(
     known = undisturbed[: round(share * len(undisturbed))]
     resumed = asked(proposer(tmp_path / "b", sampler), *length(sampler), known)
     assert [c.key() for c in resumed] == [c.key() for c in undisturbed]
+
+
+def test_planish_opens_with_uniform_policies_and_goes_on_as_one_that_was_told_them(tmp_path: Path) -> None:
+    space = space_of()
+    task = SamplerTask(table_for(space), objectives_of(("accuracy", "latency"), ("cpu",)), (1.0, 1.0), {}, 10)
+    opened = Proposer(tmp_path / "a.log", space, "planish", 0, ["maximize", "minimize"])
+    first = opened.ask(1, 3)
+    assert [c.key() for c in first] == [c.key() for c in uniform_policies(space)[:3]]
+    opened.inform(task)
+    informed = Proposer(tmp_path / "b.log", space, "planish", 0, ["maximize", "minimize"], task=task)
+    informed.ask(1, 3, first)
+    for candidate in first:
+        opened.tell(candidate, values(candidate))
+        informed.tell(candidate, values(candidate))
+    asked_for = opened.ask(2, 3)
+    assert [c.key() for c in asked_for] == [c.key() for c in informed.ask(2, 3)]
+    assert {c.key() for c in asked_for}.isdisjoint(c.key() for c in first)
+
+
+@pytest.mark.parametrize(("sampler", "batch", "trials", "count"), [
+    ("planish", 8, 300, 8), ("planish", 8, 24, 3), ("planish", 8, 4, 1), ("dp", 8, 300, 0), ("nsga2", 8, 300, 0),
+])  # fmt: skip
+def test_the_opening_is_a_small_share_of_the_search(sampler: str, batch: int, trials: int, count: int) -> None:
+    assert opening(sampler, batch, trials) == count
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
