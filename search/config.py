@@ -48,8 +48,12 @@ class DistillKeys:
 
 @dataclass(frozen=True)
 class MeasureKeys:
-    """The table [measure]; `runs` and `warmup_s` are per process, `drift` is a share of the original's latency."""
+    """The table [measure]; `latency` is `measured` or `predicted`.
 
+    `runs` and `warmup_s` are per process, `drift` is a share of the original's latency.
+    """
+
+    latency: str
     runs: int
     processes: int
     warmup_s: float
@@ -201,6 +205,7 @@ def _spec(values: Mapping[str, Value]) -> Spec:
             train_limit=integer("distill.train_limit"),
         ),
         measure=MeasureKeys(
+            latency=text("measure.latency"),
             runs=integer("measure.runs"),
             processes=integer("measure.processes"),
             warmup_s=number("measure.warmup_s"),

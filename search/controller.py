@@ -20,6 +20,7 @@ from .front_writer import FrontWriter
 from .ledger import Ledger
 from .library_phase import library
 from .planish_sampler import SamplerTask
+from .predicting import keep_times
 from .progress import Progress
 from .promotion import promoted
 from .provenance import provenance
@@ -91,6 +92,8 @@ class _Search:
     def run(self) -> Run:
         self.folder.write_space(self.space)
         write_task(self.folder.path, self.evaluator.task)
+        if self.spec.measure.latency == "predicted":
+            self.evaluator.times = keep_times(self.evaluator, self.folder.path)
         if self.ledger.phase() == "done":
             return Run(self.folder.path)
         if not self.space.choices:
@@ -99,7 +102,7 @@ class _Search:
                 f"({'; '.join(f'{k}: {v}' for k, v in list(self.space.left_out.items())[:3])})"
             )
         with cluster(self.spec.address, self.spec.workers) as self.workers:
-            pool = Pool(self.spec, self.workers, self.task)
+            pool = Pool(self.spec, self.workers, self.task, self.evaluator.times)
             try:
                 self._original(pool)
                 corners = self._reach(pool)
@@ -232,19 +235,19 @@ class _Search:
         if not numbers:
             return
         finished: dict[int, Metrics] = {}
-        pool = Pool(self.spec, self.workers, self.task)
+        pool = Pool(self.spec, self.workers, self.task, self.evaluator.times)
         try:
             self.steps.evaluate(pool, "finish", numbers, (self.ledger.recipe(),), finished.__setitem__)
         finally:
             pool.close()
-        latencies = self.steps.time(list(finished), "artifact")
+        latencies = self.steps.time(sorted(finished), "artifact")
         self.steps.explain([n for n, result in latencies.items() if not isinstance(result, Failure)])
         for number, metrics in finished.items():
             latency = latencies[number]
             if isinstance(latency, Failure):
                 self.ledger.fail(number, str(latency))
             else:
-                self._complete(number, {**metrics, **latency, "measured": True})
+                self._complete(number, {**metrics, **latency})
             self.progress.advance()
         self.front.write()
 

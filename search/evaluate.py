@@ -30,13 +30,13 @@ from .config import Spec
 from .distill import distill
 from .distill_recipe import Recipe
 from .distill_state import load_checkpoint
+from .predicting import Predictor
 from .score import accuracy, accuracy_and_divergence, outputs
 from .tasks import Task, load_task
 from .tensor_file import write_tensors
 
 if TYPE_CHECKING:
     from ..compilers.compiler import Compiler
-    from ..hwmodels.latency import LatencyModel
 
 Metrics = dict[str, object]
 
@@ -74,7 +74,8 @@ class Evaluator:
         self.task = task or load_task(spec.model, spec.data or None, spec.weights, seed=spec.seed)
         self.teacher = self.task.model
         self.traced: TracedModel = trace(self.teacher, self.task.data.example(1))
-        self._models: dict[str, LatencyModel] = {}
+        # The database that latency models come from, where it is not the user's.
+        self.times: Path | None = None
         lanes = spec.space.lanes or max(device.lanes for device in self.devices.values())
         self.proposal: Proposal = propose(
             self.traced, lanes=lanes, families=tuple(Kind(family) for family in spec.space.families)
@@ -107,31 +108,34 @@ class Evaluator:
         torch.manual_seed(job.seed)
         module = self.build(job.candidate)
         metrics = self._one_shot(module)
-        metrics |= self.compile(module, job, "untrained")
-        return metrics
+        if self.spec.measure.latency == "predicted":
+            return metrics | self._predicted(module)
+        return metrics | self.compile(module, job, "untrained")
 
     def foresee(self, job: Job) -> Metrics:
-        """One-shot metrics like `score`'s, with latency predicted from the planned kernels instead of compiled code.
-
-        Latency of a device without a compiler that can plan is left out.
-        """
-        from ..compilers.tvm_workloads import plan
-        from .library import latency_model
-
-        for label in self.devices:
-            if label not in self._models:
-                self._models[label] = latency_model(self, label)[0]
+        """One-shot metrics like `score`'s, with latency predicted from the planned kernels instead of compiled code."""
         torch.manual_seed(job.seed)
         module = self.build(job.candidate)
-        metrics = self._one_shot(module)
+        return self._one_shot(module) | self._predicted(module)
+
+    def _predicted(self, module: nn.Module) -> Metrics:
+        """Latency, working memory and energy from the planned kernels; nothing is compiled."""
         program = torch.export.export(deploy(module), (self.traced.example,))
-        latencies = {}
-        for label, device in self.devices.items():
-            if self.compilers[label].name == "tvm":
-                planned = plan(program, device)
-                predicted = self._models[label].predict(planned.calls)
-                latencies[label] = {"value": predicted.latency_s, "std": predicted.std_s}
-        return {**metrics, "latency_s": latencies}
+        metrics = self.predictor.metrics(program)
+        if self._energy:
+            metrics["energy_j"] = max(self._joules(program, device) for device in self.devices.values())
+        return metrics
+
+    @cached_property
+    def predictor(self) -> Predictor:
+        """The latency models of the devices."""
+        return Predictor(self)
+
+    @staticmethod
+    def _joules(program: torch.export.ExportedProgram, device: Device) -> float:
+        from ..compilers.tvm_workloads import plan
+
+        return energy_j(plan(program, device).calls)
 
     def _one_shot(self, module: nn.Module) -> Metrics:
         """Accuracy and divergence on a sample of the validation split, stored bytes and MACs."""
@@ -196,7 +200,8 @@ class Evaluator:
         write_tensors(job.folder / WEIGHTS, state(module), {"options": dict(job.candidate.options)})
         write_json(job.folder / "recipe.json", {"recipe": recipe, "options": dict(job.candidate.options)})
         metrics = self._accuracy(module, None) | self.costs(module)
-        return metrics | self.compile(module, job, "artifact")
+        metrics |= self.compile(module, job, "artifact")
+        return metrics | (self._predicted(module) if self.spec.measure.latency == "predicted" else {})
 
     def test(self, job: Job, trained: bool) -> Metrics:
         """Accuracy on the test split: read once, for what is on the front at the end."""
@@ -229,9 +234,7 @@ class Evaluator:
         peak, joules = 0, 0.0
         for label, device in self.devices.items():
             if self._energy:
-                from ..compilers.tvm_workloads import plan
-
-                joules = max(joules, energy_j(plan(program, device).calls))
+                joules = max(joules, self._joules(program, device))
             folder = self.artifact_folder(job.folder, label, name)
             shutil.rmtree(folder, ignore_errors=True)
             artifact = self.compilers[label].compile(

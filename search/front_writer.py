@@ -49,7 +49,8 @@ class FrontWriter:
         recipe = {**ledger.recipe(), "seed": trial.seed} if number else None
         reasons = ledger.folder.trial_folder(number) / SLOW_SITES
         slow = json.loads(reasons.read_text(encoding="utf-8")) if reasons.exists() else None
-        return Entry(whole, measured=True, recipe=recipe, artifact=artifact, slow_sites=slow)
+        measured = ledger.spec.measure.latency == "measured"
+        return Entry(whole, measured=measured, recipe=recipe, artifact=artifact, slow_sites=slow)
 
     def _show_best(self, front: Mapping[str, object]) -> None:
         try:

@@ -121,7 +121,9 @@ class Ledger:
     def finish(self, number: int, state: State, error: str | None = None, metrics: Metrics | None = None) -> None:
         """A trial ends; a second end changes nothing."""
         trial = self.records[number].trial
-        merged = {"measured": True, **(metrics or {})} if state is State.COMPLETE else dict(metrics or {})
+        merged = dict(metrics or {})
+        if state is State.COMPLETE:
+            merged = {"measured": self.spec.measure.latency == "measured", **merged}
         self.folder.append(Trial(number, trial.candidate, state, merged, error, trial.seed, trial.batch))
 
     def fail(self, number: int, reason: str) -> None:

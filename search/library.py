@@ -247,7 +247,7 @@ def latency_model(
     from .latency_table import fitted
 
     try:
-        database = database_of(device)
+        database = database_of(device, evaluator.times)
         times = database.times()
         model: LatencyModel = (
             fitted(device, times, database.networks()) if len(times) >= _ENOUGH else CountedCycles(device)

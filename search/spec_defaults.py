@@ -31,6 +31,7 @@ class Key:
 
 PRESETS = ("quick", "default", "thorough")
 SAMPLERS = ("planish", "grid", "random", "nsga2", "nsga3", "tpe", "gp", "dp", "netadapt")
+LATENCIES = ("measured", "predicted")
 # The values of spaces.Kind, which is not imported here: reading a specification must not load torch.
 FAMILIES = ("block", "prune", "rank", "cluster", "bits")
 
@@ -59,6 +60,9 @@ KEYS: Mapping[str, Key] = {
     "distill.attention": Key("number", "weight of the attention maps' distance; 0: off", 0.0, high=1e6),
     "distill.batch_size": Key("integer", "images per step", 128, low=1, high=10**5),
     "distill.train_limit": Key("integer", "training images per epoch; 0: all", 0, high=10**9),
+    "measure.latency": Key(
+        "text", "measured: run on the device; predicted: by its latency model", "measured", allowed=LATENCIES
+    ),
     "measure.runs": Key("integer", "timed runs in each process", 30, low=3, high=10**5),
     "measure.processes": Key("integer", "fresh processes per measurement", 3, low=1, high=100),
     "measure.warmup_s": Key("number", "of running before the timed runs", 0.05, high=600),

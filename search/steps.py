@@ -88,7 +88,12 @@ class Steps:
                     self._folder.measure(number, label, _of_device(result, label))
 
     def time(self, numbers: Sequence[int], name: str) -> dict[int, Metrics | Failure]:
-        """Times the artifacts of that name beside the original; the caller records it."""
+        """Times the artifacts of that name beside the original; the caller records it.
+
+        Where latency is predicted, it is what the trials' scores hold, relative to the original's.
+        """
+        if self._predicted:
+            return {number: self._prediction(number) for number in numbers}
         return measure_trials(
             self._evaluator,
             {n: self._folder.trial_folder(n) for n in numbers},
@@ -101,6 +106,14 @@ class Steps:
     def explain(self, numbers: Sequence[int]) -> None:
         """Writes `slow_sites.json` of every trial: which compressed sites did not get faster, and why."""
         label, device = next(iter(self._evaluator.devices.items()))
+        if self._predicted:
+            predictor = self._evaluator.predictor
+            base = predictor.calls(self._evaluator.proposal.space.original(), label)
+            for number in numbers:
+                candidate = self._ledger.candidate(number)
+                reasons = slow_sites(candidate, predictor.calls(candidate, label), base)
+                write_json(self._folder.trial_folder(number) / SLOW_SITES, reasons)
+            return
         protocol = MeasureProtocol(time_limit_s=self._spec.measure.time_limit_s)
         folders = {
             str(n): self._evaluator.artifact_folder(self._folder.trial_folder(n), label, "artifact")
@@ -110,6 +123,19 @@ class Steps:
         for number in numbers:
             reasons = slow_sites(self._ledger.candidate(number), calls[str(number)], calls["0"])
             write_json(self._folder.trial_folder(number) / SLOW_SITES, reasons)
+
+    @property
+    def _predicted(self) -> bool:
+        return self._spec.measure.latency == "predicted"
+
+    def _prediction(self, number: int) -> Metrics:
+        latency = (self._ledger.records[number].score or {}).get("latency_s")
+        known = latency if isinstance(latency, Mapping) else {}
+        original = self._ledger.original_s() or {}
+        return {
+            "latency_s": dict(known),
+            "latency_ratio": {label: entry["value"] / original[label] for label, entry in known.items()},
+        }
 
     def _timed(self, number: int) -> bool:
         return set(self._ledger.records[number].measures) >= set(self._evaluator.devices)

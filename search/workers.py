@@ -65,20 +65,21 @@ def cluster(address: str, workers: int) -> Iterator[int]:
 class Pool:
     """Evaluation actors, as many as there are workers; each keeps one evaluator."""
 
-    def __init__(self, spec: Spec, workers: int, task: Task | None = None) -> None:
+    def __init__(self, spec: Spec, workers: int, task: Task | None = None, times: Path | None = None) -> None:
         """Starts the actors; they load the task at their first job.
 
         Args:
             spec: The search as resolved.
             workers: How many actors of one core each.
             task: The task itself, where it has no name to load it by.
+            times: The database of kernel times that latency is predicted from; None: the user's.
         """
         import ray
 
         self._ray = ray
         actor = ray.remote(num_cpus=1, max_restarts=-1, max_task_retries=_RETRIES)(_Worker)
         shared = ray.put(task) if task is not None else None
-        self._actors = [actor.remote(spec, shared) for _ in range(workers)]
+        self._actors = [actor.remote(spec, shared, times) for _ in range(workers)]
         self._busy: set[Any] = set()
 
     def run(
@@ -121,13 +122,14 @@ class Pool:
 class _Worker:
     """The actor."""
 
-    def __init__(self, spec: Spec, task: Task | None) -> None:
-        self._spec, self._task = spec, task
+    def __init__(self, spec: Spec, task: Task | None, times: Path | None) -> None:
+        self._spec, self._task, self._times = spec, task, times
         self._evaluator: Any = None
 
     def call(self, method: str, job: Job, arguments: tuple[Any, ...]) -> Metrics | Failure:
         if self._evaluator is None:
             self._evaluator = evaluator_in_worker(self._spec, self._task)
+            self._evaluator.times = self._times
         return guarded(lambda: getattr(self._evaluator, method)(job, *arguments))
 
 

@@ -1,0 +1,102 @@
+"""Latency without running anything: a candidate's planned kernels, and a latency model that stays as it is for a run.
+
+The times that a run's predictions come from are copied into its folder when it begins, so that what is measured
+later changes no number of it: the same search gives the same front whatever the workers and however often it is
+resumed.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .errors import UserError
+
+if TYPE_CHECKING:
+    from torch.export import ExportedProgram
+
+    from ..compilers.tvm_workloads import Plan
+    from ..hwmodels.latency import LatencyModel
+    from ..spaces.space import Candidate
+    from .evaluate import Evaluator, Metrics
+
+KERNELS = "kernels.sqlite"
+# Half of a 95 % interval, in standard deviations.
+_95 = 1.96
+
+
+class Predictor:
+    """The latency models of an evaluator's devices."""
+
+    def __init__(self, evaluator: Evaluator) -> None:
+        """Fits nothing yet.
+
+        Raises:
+            UserError: nothing here plans the kernels of a device.
+        """
+        for label in evaluator.devices:
+            if evaluator.compilers[label].name != "tvm":
+                raise UserError(
+                    f"the latency of {label} cannot be predicted: no kernels are planned for it; "
+                    'use measure.latency = "measured"'
+                )
+        self._evaluator = evaluator
+        self._models: dict[str, LatencyModel] = {}
+
+    def model(self, label: str) -> LatencyModel:
+        """The model of a device."""
+        from .library import latency_model
+
+        if label not in self._models:
+            self._models[label] = latency_model(self._evaluator, label)[0]
+        return self._models[label]
+
+    def metrics(self, program: ExportedProgram) -> Metrics:
+        """Working memory, and latency with its 95 % interval on every device."""
+        from ..compilers.tvm_workloads import plan
+
+        latencies, peak = {}, 0
+        for label, device in self._evaluator.devices.items():
+            planned = plan(program, device)
+            peak = max(peak, planned.working_bytes)
+            latencies[label] = self._latency(label, planned)
+        return {"peak_memory_bytes": peak, "latency_s": latencies}
+
+    def calls(self, candidate: Candidate, label: str) -> list[tuple[str, str, float]]:
+        """(kernel, site, seconds) as a profile has them, one entry a site."""
+        from .latency_table import plan_of
+
+        found = self.model(label).predict(plan_of(self._evaluator, label, candidate).calls)
+        return [("", site, seconds) for site, seconds in found.site_s.items()]
+
+    def _latency(self, label: str, planned: Plan) -> dict[str, object]:
+        found = self.model(label).predict(planned.calls)
+        half = _95 * found.std_s
+        return {"value": found.latency_s, "ci95": [max(0.0, found.latency_s - half), found.latency_s + half]}
+
+
+def keep_times(evaluator: Evaluator, run: Path) -> Path:
+    """Copies the kernel times that predictions come from into the run's folder, unless it has them; where they are.
+
+    Raises:
+        UserError: they cannot be read or written.
+    """
+    from ..compilers.kernel_times import database_of
+    from ..hwmodels.kernel_database import DatabaseError
+
+    kept = run / KERNELS
+    if kept.exists():
+        return kept
+    half = kept.with_suffix(".part")
+    half.unlink(missing_ok=True)
+    try:
+        device = next(iter(evaluator.devices.values()))
+        user, copied = database_of(device).path, database_of(device, half)
+        # One that holds nothing is kept as well: the run goes by what was known when it began.
+        copied.add([], {})
+        if user.exists():
+            copied.merge(user)
+    except DatabaseError as error:
+        raise UserError(f"the kernel times cannot be copied into {run}: {error}") from error
+    half.rename(kept)
+    return kept
