@@ -168,7 +168,7 @@ class _Search:
 
     def _batches(self, pool: Pool, corners: int) -> None:
         """Batches of proposals: scored, compiled, timed, told. Corners come on top of `search.trials`."""
-        total, size, ledger, sampler = self.spec.search.trials, self.spec.search.batch, self.ledger, self.spec.sampler
+        ledger, sampler = self.ledger, self.spec.sampler
         proposer = Proposer(
             self.folder.path / "study.log",
             self.space,
@@ -178,9 +178,15 @@ class _Search:
             self.evaluator.simplified,
             self._task_of_sampler(pool) if sampler in WITH_TABLE and sampler not in OPENS else None,
         )
-        known = [ledger.candidate(number) for number in range(1, 1 + corners)]
-        for number, candidate in enumerate(proposer.ask(0, corners, known), start=1):
-            proposer.tell(candidate, ledger.values(number), ledger.divergence(number))
+        try:
+            self._search(pool, proposer, corners)
+        finally:
+            proposer.close()
+
+    def _search(self, pool: Pool, proposer: Proposer, corners: int) -> None:
+        """Every batch; those of an earlier session are told without being asked for again."""
+        total, size, ledger, sampler = self.spec.search.trials, self.spec.search.batch, self.ledger, self.spec.sampler
+        proposer.replay(0, self._told(range(1, 1 + corners)))
         first, batch, end = 1 + corners, 0, 1 + corners + total
         self._begin("search", total, "score")
         while first < end:
@@ -191,16 +197,25 @@ class _Search:
                 self._begin("search", total, "score")
             count = opening(sampler, size, total) if opens else min(size, end - first)
             known = [ledger.candidate(n) for n in range(first, first + count) if n in ledger.records]
+            if len(known) == count and self.steps.settled(range(first, first + count)):
+                proposer.replay(batch, self._told(range(first, first + count)))
+                first += count
+                continue
             candidates = proposer.ask(batch, count, known)
             numbers = list(range(first, first + len(candidates)))
             for number, candidate in zip(numbers, candidates, strict=True):
                 ledger.start(number, candidate, batch)
             self.steps.score(pool, numbers)
-            for number in numbers:
-                proposer.tell(ledger.candidate(number), ledger.values(number), ledger.divergence(number))
+            for told in self._told(numbers):
+                proposer.tell(*told)
             if len(candidates) < count and not opens:
                 break  # the whole space is evaluated
             first += len(candidates)
+
+    def _told(self, numbers: Sequence[int]) -> list[tuple[Candidate, list[float] | None, float | None]]:
+        """What a proposer is told of trials."""
+        ledger = self.ledger
+        return [(ledger.candidate(n), ledger.values(n), ledger.divergence(n)) for n in numbers]
 
     def _rungs(self) -> list[int]:
         """Successive halving: fewer candidates, more epochs. Returns who got through."""

@@ -13,7 +13,7 @@ from ..spaces.space import Candidate
 from .config import Spec
 from .errors import UserError
 from .objective import Objective
-from .replay import History, Record
+from .replay import Record
 from .rundir import RunDirectory
 from .trial import State, Trial
 
@@ -35,18 +35,13 @@ class Ledger:
     # -- what is known ------------------------------------------------------------------------------------------------
 
     @property
-    def history(self) -> History:
-        """Everything that was recorded so far."""
-        return self.folder.history()
-
-    @property
     def records(self) -> Mapping[int, Record]:
         """Every trial that has started."""
-        return self.history.records
+        return self.folder.records
 
     def phase(self) -> str | None:
         """The phase that began last."""
-        phases = self.history.phases
+        phases = self.folder.phases
         return phases[-1].name if phases else None
 
     def state(self, number: int) -> State:

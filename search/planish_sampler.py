@@ -19,6 +19,7 @@ from .objective import Objective
 from .option_table import OptionTable, levels_of
 from .pareto import non_dominated
 from .refine import AfterTraining, AsTheyAre, Axis, Chooser, Goals, pool, within_limits
+from .study_space import distributions_of
 from .surrogate import Evaluated, Levels, Surrogate
 
 if TYPE_CHECKING:
@@ -57,9 +58,7 @@ def planish_sampler(task: SamplerTask, seed: int) -> optuna.samplers.BaseSampler
     import optuna
 
     space = task.table.space
-    distributions: dict[str, optuna.distributions.BaseDistribution] = {
-        c.name: optuna.distributions.CategoricalDistribution(list(c.options)) for c in space.choices
-    }
+    distributions = distributions_of(space)
 
     class PlanishSampler(optuna.samplers.BaseSampler):
         def __init__(self) -> None:

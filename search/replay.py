@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 
 from ..spaces.space import Candidate
 from .errors import UserError
@@ -75,7 +76,7 @@ class History:
 
 
 class Replay:
-    """Adds up events one by one, so that a controller need not read its journal again after each."""
+    """Adds up events one by one: what an event costs does not depend on how many there were before."""
 
     def __init__(self, path: Path) -> None:
         """`path` is the journal, for messages."""
@@ -83,7 +84,7 @@ class Replay:
         self._drafts: dict[int, _Draft] = {}
         self._phases: list[Phase] = []
         self._sessions: list[float] = []
-        self._told: History | None = None
+        self._records: dict[int, Record] = {}
 
     def add(self, event: Event) -> None:
         """Takes the next event. Events of unknown kind are ignored; of two equal facts the first one stands.
@@ -92,24 +93,31 @@ class Replay:
             UserError: a known event lacks a key or speaks of a trial that never started (named by file and line).
         """
         kind = event.data.get("event")
-        self._told = None
         try:
             if kind == "phase":
                 self._phases.append(_phase(event.data))
             elif kind == "session":
                 self._sessions.append(_number(event.data, "time"))
             elif kind in ("start", "score", "measure", "rung", "end"):
-                _apply(event.data, self._drafts)
+                number = _apply(event.data, self._drafts)
+                self._records[number] = self._drafts[number].record()
         except ValueError as error:
             advice = "restore the file from a copy, or delete that line"
             raise UserError(f"{self._path}:{event.line}: {error}; {advice}") from error
 
+    @property
+    def records(self) -> Mapping[int, Record]:
+        """Every trial that started, as it is now and will be after later events: nothing is copied."""
+        return MappingProxyType(self._records)
+
+    @property
+    def phases(self) -> Sequence[Phase]:
+        """The phases so far, in the order of their beginning; nothing is copied."""
+        return self._phases
+
     def history(self) -> History:
         """What the events so far tell; later ones do not change it."""
-        if self._told is None:
-            records = {number: draft.record() for number, draft in sorted(self._drafts.items())}
-            self._told = History(records, list(self._phases), list(self._sessions))
-        return self._told
+        return History(dict(sorted(self._records.items())), list(self._phases), list(self._sessions))
 
 
 def replay(events: Sequence[Event], path: Path) -> History:
@@ -153,13 +161,14 @@ class _Draft:
         )
 
 
-def _apply(data: Mapping[str, object], drafts: dict[int, _Draft]) -> None:
+def _apply(data: Mapping[str, object], drafts: dict[int, _Draft]) -> int:
+    """Adds an event to its trial's draft; the trial's number."""
     number, kind, time_s = _whole(data, "trial"), data["event"], _number(data, "time")
     if kind == "start":
         candidate = Candidate(read_options(data))
         trial = Trial(number, candidate, State.RUNNING, {}, None, _whole(data, "seed"), _whole(data, "batch"))
         drafts.setdefault(number, _Draft(trial, time_s))
-        return
+        return number
     if number not in drafts:
         raise ValueError(f"trial {number} has the event {kind!r} but never started")
     draft, metrics = drafts[number], read_object(data, "metrics")
@@ -167,23 +176,24 @@ def _apply(data: Mapping[str, object], drafts: dict[int, _Draft]) -> None:
         if draft.ended_s is None:
             draft.state, draft.last, draft.ended_s = State(data.get("state")), metrics, time_s
             draft.error = None if data.get("error") is None else str(data["error"])
-        return
+        return number
     if kind == "score":
         if draft.score is not None:
-            return
+            return number
         draft.score, draft.scored_s = metrics, time_s
     elif kind == "measure":
         device = str(data.get("device", ""))
         if device in draft.measures:
-            return
+            return number
         draft.measures[device] = metrics
         draft.measured_s.append(time_s)
     else:
         rung = _whole(data, "rung")
         if rung in draft.rungs:
-            return
+            return number
         draft.rungs[rung] = Rung(_number(data, "epochs"), metrics, time_s)
     draft.metrics = _merged(draft.metrics, metrics)
+    return number
 
 
 def _merged(old: Metrics, new: Metrics) -> dict[str, object]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -14,7 +14,7 @@ from .errors import UserError, file_mistakes
 from .front import front_csv
 from .journal import Journal, read_events
 from .lock import FolderLock
-from .replay import History, Replay
+from .replay import History, Phase, Record, Replay
 from .trial import State, Trial
 
 # What may differ between a run and its resumption: it changes where the work is done, not what comes out.
@@ -33,7 +33,6 @@ class RunDirectory:
         self._new_session = True
         # Only the holder of the lock writes, so what it has read and written is all there is.
         self._replay = self._read() if lock else None
-        self._known = {t.number: t.state for t in self.trials()} if lock else {}
 
     @staticmethod
     def open(path: Path) -> RunDirectory:
@@ -117,6 +116,16 @@ class RunDirectory:
         """Everything the journal tells; empty before the first event."""
         return (self._replay or self._read()).history()
 
+    @property
+    def records(self) -> Mapping[int, Record]:
+        """Every trial that started, as it is now; a locked run keeps them up to date without reading anything again."""
+        return (self._replay or self._read()).records
+
+    @property
+    def phases(self) -> Sequence[Phase]:
+        """The phases in the order of their beginning."""
+        return (self._replay or self._read()).phases
+
     def trials(self) -> list[Trial]:
         """Every trial by number, those still running included."""
         return self.history().trials()
@@ -126,14 +135,13 @@ class RunDirectory:
 
         What is recorded already is not repeated: a second end of a trial changes nothing.
         """
-        if trial.number not in self._known:
+        known = self.records
+        if trial.number not in known:
             start = {"event": "start", "trial": trial.number, "batch": trial.batch, "seed": trial.seed}
             self._record({**start, "options": dict(trial.candidate.options)})
-            self._known[trial.number] = State.RUNNING
-        if trial.state is not State.RUNNING and self._known[trial.number] is State.RUNNING:
+        if trial.state is not State.RUNNING and known[trial.number].trial.state is State.RUNNING:
             end = {"event": "end", "trial": trial.number, "state": trial.state.value}
             self._record({**end, "metrics": dict(trial.metrics), "error": trial.error})
-            self._known[trial.number] = trial.state
 
     def score(self, number: int, metrics: Mapping[str, object]) -> None:
         """Records the one-shot metrics of a trial that has started."""
@@ -233,7 +241,7 @@ class RunDirectory:
         return told
 
     def _started(self, number: int) -> int:
-        assert number in self._known, f"trial {number} never started"
+        assert number in self.records, f"trial {number} never started"
         return number
 
     def _read_json(self, name: str) -> dict[str, object]:

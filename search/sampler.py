@@ -18,6 +18,8 @@ from .errors import UserError, nearest
 from .netadapt import next_of_walk
 from .planish_sampler import DIVERGENCE, SamplerTask, planish_sampler
 from .refine import program_candidates
+from .study_log import StudyLog
+from .study_space import add_finished, distributions_of
 
 if TYPE_CHECKING:
     import optuna
@@ -28,6 +30,8 @@ WITH_TABLE = ("planish", "dp", "netadapt")
 # Those that can propose without it, so that something is known before the table is made: uniform policies, of which
 # the share of all trials is small enough not to be missed among what is chosen with more knowledge.
 OPENS = ("planish",)
+# Those that leave marks on the trials they ask for, so that a resumed search must ask for them again.
+_STATEFUL = ("nsga2", "nsga3")
 _OPENING_SHARE = 8
 # NSGA's own default of 50 would make a short search all first generation, which is random.
 _POPULATION = 8
@@ -52,10 +56,10 @@ class Proposer:
         simplified: Callable[[Candidate], Candidate] = lambda candidate: candidate,
         task: SamplerTask | None = None,
     ) -> None:
-        """Starts a new study in `path` (`study.log`); an old one is replaced, see `ask`.
+        """Starts a study in memory, which `path` (`study.log`) follows.
 
         Args:
-            path: Optuna's journal.
+            path: Optuna's journal of what was told.
             space: What may be proposed.
             sampler: One of `SAMPLERS`.
             seed: Of the run.
@@ -64,8 +68,7 @@ class Proposer:
             task: What those of `WITH_TABLE` need; those of `OPENS` may be given it later, by `inform`.
         """
         import optuna
-        from optuna.storages import JournalStorage
-        from optuna.storages.journal import JournalFileBackend
+        from optuna.storages import InMemoryStorage
         from optuna.study import StudyDirection
 
         if sampler not in SAMPLERS:
@@ -80,16 +83,17 @@ class Proposer:
         if task is not None:
             self.inform(task)
         self._accuracy: dict[tuple[int, ...], float | None] = {}
-        self._told: dict[str, optuna.trial.Trial] = {}
+        self._asked: dict[str, optuna.trial.Trial | None] = {}
+        self._candidates: list[Candidate] = []
         self._simplified = simplified
         self._keys: dict[str, str] = {}
         self._seen = {self._model(space.original())}
-        for old in path.parent.glob(path.name + "*"):
-            old.unlink()
+        self._log = StudyLog(path, space, directions)
+        self._storage, self._distributions = InMemoryStorage(), distributions_of(space)
         self._study = optuna.create_study(
             study_name="planish",
             directions=[StudyDirection.MAXIMIZE if d == "maximize" else StudyDirection.MINIMIZE for d in directions],
-            storage=JournalStorage(JournalFileBackend(str(path))),
+            storage=self._storage,
             sampler=optuna.samplers.RandomSampler(seed=seed),
         )
 
@@ -131,17 +135,48 @@ class Proposer:
             values: Of the objectives.
             divergence: Of its outputs from the original's, in nats, where that is known.
         """
-        trial = self._told[candidate.key()]
-        if divergence is not None:
-            trial.set_user_attr(DIVERGENCE, divergence)
+        trial = self._asked[candidate.key()]
+        assert trial is not None
+        attributes = {} if divergence is None else {DIVERGENCE: divergence}
+        for name, value in attributes.items():
+            trial.set_user_attr(name, value)
+        values = self._noted(candidate, values, attributes)
+        if values is None:
+            self._study.tell(trial, state=_fail())
+        else:
+            self._study.tell(trial, list(values))
+
+    def replay(self, batch: int, finished: Sequence[tuple[Candidate, Sequence[float] | None, float | None]]) -> None:
+        """Takes a whole batch that was asked and told in an earlier session: candidates, values, divergences."""
+        if self._sampler in _STATEFUL:
+            candidates = [candidate for candidate, _, _ in finished]
+            self.ask(batch, len(finished), candidates)
+            for each in finished:
+                self.tell(*each)
+            return
+        told = []
+        for candidate, values, divergence in finished:
+            self._note(candidate, None)
+            attributes = {} if divergence is None else {DIVERGENCE: divergence}
+            told.append((candidate, self._noted(candidate, values, attributes), attributes))
+        add_finished(self._study, self._storage, self._distributions, told)
+
+    def close(self) -> None:
+        """Waits until what was told is on the disk."""
+        self._log.close()
+
+    def _noted(
+        self, candidate: Candidate, values: Sequence[float] | None, attributes: Mapping[str, object]
+    ) -> Sequence[float] | None:
+        """Keeps what was told beside the study; the values, or None where one of them is not finite."""
         if self._task is not None:
             row = tuple(int(level) for level in self._space.encode(candidate))
             place = next(i for i, o in enumerate(self._task.objectives) if o.metric == "accuracy")
             self._accuracy[row] = None if values is None else values[place]
-        if values is None or not all(math.isfinite(value) for value in values):
-            self._study.tell(trial, state=_fail())
-        else:
-            self._study.tell(trial, list(values))
+        if values is not None and not all(math.isfinite(value) for value in values):
+            values = None
+        self._log.add(candidate, values, attributes)
+        return values
 
     def _propose(self, batch: int, place: int) -> Candidate | None:
         """The next candidate that was not proposed before; None where none is found."""
@@ -176,7 +211,7 @@ class Proposer:
         """
         if self._sampler in ("random", "tpe", "gp", "netadapt") or (self._sampler in OPENS and self._task is not None):
             return None
-        if self._sampler not in ("grid", "dp") and sum(p.key() in self._told for p in self._policies) >= _POLICIES:
+        if self._sampler not in ("grid", "dp") and sum(p.key() in self._asked for p in self._policies) >= _POLICIES:
             return None
         return next((p for p in self._policies if self._model(p) not in self._seen), None)
 
@@ -185,10 +220,7 @@ class Proposer:
         if self._sampler != "netadapt" or self._task is None:
             return None
         costs = [o.metric for o in self._task.objectives if o.metric in self._task.table.fixed]
-        pending = [
-            tuple(int(level) for level in self._space.encode(Candidate(dict(trial.params))))
-            for trial in self._told.values()
-        ]
+        pending = [tuple(int(level) for level in self._space.encode(candidate)) for candidate in self._candidates]
         row = next_of_walk(self._task.table, costs[0], self._accuracy, pending) if costs else None
         candidate = None if row is None else self._space.decode(row)
         return candidate if candidate is not None and self._model(candidate) not in self._seen else None
@@ -208,9 +240,10 @@ class Proposer:
             self._keys[key] = self._simplified(candidate).key()
         return self._keys[key]
 
-    def _note(self, candidate: Candidate, trial: Any) -> None:
+    def _note(self, candidate: Candidate, trial: optuna.trial.Trial | None) -> None:
         self._seen.add(self._model(candidate))
-        self._told[candidate.key()] = trial
+        self._asked[candidate.key()] = trial
+        self._candidates.append(candidate)
 
 
 def opening(sampler: str, batch: int, trials: int) -> int:

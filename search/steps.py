@@ -13,6 +13,7 @@ from .ledger import Ledger
 from .measuring import measure_trials
 from .progress import Progress
 from .slow_sites import slow_sites
+from .trial import State
 from .workers import Failure, Pool
 
 if TYPE_CHECKING:
@@ -41,6 +42,13 @@ class Steps:
 
         self.evaluate(pool, "score", scoring, (), done)
         self.measure([n for n in ledger.running(numbers) if not self._timed(n)], "untrained")
+
+    def settled(self, numbers: Sequence[int]) -> bool:
+        """Whether all of the trials are scored and timed, or have failed."""
+        records = self._ledger.records
+        return all(
+            records[n].trial.state is State.FAILED or (records[n].score is not None and self._timed(n)) for n in numbers
+        )
 
     def evaluate(
         self,

@@ -19,7 +19,7 @@ HOMES = {
     "tvm": ("compilers/*",),
     "tvm_ffi": ("compilers/*",),
     "ray": ("search/workers.py", "search/rungs.py", "search/controller.py"),
-    "optuna": ("search/sampler.py", "search/planish_sampler.py"),
+    "optuna": ("search/sampler.py", "search/planish_sampler.py", "search/study_log.py", "search/study_space.py"),
     "sklearn": ("*",),
     "torch_pruning": ("*",),
     "PIL": ("*",),

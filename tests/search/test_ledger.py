@@ -41,7 +41,7 @@ def test_what_was_recorded_is_seen_at_once_and_after_a_restart(ledger: Ledger) -
     assert ledger.records[2].score == {"accuracy": 0.25}
     again = RunDirectory.open(ledger.folder.path).history()
     assert again.records == ledger.records
-    assert again.phases == ledger.history.phases
+    assert again.phases == ledger.folder.phases
 
 
 def test_a_failure_on_a_full_disk_is_not_held_against_the_trial(

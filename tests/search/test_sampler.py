@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import optuna
 import pytest
 from tests.search.tables import table_for
 
@@ -92,6 +93,62 @@ def test_planish_opens_with_uniform_policies_and_goes_on_as_one_that_was_told_th
 ])  # fmt: skip
 def test_the_opening_is_a_small_share_of_the_search(sampler: str, batch: int, trials: int, count: int) -> None:
     assert opening(sampler, batch, trials) == count
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_whole_batches_of_an_earlier_session_are_told_without_asking(tmp_path: Path, sampler: str) -> None:
+    batches, size = length(sampler)
+    undisturbed = asked(proposer(tmp_path / "a", sampler), batches, size)
+    resumed = proposer(tmp_path / "b", sampler)
+    for batch in range(1, batches):
+        known = undisturbed[(batch - 1) * size : batch * size]
+        resumed.replay(batch, [(candidate, values(candidate), None) for candidate in known])
+    last = resumed.ask(batches, size)
+    assert [c.key() for c in last] == [c.key() for c in undisturbed[-size:]]
+
+
+def test_the_log_is_a_study_of_everything_that_was_told_once_however_often_the_search_is_resumed(
+    tmp_path: Path,
+) -> None:
+    first = proposer(tmp_path, "random")
+    told = first.ask(1, 3)
+    first.tell(told[0], [0.5, 0.25], 0.125)
+    first.tell(told[1], None)
+    first.close()
+    again = proposer(tmp_path, "random")
+    again.replay(1, [(told[0], [0.5, 0.25], 0.125), (told[1], None, None), (told[2], [0.75, 0.5], None)])
+    again.close()
+    study = study_of(tmp_path)
+    assert [t.params for t in study.trials] == [dict(c.options) for c in told]
+    assert [t.state.name for t in study.trials] == ["COMPLETE", "FAIL", "COMPLETE"]
+    assert study.trials[0].values == [0.5, 0.25]
+    assert study.trials[0].user_attrs == {"divergence": 0.125}
+    assert [d.name for d in study.directions] == ["MAXIMIZE", "MINIMIZE"]
+
+
+@pytest.mark.parametrize("content", [b"", b"not a log\n", b'{"op_code": 99}\n', b"\x80\x04]\n"])
+def test_a_damaged_log_is_written_anew(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "study.log").write_bytes(content)
+    proposing = proposer(tmp_path, "random")
+    [candidate] = proposing.ask(1, 1)
+    proposing.tell(candidate, [0.5, 0.5])
+    proposing.close()
+    assert [t.params for t in study_of(tmp_path).trials] == [dict(candidate.options)]
+
+
+def test_a_log_that_cannot_be_written_does_not_stop_the_search(tmp_path: Path) -> None:
+    (tmp_path / "study.log").mkdir()
+    proposing = proposer(tmp_path, "random")
+    [candidate] = proposing.ask(1, 1)
+    proposing.tell(candidate, [0.5, 0.5])
+    proposing.close()
+    assert proposing.ask(2, 1)
+
+
+def study_of(folder: Path) -> optuna.Study:
+    """The study as Optuna's own tools open it."""
+    storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(folder / "study.log")))
+    return optuna.load_study(study_name="planish", storage=storage)
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
