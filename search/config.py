@@ -21,6 +21,7 @@ class SearchKeys:
 
     trials: int
     batch: int
+    ahead: int
     proxy_images: int
 
 
@@ -192,7 +193,9 @@ def _spec(values: Mapping[str, Value]) -> Spec:
         seed=integer("seed"),
         sampler=text("sampler"),
         address=text("address"),
-        search=SearchKeys(integer("search.trials"), integer("search.batch"), integer("search.proxy_images")),
+        search=SearchKeys(
+            integer("search.trials"), integer("search.batch"), integer("search.ahead"), integer("search.proxy_images")
+        ),
         space=SpaceKeys(texts("space.families"), integer("space.lanes")),
         distill=DistillKeys(
             rungs=integers("distill.rungs"),

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..spaces.space import Candidate
+from .batches import Batches
 from .config import Spec
 from .errors import UserError
 from .front import improves
@@ -185,37 +186,15 @@ class _Search:
 
     def _search(self, pool: Pool, proposer: Proposer, corners: int) -> None:
         """Every batch; those of an earlier session are told without being asked for again."""
-        total, size, ledger, sampler = self.spec.search.trials, self.spec.search.batch, self.ledger, self.spec.sampler
-        proposer.replay(0, self._told(range(1, 1 + corners)))
-        first, batch, end = 1 + corners, 0, 1 + corners + total
-        self._begin("search", total, "score")
-        while first < end:
-            batch += 1
-            opens = batch == 1 and sampler in OPENS
-            if batch == 2 and sampler in OPENS:
-                proposer.inform(self._task_of_sampler(pool))
-                self._begin("search", total, "score")
-            count = opening(sampler, size, total) if opens else min(size, end - first)
-            known = [ledger.candidate(n) for n in range(first, first + count) if n in ledger.records]
-            if len(known) == count and self.steps.settled(range(first, first + count)):
-                proposer.replay(batch, self._told(range(first, first + count)))
-                first += count
-                continue
-            candidates = proposer.ask(batch, count, known)
-            numbers = list(range(first, first + len(candidates)))
-            for number, candidate in zip(numbers, candidates, strict=True):
-                ledger.start(number, candidate, batch)
-            self.steps.score(pool, numbers)
-            for told in self._told(numbers):
-                proposer.tell(*told)
-            if len(candidates) < count and not opens:
-                break  # the whole space is evaluated
-            first += len(candidates)
-
-    def _told(self, numbers: Sequence[int]) -> list[tuple[Candidate, list[float] | None, float | None]]:
-        """What a proposer is told of trials."""
-        ledger = self.ledger
-        return [(ledger.candidate(n), ledger.values(n), ledger.divergence(n)) for n in numbers]
+        keys, sampler = self.spec.search, self.spec.sampler
+        proposer.replay(0, [self.ledger.told(number) for number in range(1, 1 + corners)])
+        batches = Batches(self.ledger, self.steps, proposer, 1 + corners)
+        self._begin("search", keys.trials, "score")
+        if sampler in OPENS:
+            batches.opening(pool, opening(sampler, keys.batch, keys.trials))
+            proposer.inform(self._task_of_sampler(pool))
+            self._begin("search", keys.trials, "score")
+        batches.rest(pool)
 
     def _rungs(self) -> list[int]:
         """Successive halving: fewer candidates, more epochs. Returns who got through."""

@@ -23,7 +23,11 @@ class Event:
 
 
 class Journal:
-    """Appends events to a journal; what `append` has returned from is on the disk."""
+    """Appends events to a journal; what `append` has returned from is on the disk.
+
+    Attributes:
+        found: The events that it had when it was opened.
+    """
 
     def __init__(self, path: Path, clock: Callable[[], float] = time.time) -> None:
         """Opens the journal, creating it where there is none, and cuts off the torn line of a killed writer.
@@ -36,32 +40,36 @@ class Journal:
         with file_mistakes(str(path), self._advice):
             self._handle = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
             sync_folder(path.parent)
-        events, self._length, total = _scan(path)
-        self._lines = events[-1].line if events else 0
+        self.found, self._length, total = _scan(path)
+        self._lines = self.found[-1].line if self.found else 0
         if total > self._length:
             os.ftruncate(self._handle, self._length)
 
-    def append(self, event: Mapping[str, object]) -> Event:
-        """Writes one event, with its `time` (seconds since 1970), waits until it is on the disk, and returns it.
+    def append(self, *events: Mapping[str, object]) -> list[Event]:
+        """Writes events, each with its `time` (seconds since 1970), waits until they are on the disk, and returns them.
 
         Raises:
-            UserError: the disk is full; nothing of the event is kept, everything before it is.
+            UserError: the disk is full; nothing of the events is kept, everything before them is.
         """
-        data = finite({**event, "time": round(self._clock(), 3)})
-        line = json.dumps(data, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode() + b"\n"
+        now = round(self._clock(), 3)
+        lines = [
+            json.dumps(finite({**e, "time": now}), separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+            for e in events
+        ]
+        block = b"".join(line + b"\n" for line in lines)
         with file_mistakes(str(self._path), self._advice):
             try:
                 written = 0
-                while written < len(line):
-                    written += os.write(self._handle, line[written:])
+                while written < len(block):
+                    written += os.write(self._handle, block[written:])
                 os.fsync(self._handle)
             except OSError:
                 self._cut()
                 raise
-        self._length += len(line)
-        self._lines += 1
+        self._length += len(block)
+        first, self._lines = self._lines + 1, self._lines + len(lines)
         # As a reader will find it: numbers as keys and tuples do not outlive the file.
-        return Event(self._lines, json.loads(line))
+        return [Event(first + place, json.loads(line)) for place, line in enumerate(lines)]
 
     def close(self) -> None:
         """Closes the file; a second call does nothing."""

@@ -20,6 +20,8 @@ from .trial import State, Trial
 if TYPE_CHECKING:
     from .evaluate import Job, Metrics
 
+# A candidate, its objectives in order or None if it failed, and its divergence from the original.
+Told = tuple[Candidate, Sequence[float] | None, float | None]
 # Bytes that compiling and checking one model may need; a compiler that runs out of them says so in a hundred ways.
 _ROOM = 8 * 2**20
 
@@ -85,6 +87,10 @@ class Ledger:
         value = (self.records[number].score or {}).get("divergence")
         return float(value) if isinstance(value, (int, float)) else None
 
+    def told(self, number: int) -> Told:
+        """What a proposer is told of a trial."""
+        return self.candidate(number), self.values(number), self.divergence(number)
+
     def job(self, number: int) -> Job:
         """What a worker needs to evaluate a trial."""
         from .evaluate import Job
@@ -111,7 +117,14 @@ class Ledger:
     def start(self, number: int, candidate: Candidate, batch: int) -> None:
         """A trial begins, unless it has."""
         if number not in self.records:
-            self.folder.append(Trial(number, candidate, State.RUNNING, {}, None, self._seed(number), batch))
+            self.begin({number: candidate}, batch)
+
+    def begin(self, candidates: Mapping[int, Candidate], batch: int) -> None:
+        """The trials of a batch begin, unless they have, all in one write."""
+        new = {number: candidate for number, candidate in candidates.items() if number not in self.records}
+        self.folder.start(
+            [Trial(n, candidate, State.RUNNING, {}, None, self._seed(n), batch) for n, candidate in new.items()]
+        )
 
     def finish(self, number: int, state: State, error: str | None = None, metrics: Metrics | None = None) -> None:
         """A trial ends; a second end changes nothing."""

@@ -30,6 +30,8 @@ DIVERGENCE = "divergence"
 _ELITE = 32
 # Until so many are told, candidates that keep several limits at once are in the pool as the table sees them.
 _BEGINNING = 8
+# Candidates that a surrogate is fitted to at most.
+_MOST = 600
 
 
 @dataclass(frozen=True)
@@ -122,7 +124,7 @@ class _Batch:
         self._goals = Goals(names, base, top, task.limits)
         seen = _evaluated(task, told, accuracy)
         self._seen = {tuple(row) for row in seen.levels}
-        self._surrogate = Surrogate(task.table, seen, names, base, top, seed)
+        self._surrogate = Surrogate(task.table, _thinned(seen, names), names, base, top, seed)
         self._levels = self._pool(seen)
         axes: list[Axis] = [AsTheyAre(self._surrogate)]
         if task.trained:
@@ -166,6 +168,27 @@ class _Batch:
         if len(seen.levels) < _BEGINNING:
             found = np.unique(np.concatenate([found, within_limits(self._task.table, self._goals)]), axis=0)
         return found
+
+
+def _thinned(seen: Evaluated, costs: Sequence[str]) -> Evaluated:
+    """The candidates that a surrogate is fitted to: all, or the best and the newest of very many.
+
+    A fit takes longer the more there are, and what is far from the front says little about it.
+    """
+    if len(seen.levels) <= _MOST:
+        return seen
+    losses = np.stack([seen.loss, *(seen.costs[name] for name in costs)], 1)
+    older = len(seen.levels) - _MOST // 2
+    best: list[int] = []
+    left = np.arange(older)
+    while len(best) < _MOST // 2:
+        front = non_dominated(losses[left])
+        best += [int(row) for row in left[front]]
+        left = left[~front]
+    rows = np.array(sorted(best[: _MOST // 2]) + list(range(older, len(seen.levels))))
+    return Evaluated(
+        seen.levels[rows], seen.loss[rows], seen.divergence[rows], {k: v[rows] for k, v in seen.costs.items()}
+    )
 
 
 def _evaluated(task: SamplerTask, told: Sequence[_Told], accuracy: int) -> Evaluated:

@@ -12,7 +12,7 @@ from .atomic import sync_folder, write_json, write_text
 from .config import Spec, load_spec
 from .errors import UserError, file_mistakes
 from .front import front_csv
-from .journal import Journal, read_events
+from .journal import Event, Journal, read_events
 from .lock import FolderLock
 from .replay import History, Phase, Record, Replay
 from .trial import State, Trial
@@ -32,7 +32,7 @@ class RunDirectory:
         self._journal = Journal(self._trials_path) if lock else None
         self._new_session = True
         # Only the holder of the lock writes, so what it has read and written is all there is.
-        self._replay = self._read() if lock else None
+        self._replay = self._added(self._journal.found) if self._journal else None
 
     @staticmethod
     def open(path: Path) -> RunDirectory:
@@ -136,12 +136,15 @@ class RunDirectory:
         What is recorded already is not repeated: a second end of a trial changes nothing.
         """
         known = self.records
-        if trial.number not in known:
-            start = {"event": "start", "trial": trial.number, "batch": trial.batch, "seed": trial.seed}
-            self._record({**start, "options": dict(trial.candidate.options)})
+        self.start([] if trial.number in known else [trial])
         if trial.state is not State.RUNNING and known[trial.number].trial.state is State.RUNNING:
             end = {"event": "end", "trial": trial.number, "state": trial.state.value}
             self._record({**end, "metrics": dict(trial.metrics), "error": trial.error})
+
+    def start(self, trials: Sequence[Trial]) -> None:
+        """Records that trials start, which none of them has, in one write."""
+        events = [{"event": "start", "trial": t.number, "batch": t.batch, "seed": t.seed} for t in trials]
+        self._record(*({**e, "options": dict(t.candidate.options)} for e, t in zip(events, trials, strict=True)))
 
     def score(self, number: int, metrics: Mapping[str, object]) -> None:
         """Records the one-shot metrics of a trial that has started."""
@@ -225,18 +228,24 @@ class RunDirectory:
     def _advice(self) -> str:
         return f"what was recorded is kept; once that is put right, carry on with: planish resume {self.path}"
 
-    def _record(self, event: Mapping[str, object]) -> None:
+    def _record(self, *events: Mapping[str, object]) -> None:
         assert self._journal is not None, "the run was opened for reading"
         assert self._replay is not None
+        if not events:
+            return
         if self._new_session:
             # With the first event, so that opening a run and doing nothing leaves it as it was.
-            self._replay.add(self._journal.append({"event": "session"}))
+            events = ({"event": "session"}, *events)
             self._new_session = False
-        self._replay.add(self._journal.append(event))
+        for event in self._journal.append(*events):
+            self._replay.add(event)
 
     def _read(self) -> Replay:
-        path, told = self._trials_path, Replay(self._trials_path)
-        for event in read_events(path) if path.exists() else ():
+        return self._added(read_events(self._trials_path) if self._trials_path.exists() else ())
+
+    def _added(self, events: Sequence[Event]) -> Replay:
+        told = Replay(self._trials_path)
+        for event in events:
             told.add(event)
         return told
 

@@ -49,6 +49,9 @@ KEYS: Mapping[str, Key] = {
     "address": Key("text", "Ray cluster; local: this machine", "local"),
     "search.trials": Key("integer", "candidates that are scored", low=1, high=10**6),
     "search.batch": Key("integer", "candidates proposed at a time (the result depends on it)", low=1, high=10**4),
+    "search.ahead": Key(
+        "integer", "batches that begin before an earlier one is told; above 0 for hundreds of workers", 0, high=10**4
+    ),
     "search.proxy_images": Key("integer", "images that the one-shot score looks at", low=16, high=10**7),
     "space.families": Key("texts", "compression families", FAMILIES, allowed=FAMILIES),
     "space.lanes": Key("integer", "channels per vector that widths are rounded to; 0: the device's", 0, high=1024),

@@ -73,6 +73,11 @@ def cross_check(values: Mapping[str, Value], given: Mapping[str, Value], where: 
         raise UserError(f"{where}: distill.rungs = {rungs} must rise (they count epochs from the start)")
     if any(later > earlier for earlier, later in pairwise((trials, *survivors))):
         raise UserError(f"{where}: distill.survivors = {survivors} must not rise nor exceed the {trials} trials")
+    if values["search.ahead"] and values["measure.latency"] != "predicted":
+        raise UserError(
+            f"{where}: search.ahead = {values['search.ahead']} lets candidates be scored while others are timed; it "
+            'needs measure.latency = "predicted", or 0'
+        )
     _check_targets(values, where)
     return fitted
 

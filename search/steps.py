@@ -33,7 +33,7 @@ class Steps:
     def score(self, pool: Pool, numbers: Sequence[int]) -> None:
         """Scores and times the trials that have not been; a trial that fails ends."""
         ledger = self._ledger
-        scoring = [n for n in ledger.running(numbers) if ledger.records[n].score is None]
+        scoring = self.unscored(numbers)
         self._progress.advance(0)
 
         def done(number: int, metrics: Metrics) -> None:
@@ -42,6 +42,27 @@ class Steps:
 
         self.evaluate(pool, "score", scoring, (), done)
         self.measure([n for n in ledger.running(numbers) if not self._timed(n)], "untrained")
+
+    def unscored(self, numbers: Sequence[int]) -> list[int]:
+        """Those of the trials that run and have no score."""
+        return [n for n in self._ledger.running(numbers) if self._ledger.records[n].score is None]
+
+    def stream(self, pool: Pool, more: Callable[[], int | None]) -> None:
+        """Scores the trials that `more` gives, until it gives None and none is left; latency must be predicted."""
+
+        def next_job() -> tuple[Job, tuple[Any, ...]] | None:
+            number = more()
+            return None if number is None else (self._ledger.job(number), ())
+
+        def done(job: Job, result: Metrics | Failure) -> None:
+            if isinstance(result, Failure):
+                self._ledger.fail(job.number, str(result))
+            else:
+                self._folder.score(job.number, result)
+                self.measure([job.number], "untrained")
+            self._progress.advance()
+
+        pool.stream("score", next_job, done)
 
     def settled(self, numbers: Sequence[int]) -> bool:
         """Whether all of the trials are scored and timed, or have failed."""

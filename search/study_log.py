@@ -24,6 +24,7 @@ _Told = tuple[Candidate, Sequence[float] | None, Mapping[str, object]]
 NAME = "planish"
 # So many at most wait to be written together.
 _TOGETHER = 256
+_PATIENCE_S = 10.0
 
 
 class StudyLog:
@@ -40,6 +41,7 @@ class StudyLog:
         self._path, self._directions = path, tuple(directions)
         self._distributions = distributions_of(space)
         self._waiting: queue.SimpleQueue[_Told | None] = queue.SimpleQueue()
+        self._closing = threading.Event()
         self._thread = threading.Thread(target=self._write, name="study.log", daemon=True)
         self._thread.start()
 
@@ -56,11 +58,14 @@ class StudyLog:
     def close(self) -> None:
         """Waits until everything is written; a second call does nothing."""
         if self._thread.is_alive():
+            self._closing.set()
             self._waiting.put(None)
             self._thread.join()
 
     def _write(self) -> None:
         try:
+            # An old log takes seconds to read; what a resumed search proposes first need not wait for that.
+            self._closing.wait(_PATIENCE_S)
             study = self._open()
             skipped = len(study.get_trials(deepcopy=False))
             for told in self._batches():

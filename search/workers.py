@@ -86,15 +86,31 @@ class Pool:
         self, method: str, jobs: Sequence[tuple[Job, tuple[Any, ...]]], done: Callable[[Job, Metrics | Failure], None]
     ) -> None:
         """Runs a method of the evaluator for every job; `done` is called in the order in which they end."""
+        waiting = iter(jobs)
+        self.stream(method, lambda: next(waiting, None), done)
+
+    def stream(
+        self,
+        method: str,
+        more: Callable[[], tuple[Job, tuple[Any, ...]] | None],
+        done: Callable[[Job, Metrics | Failure], None],
+    ) -> None:
+        """Runs a method of the evaluator for every job that `more` gives.
+
+        It is asked whenever a worker is free, after `done` of what the worker did; None stands for none now, and if
+        nothing runs, for the end.
+        """
         ray = self._ray
-        idle, waiting = list(self._actors), list(reversed(jobs))
+        idle = list(self._actors)
         running: dict[Any, tuple[Any, Job]] = {}
-        while waiting or running:
-            while idle and waiting:
-                job, arguments = waiting.pop()
+        while True:
+            while idle and (work := more()) is not None:
+                job, arguments = work
                 actor = idle.pop()
                 running[actor.call.remote(method, job, arguments)] = (actor, job)
                 self._busy.add(actor)
+            if not running:
+                return
             [reference], _ = ray.wait(list(running), num_returns=1)
             actor, job = running.pop(reference)
             idle.append(actor)

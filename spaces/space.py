@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -57,6 +58,10 @@ class Candidate:
 
     def key(self) -> str:
         """A digest that is equal for equal candidates in any process (16 hexadecimal digits)."""
+        return self._key
+
+    @cached_property
+    def _key(self) -> str:
         text = json.dumps(dict(sorted(self.options.items())), separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
