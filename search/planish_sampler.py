@@ -65,6 +65,8 @@ def planish_sampler(task: SamplerTask, seed: int) -> optuna.samplers.BaseSampler
     class PlanishSampler(optuna.samplers.BaseSampler):
         def __init__(self) -> None:
             self._batch: tuple[tuple[int, ...], _Batch] | None = None
+            # Levels of trials that are not complete, by their number.
+            self._rows: dict[int, tuple[int, ...]] = {}
 
         def infer_relative_search_space(
             self, study: optuna.Study, trial: optuna.trial.FrozenTrial
@@ -85,8 +87,11 @@ def planish_sampler(task: SamplerTask, seed: int) -> optuna.samplers.BaseSampler
                 self._batch = key, _Batch(task, [_told(t) for t in complete], _seed(seed, len(key)))
             # Failed ones too: asked for again they would fail again.
             rest = [t for t in others if t.state != states.COMPLETE and len(t.params) == len(space.choices)]
+            for each in rest:
+                if each.number not in self._rows:
+                    self._rows[each.number] = tuple(int(x) for x in space.encode(Candidate(dict(each.params))))
             running = [t.state in (states.RUNNING, states.WAITING) for t in rest]
-            chosen = self._batch[1].next([dict(t.params) for t in rest], running)
+            chosen = self._batch[1].next([self._rows[t.number] for t in rest], running)
             return dict(chosen.options)
 
         def sample_independent(
@@ -123,7 +128,7 @@ class _Batch:
         top = 1 - 1 / task.classes if task.classes > 1 else 1.0
         self._goals = Goals(names, base, top, task.limits)
         seen = _evaluated(task, told, accuracy)
-        self._seen = {tuple(row) for row in seen.levels}
+        known = {tuple(int(level) for level in row) for row in seen.levels}
         self._surrogate = Surrogate(task.table, _thinned(seen, names), names, base, top, seed)
         self._levels = self._pool(seen)
         axes: list[Axis] = [AsTheyAre(self._surrogate)]
@@ -132,25 +137,26 @@ class _Batch:
         self._choosers = [Chooser(self._surrogate, axis, self._goals, seen, self._rng) for axis in axes]
         self._gains = [chooser.gains(self._levels) for chooser in self._choosers]
         self._counted: set[tuple[int, ...]] = set()
+        self._places = {tuple(int(level) for level in row): place for place, row in enumerate(self._levels)}
+        self._taken = {place for key, place in self._places.items() if key in known}
         self._space = space
 
-    def next(self, others: Sequence[Mapping[str, Any]], running: Sequence[bool]) -> Candidate:
-        """The next candidate beside others that are running or have failed."""
-        known = set(self._seen)
-        for row, runs in zip(levels_of(self._space, [Candidate(o) for o in others]), running, strict=True):
-            key = tuple(int(level) for level in row)
-            known.add(key)
+    def next(self, others: Sequence[tuple[int, ...]], running: Sequence[bool]) -> Candidate:
+        """The next candidate beside others that are running or have failed, as levels."""
+        for key, runs in zip(others, running, strict=True):
+            place = self._places.get(key)
+            if place is not None:
+                self._taken.add(place)
             if runs and key not in self._counted:
                 self._counted.add(key)
-                for chooser in self._choosers:
-                    chooser.count(chooser.gains(row[None])[0])
-        taken = [place for place, row in enumerate(self._levels) if tuple(int(x) for x in row) in known]
+                for chooser, gains in zip(self._choosers, self._gains, strict=True):
+                    chooser.count(gains[place] if place is not None else chooser.gains(np.array([key]))[0])
         turn = len(self._counted) % len(self._choosers)
-        place = self._choosers[turn].choose(self._gains[turn], taken)
-        if place is None:
+        chosen = self._choosers[turn].choose(self._gains[turn], self._taken)
+        if chosen is None:
             # From numbers of its own: a batch that a kill cut short asks for fewer.
             return self._space.sample(np.random.default_rng([self._seed, len(others)]))
-        return self._space.decode(self._levels[place])
+        return self._space.decode(self._levels[chosen])
 
     def _pool(self, seen: Evaluated) -> Levels:
         elite = seen.levels

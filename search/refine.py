@@ -264,6 +264,7 @@ class Chooser:
             points = points[~(part[None] <= points[:, None]).all(2).any(1)]
         self._points = points[:_POINTS]
         self._had = np.zeros(len(self._points))
+        self._bounds: Array | None = None
 
     def gains(self, levels: Levels) -> Array:
         """For every candidate and point the probability that it is better there in everything, (n, points)."""
@@ -279,11 +280,28 @@ class Chooser:
         return np.asarray(found)
 
     def choose(self, gains: Array, taken: Collection[int]) -> int | None:
-        """The row of the largest expected gain that is not taken; None where all are."""
-        total = np.maximum(gains - self._had, 0).sum(1)
-        total[list(taken)] = -1.0
-        row = int(total.argmax())
-        return row if total[row] >= 0 else None
+        """The row of the largest expected gain that is not taken; None where all are.
+
+        What is had only grows, so that a row's gain when it was last looked at bounds what it is now: rows are looked
+        at again from the highest bound on, until one keeps it.
+
+        Args:
+            gains: The same (n, points) at every call.
+            taken: Rows.
+        """
+        if self._bounds is None:
+            self._bounds = np.maximum(gains - self._had, 0).sum(1)
+        bounds = self._bounds
+        bounds[list(taken)] = -1.0
+        while len(bounds):
+            row = int(bounds.argmax())
+            if bounds[row] < 0:
+                return None
+            now = float(np.maximum(gains[row] - self._had, 0).sum())
+            if now >= bounds[row]:
+                return row
+            bounds[row] = now
+        return None
 
     def count(self, gains: Array) -> None:
         """One candidate's gains, (points,), are had.

@@ -18,6 +18,8 @@ Correction = Callable[[Array], Array]
 # Evaluations before which nothing but a line is tried.
 _LEAST = 8
 _FOLDS = 5
+# Trees of a forest; fewer while it is judged on many pairs, whose error is known well enough.
+_TREES, _FEWER_TREES, _MANY = 100, 30, 200
 # How strongly the weights of options are held to zero.
 _SHRINKS = (0.3, 3.0)
 # log KL = a + b log(error): what a and b are held to, and how strongly, before there are evaluations. The slope is from
@@ -77,7 +79,7 @@ class LogModel:
         makers: dict[str, Callable[[Array, Array], Correction] | None] = {"none": None}
         if len(u) >= _LEAST:
             makers |= {f"weights {shrink}": partial(_weights, shrink=shrink) for shrink in _SHRINKS}
-            makers["forest"] = partial(_forest, seed=seed)
+            makers["forest"] = partial(_forest, seed=seed, trees=_TREES if len(u) <= _MANY else _FEWER_TREES)
         left = {name: np.empty(len(u)) for name in makers}
         for fold in range(int(folds.max()) + 1):
             inside = folds != fold
@@ -87,7 +89,7 @@ class LogModel:
                 correction = make(features[inside], over[inside]) if make else None
                 left[name][~inside] = over[~inside] - (correction(features[~inside]) if correction else 0)
         best = min(left, key=lambda name: float(np.square(left[name]).mean()))
-        make = makers[best]
+        make = makers[best] if best != "forest" else partial(_forest, seed=seed, trees=_TREES)
         if make is not None:
             self._correction = make(features, v - self._line[0] - self._line[1] * u)
         # As if the prior's spread had been seen twice: few pairs that happen to agree are no certainty.
@@ -232,11 +234,12 @@ class _DamageMap:
         return found
 
 
-def _forest(features: Array, residuals: Array, seed: int) -> Correction:
+def _forest(features: Array, residuals: Array, seed: int, trees: int) -> Correction:
     from sklearn.ensemble import ExtraTreesRegressor
 
-    trees = ExtraTreesRegressor(100, min_samples_leaf=2, max_features=0.5, random_state=seed).fit(features, residuals)
-    return lambda asked: np.asarray(trees.predict(asked))
+    forest = ExtraTreesRegressor(trees, min_samples_leaf=2, max_features=0.5, random_state=seed)
+    forest.fit(features, residuals)
+    return lambda asked: np.asarray(forest.predict(asked))
 
 
 def _weights(features: Array, residuals: Array, shrink: float) -> Correction:
