@@ -285,7 +285,7 @@ def _put(
 def _json(text: object, path: Path) -> object:
     try:
         return json.loads(str(text))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DatabaseError(f"{path} is damaged: a workload is no JSON ({error}). {_REMEDY}") from None
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -101,8 +100,7 @@ def _trial(folder: RunDirectory, number: int) -> Mapping[str, object]:
         if entry.get("trial") == number:
             return entry
     trial = trials[number]
-    recipe = folder.trial_folder(number) / "recipe.json"
-    found = json.loads(recipe.read_bytes()).get("recipe") if recipe.exists() else None
+    found = (folder.trial_file(number, "recipe.json") or {}).get("recipe")
     return {"trial": number, "options": trial.candidate.options, "metrics": trial.metrics, "recipe": found}
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -47,8 +46,7 @@ class FrontWriter:
         whole = Trial(number, trial.candidate, trial.state, metrics, trial.error, trial.seed, trial.batch)
         artifact = f"trials/{number:04d}/artifact" if len(self._devices) == 1 else f"trials/{number:04d}"
         recipe = {**ledger.recipe(), "seed": trial.seed} if number else None
-        reasons = ledger.folder.trial_folder(number) / SLOW_SITES
-        slow = json.loads(reasons.read_text(encoding="utf-8")) if reasons.exists() else None
+        slow = {site: str(why) for site, why in (ledger.folder.trial_file(number, SLOW_SITES) or {}).items()}
         measured = ledger.spec.measure.latency == "measured"
         return Entry(whole, measured=measured, recipe=recipe, artifact=artifact, slow_sites=slow)
 

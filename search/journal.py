@@ -120,6 +120,6 @@ def _scan(path: Path) -> tuple[list[Event], int, int]:
 def _decode(line: bytes) -> Mapping[str, object] | None:
     try:
         data = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return data if isinstance(data, dict) else None

@@ -62,7 +62,7 @@ def read_library(path: Path, space: SearchSpace, key: str) -> OptionTable | None
         document = json.loads(path.read_bytes())
     except FileNotFoundError:
         return None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON: {error}; {_ADVICE}") from error
     if not isinstance(document, dict) or document.get("key") != key:
         return None

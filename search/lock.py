@@ -76,7 +76,7 @@ _NAME = ".lock"
 def _read(folder: Path) -> Mapping[str, object]:
     try:
         note = json.loads((folder / _NAME).read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return note if isinstance(note, dict) else {}
 

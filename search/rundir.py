@@ -253,13 +253,22 @@ class RunDirectory:
         assert number in self.records, f"trial {number} never started"
         return number
 
+    def trial_file(self, number: int, name: str) -> dict[str, object] | None:
+        """A JSON object in a trial's folder; None where there is none.
+
+        Raises:
+            UserError: the file is something else.
+        """
+        file = Path("trials", f"{number:04d}", name)
+        return self._read_json(str(file)) if (self.path / file).exists() else None
+
     def _read_json(self, name: str) -> dict[str, object]:
         path = self.path / name
         try:
             value = json.loads(path.read_bytes())
         except FileNotFoundError:
             raise UserError(f"{path} does not exist yet; carry on with: planish resume {self.path}") from None
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{path} is not JSON: {error}; restore it from a copy or delete it") from error
         if not isinstance(value, dict):
             raise UserError(f"{path} is not a JSON object; restore it from a copy or delete it")

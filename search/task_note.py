@@ -47,7 +47,7 @@ def read_task(run: Path, spec: Spec) -> TaskNote:
         return _note(_from_data(spec))
     try:
         return _note(json.loads(path.read_bytes()))
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path} is no task's note: {error}; delete it to have it made from the data again") from None
 
 

@@ -64,7 +64,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         with safe_open(path, framework="pt") as file:
             note = json.loads((file.metadata() or {})[_NOTE])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-    except (SafetensorError, KeyError, ValueError, OSError) as error:
+    except (SafetensorError, KeyError, ValueError, OSError, RecursionError) as error:
         reason = "it has no note of planish's" if isinstance(error, KeyError) else error
         raise TensorFileError(f"{path} cannot be read ({reason}); delete it to start afresh") from None
     if not isinstance(note, dict):

@@ -1,0 +1,272 @@
+"""What a search survives: processes killed at random, and thousands of trials on hundreds of workers.
+
+    python benchmarks/faults.py                  # 100 kills; 10 000 trials on 1 to 1000 simulated workers
+    python benchmarks/faults.py --quick          # 2 kills; 1000 trials
+
+**Kills** (`--kills`): a short search (predicted latency, so that its front is a function of the seed) runs once
+undisturbed, then again and again while one of its processes is killed with SIGKILL at a random moment: the controller,
+one of its workers, Ray's raylet or Ray's head. Where that ends the search, it is resumed. A finished evaluation that a
+killed journal had and the last one has not counts as lost, one that was recorded twice as repeated.
+
+**Scale** (`simulated_search.py`): evaluations that only take time, from a real trace, scaled to `--seconds`. The
+controller's cost is real: proposals, journal with fsync, study. The utilisation is that of the workers until the last
+candidate is handed out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import numpy as np
+import psutil
+
+OWN = Path(__file__).resolve().parents[1] / "tests" / "end_to_end" / "own_task.py"
+SPEC = f"""
+model = "{OWN}:model"
+data = "{OWN}:data"
+budget = "latency<=0.9x"
+objectives = ["accuracy", "latency", "size"]
+workers = 2
+[search]
+trials = 6
+batch = 3
+proxy_images = 64
+[distill]
+rungs = [1, 2]
+survivors = [4, 3]
+[measure]
+latency = "predicted"
+"""
+# What a process of a search is called in its command line.
+ROLES = {
+    "controller": "planish.search",
+    "worker": "ray::",
+    "raylet": "raylet/raylet",
+    "head": "gcs_server",
+}
+# A search takes about that long; kills fall anywhere in it.
+_SPAN_S = 75.0
+_PATIENCE_S = 600.0
+
+Row = dict[str, Any]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="2 kills, 1000 trials")
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--trials", type=int, default=10_000)
+    parser.add_argument("--workers", type=int, nargs="*", default=[1, 8, 64, 1000])
+    parser.add_argument("--seconds", type=float, default=60.0, help="the mean of a simulated evaluation")
+    parser.add_argument("--sampler", default="random", help="of the simulated searches")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    if args.quick:
+        args.kills, args.trials = min(args.kills, 2), min(args.trials, 1000)
+    rows: list[Row] = []
+    summary: Row = {}
+    with tempfile.TemporaryDirectory(prefix="planish-faults-") as folder:
+        for workers in args.workers:
+            rows.append(scale_row(Path(folder) / f"scale{workers}", workers, args))
+            show(rows[-1])
+        if args.workers:
+            summary |= scale_summary(rows)
+        if args.kills:
+            found = kill_rows(Path(folder), args.kills, args.seed)
+            rows += found
+            summary |= kill_summary(found)
+    if args.json:
+        from compiled_speed import machine
+
+        print(json.dumps({"rows": rows, "summary": summary, "machine": machine()}, indent=2))
+    else:
+        print(", ".join(f"{key} {value}" for key, value in summary.items()))
+
+
+def scale_row(folder: Path, workers: int, args: argparse.Namespace) -> Row:
+    """A simulated search, then its resumption."""
+    from simulated_search import simulate
+
+    # Batches that many workers do not wait for: about two rounds of work are handed out beyond the one that is told.
+    keys: Row = {
+        "trials": args.trials,
+        "workers": workers,
+        "mean_s": args.seconds,
+        "batch": max(8, min(500, workers)),
+        "ahead": 0 if workers == 1 else 8,
+        "sampler": args.sampler,
+    }
+    process = psutil.Process()
+    before = process.memory_info().rss
+    run = simulate(folder, **keys)
+    resumed = simulate(folder, **keys)
+    overhead = 1e3 * np.array(run["overhead_s"])
+    fifths = [float(part.mean()) for part in np.array_split(overhead, 5)]
+    return {
+        "part": "scale",
+        **keys,
+        "overhead_ms_p50": float(np.median(overhead)),
+        "overhead_ms_p99": float(np.quantile(overhead, 0.99)),
+        "overhead_ms_mean": float(overhead.mean()),
+        "overhead_ms_fifths": fifths,
+        "utilisation": run["utilisation"],
+        "resume_s": resumed["ready_s"],
+        "memory_mb": (process.memory_info().rss - before) / 1e6,
+        "journal_mb": (folder / "trials.jsonl").stat().st_size / 1e6,
+    }
+
+
+def scale_summary(rows: list[Row]) -> Row:
+    most = max(rows, key=lambda row: row["workers"])
+    return {
+        "overhead_ms_p50": round(most["overhead_ms_p50"], 2),
+        "overhead_ms_p99": round(most["overhead_ms_p99"], 2),
+        "utilisation_1000": round(most["utilisation"], 4) if most["workers"] == 1000 else None,
+        "resume_s_10000": round(most["resume_s"], 2) if most["trials"] == 10_000 else None,
+    }
+
+
+def kill_rows(folder: Path, kills: int, seed: int) -> list[Row]:
+    """A row for every disturbed search, until so many processes were killed."""
+    subprocess.run([sys.executable, str(OWN)], cwd=folder, check=True)
+    (folder / "own.toml").write_text(SPEC, encoding="utf-8")
+    rng = random.Random(seed)
+    undisturbed = folder / "undisturbed"
+    process = launched(folder, undisturbed)
+    output, _ = process.communicate(timeout=_PATIENCE_S)
+    if process.returncode != 0:
+        raise SystemExit(f"the undisturbed search failed: {output}")
+    wanted = (undisturbed / "front.json").read_bytes()
+    rows: list[Row] = []
+    done = 0
+    while done < kills:
+        row = disturbed(folder, folder / f"run{len(rows)}", rng, kills - done)
+        row["same_front"] = row.pop("front") == wanted
+        done += len(row["killed"])
+        rows.append(row)
+        show(row)
+    return rows
+
+
+def disturbed(folder: Path, run: Path, rng: random.Random, most: int) -> Row:
+    """A search to its end with up to 3 kills on the way."""
+    killed: list[str] = []
+    lost = sessions = 0
+    known: Counter[Any] = Counter()
+    started = time.monotonic()
+    planned = min(most, 3)
+    while True:
+        sessions += 1
+        process = launched(folder, run)
+        while planned and process.poll() is None:
+            until = time.monotonic() + rng.uniform(1, _SPAN_S)
+            while time.monotonic() < until and process.poll() is None:
+                time.sleep(0.2)
+            role = victim(process, rng)
+            if role is None:
+                break
+            killed.append(role)
+            planned -= 1
+            known |= facts(run)
+            if role == "controller":
+                break
+        try:
+            output, _ = process.communicate(timeout=_PATIENCE_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            output, _ = process.communicate()
+            killed.append(f"hung after {killed[-1] if killed else 'nothing'}")
+        if process.returncode == 0:
+            break
+        if "Traceback" in output:
+            show({"part": "kill", "traceback": output[-2000:]})
+        if sessions > 20:
+            raise SystemExit(f"{run} does not end: {output[-2000:]}")
+    after = facts(run)
+    lost = sum(1 for fact in known if fact not in after)
+    return {
+        "part": "kill",
+        "killed": killed,
+        "sessions": sessions,
+        "lost": lost,
+        "repeated": sum(count - 1 for count in after.values()),
+        "failed": sum(1 for event in events(run) if event.get("state") == "failed"),
+        "front": (run / "front.json").read_bytes(),
+        "seconds": time.monotonic() - started,
+    }
+
+
+def kill_summary(rows: list[Row]) -> Row:
+    return {
+        "kills": sum(len(row["killed"]) for row in rows),
+        "lost": sum(row["lost"] for row in rows),
+        "repeated": sum(row["repeated"] for row in rows),
+        "same_front": sum(row["same_front"] for row in rows) / len(rows),
+    }
+
+
+def victim(process: subprocess.Popen[str], rng: random.Random) -> str | None:
+    """Kills a process of a search, of a role that it has now; its role, or None where there is none left."""
+    try:
+        own = psutil.Process(process.pid)
+        family = [own, *own.children(recursive=True)]
+        lines = {member: " ".join(member.cmdline()) for member in family}
+    except psutil.Error:
+        return None
+    by_role = {
+        role: [m for m, line in lines.items() if mark in line and (role == "controller") == (m == own)]
+        for role, mark in ROLES.items()
+    }
+    present = [role for role, members in by_role.items() if members]
+    if process.poll() is not None or not present:
+        return None
+    role = rng.choice(present)
+    try:
+        rng.choice(by_role[role]).send_signal(signal.SIGKILL)
+    except psutil.Error:
+        return None
+    return role
+
+
+def launched(folder: Path, run: Path) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "planish.search", "search", "own.toml", "--out", str(run)]
+    return subprocess.Popen(
+        command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+
+
+def events(run: Path) -> list[Row]:
+    path = run / "trials.jsonl"
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line[-1] == "\n"]
+
+
+def facts(run: Path) -> Counter[Any]:
+    """What was evaluated: how often every (event, trial, rung, device) was recorded."""
+    return Counter(
+        (e["event"], e["trial"], e.get("rung"), e.get("device"))
+        for e in events(run)
+        if e["event"] in ("score", "rung", "measure", "end")
+    )
+
+
+def show(row: Row) -> None:
+    print(json.dumps({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}), file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
