@@ -8,6 +8,9 @@ undisturbed, then again and again while one of its processes is killed with SIGK
 one of its workers, Ray's raylet or Ray's head. Where that ends the search, it is resumed. A finished evaluation that a
 killed journal had and the last one has not counts as lost, one that was recorded twice as repeated.
 
+**Nodes** (`--nodes`): the same search on a Ray cluster of three nodes on this machine; one leaves in the middle (its
+raylet is killed with all of its workers) and another joins.
+
 **Scale** (`simulated_search.py`): evaluations that only take time, from a real trace, scaled to `--seconds`. The
 controller's cost is real: proposals, journal with fsync, study. The utilisation is that of the workers until the last
 candidate is handed out.
@@ -68,6 +71,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="2 kills, 1000 trials")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--nodes", action=argparse.BooleanOptionalAction, default=True, help="not with --quick")
     parser.add_argument("--trials", type=int, default=10_000)
     parser.add_argument("--workers", type=int, nargs="*", default=[1, 8, 64, 1000])
     parser.add_argument("--seconds", type=float, default=60.0, help="the mean of a simulated evaluation")
@@ -75,7 +79,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     if args.quick:
-        args.kills, args.trials = min(args.kills, 2), min(args.trials, 1000)
+        args.kills, args.trials, args.nodes = min(args.kills, 2), min(args.trials, 1000), False
     rows: list[Row] = []
     summary: Row = {}
     with tempfile.TemporaryDirectory(prefix="planish-faults-") as folder:
@@ -84,10 +88,15 @@ def main() -> None:
             show(rows[-1])
         if args.workers:
             summary |= scale_summary(rows)
+        if args.kills or args.nodes:
+            wanted = undisturbed_front(Path(folder))
         if args.kills:
-            found = kill_rows(Path(folder), args.kills, args.seed)
+            found = kill_rows(Path(folder), wanted, args.kills, args.seed)
             rows += found
             summary |= kill_summary(found)
+        if args.nodes:
+            rows.append(node_row(Path(folder), wanted))
+            show(rows[-1])
     if args.json:
         from compiled_speed import machine
 
@@ -139,17 +148,21 @@ def scale_summary(rows: list[Row]) -> Row:
     }
 
 
-def kill_rows(folder: Path, kills: int, seed: int) -> list[Row]:
-    """A row for every disturbed search, until so many processes were killed."""
+def undisturbed_front(folder: Path) -> bytes:
+    """What the short search comes to."""
     subprocess.run([sys.executable, str(OWN)], cwd=folder, check=True)
     (folder / "own.toml").write_text(SPEC, encoding="utf-8")
-    rng = random.Random(seed)
     undisturbed = folder / "undisturbed"
     process = launched(folder, undisturbed)
     output, _ = process.communicate(timeout=_PATIENCE_S)
     if process.returncode != 0:
         raise SystemExit(f"the undisturbed search failed: {output}")
-    wanted = (undisturbed / "front.json").read_bytes()
+    return (undisturbed / "front.json").read_bytes()
+
+
+def kill_rows(folder: Path, wanted: bytes, kills: int, seed: int) -> list[Row]:
+    """A row for every disturbed search, until so many processes were killed."""
+    rng = random.Random(seed)
     rows: list[Row] = []
     done = 0
     while done < kills:
@@ -209,6 +222,38 @@ def disturbed(folder: Path, run: Path, rng: random.Random, most: int) -> Row:
     }
 
 
+def node_row(folder: Path, wanted: bytes) -> Row:
+    """The search on three nodes of which one leaves and another joins."""
+    import logging
+
+    from ray.cluster_utils import Cluster
+
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    run, started = folder / "nodes", time.monotonic()
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    try:
+        nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
+        cluster.wait_for_nodes()
+        process = launched(folder, run, "--address", cluster.address, "--workers", "3")
+        while process.poll() is None and sum(e["event"] == "score" for e in events(run)) < 5:
+            time.sleep(0.2)
+        cluster.remove_node(nodes[0], allow_graceful=False)
+        cluster.add_node(num_cpus=1)
+        output, _ = process.communicate(timeout=_PATIENCE_S)
+    finally:
+        cluster.shutdown()
+    found = facts(run)
+    return {
+        "part": "nodes",
+        "code": process.returncode,
+        "said": output[-300:] if process.returncode else "",
+        "repeated": sum(count - 1 for count in found.values()),
+        "failed": sum(1 for event in events(run) if event.get("state") == "failed"),
+        "same_front": (run / "front.json").exists() and (run / "front.json").read_bytes() == wanted,
+        "seconds": time.monotonic() - started,
+    }
+
+
 def kill_summary(rows: list[Row]) -> Row:
     return {
         "kills": sum(len(row["killed"]) for row in rows),
@@ -241,8 +286,8 @@ def victim(process: subprocess.Popen[str], rng: random.Random) -> str | None:
     return role
 
 
-def launched(folder: Path, run: Path) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "planish.search", "search", "own.toml", "--out", str(run)]
+def launched(folder: Path, run: Path, *more: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "planish.search", "search", "own.toml", "--out", str(run), *more]
     return subprocess.Popen(
         command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )

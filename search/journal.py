@@ -42,16 +42,21 @@ class Journal:
             sync_folder(path.parent)
         self.found, self._length, total = _scan(path)
         self._lines = self.found[-1].line if self.found else 0
+        times = [event.data.get("time") for event in self.found[-1:]]
+        self._latest = max((time for time in times if isinstance(time, (int, float))), default=0.0)
         if total > self._length:
             os.ftruncate(self._handle, self._length)
 
     def append(self, *events: Mapping[str, object]) -> list[Event]:
-        """Writes events, each with its `time` (seconds since 1970), waits until they are on the disk, and returns them.
+        """Writes events, waits until they are on the disk, and returns them.
+
+        Each gets its `time`: seconds since 1970, never less than the one before.
 
         Raises:
             UserError: the disk is full; nothing of the events is kept, everything before them is.
         """
-        now = round(self._clock(), 3)
+        # A clock that is set back does not reorder what happened: phases count their items by time.
+        now = self._latest = max(round(self._clock(), 3), self._latest)
         lines = [
             json.dumps(finite({**e, "time": now}), separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
             for e in events

@@ -14,7 +14,7 @@ from .errors import UserError, file_mistakes
 from .front import front_csv
 from .journal import Event, Journal, read_events
 from .lock import FolderLock
-from .replay import History, Phase, Record, Replay
+from .replay import FORMAT, History, Phase, Record, Replay
 from .trial import State, Trial
 
 # What may differ between a run and its resumption: it changes where the work is done, not what comes out.
@@ -235,7 +235,7 @@ class RunDirectory:
             return
         if self._new_session:
             # With the first event, so that opening a run and doing nothing leaves it as it was.
-            events = ({"event": "session"}, *events)
+            events = ({"event": "session", "format": FORMAT}, *events)
             self._new_session = False
         for event in self._journal.append(*events):
             self._replay.add(event)

@@ -46,6 +46,27 @@ def test_events_come_back_in_order_with_their_time(tmp_path: Path) -> None:
     assert data == [{"event": "x", "number": n, "time": 100.0 + n} for n in range(3)]
 
 
+def test_a_clock_that_is_set_back_does_not_reorder_events(tmp_path: Path) -> None:
+    clock = iter([1000.0, 10.0, 1001.0])
+    journal = Journal(tmp_path / "j", lambda: next(clock))
+    journal.append({"event": "a"}, {"event": "b"})
+    journal.append({"event": "c"})
+    journal.close()
+    Journal(tmp_path / "j", lambda: 5.0).append({"event": "d"})
+    Journal(tmp_path / "j", lambda: 1001.0).append({"event": "e"})
+    found = [(event.data["event"], event.data["time"]) for event in read_events(tmp_path / "j")]
+    assert found == [("a", 1000.0), ("b", 1000.0), ("c", 1000.0), ("d", 1000.0), ("e", 1001.0)]
+
+
+def test_a_journal_of_a_later_version_is_refused_and_one_without_a_format_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "j"
+    path.write_text('{"event":"session","time":1.0}\n')
+    assert replay(read_events(path), path).sessions == [1.0]
+    path.write_text('{"event":"session","time":1.0,"format":2}\n')
+    with pytest.raises(UserError, match=r"j:1: a later planish wrote format 2, this one reads up to 1"):
+        replay(read_events(path), path)
+
+
 def test_a_nan_is_written_as_null(tmp_path: Path) -> None:
     Journal(tmp_path / "j").append({"event": "x", "metrics": {"accuracy": float("nan")}})
     assert read_events(tmp_path / "j")[0].data["metrics"] == {"accuracy": None}
