@@ -216,7 +216,7 @@ def disturbed(folder: Path, run: Path, rng: random.Random, most: int) -> Row:
         "sessions": sessions,
         "lost": lost,
         "repeated": sum(count - 1 for count in after.values()),
-        "failed": sum(1 for event in events(run) if event.get("state") == "failed"),
+        "failed": [event["error"] for event in events(run) if event.get("state") == "failed"],
         "front": (run / "front.json").read_bytes(),
         "seconds": time.monotonic() - started,
     }
@@ -248,7 +248,7 @@ def node_row(folder: Path, wanted: bytes) -> Row:
         "code": process.returncode,
         "said": output[-300:] if process.returncode else "",
         "repeated": sum(count - 1 for count in found.values()),
-        "failed": sum(1 for event in events(run) if event.get("state") == "failed"),
+        "failed": [event["error"] for event in events(run) if event.get("state") == "failed"],
         "same_front": (run / "front.json").exists() and (run / "front.json").read_bytes() == wanted,
         "seconds": time.monotonic() - started,
     }

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import tempfile
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import UserError
@@ -57,7 +58,8 @@ def run_rung(
     with tempfile.TemporaryDirectory(prefix="planish-tune-") as storage:
         tuner = tune.Tuner(
             tune.with_resources(
-                tune.with_parameters(_trainable(), spec=spec, task=task), tune.PlacementGroupFactory([{"CPU": 1}])
+                tune.with_parameters(_trainable(), spec=spec, task=task, place=Path.cwd()),
+                tune.PlacementGroupFactory([{"CPU": 1}]),
             ),
             param_space={"job": tune.grid_search([job_to(job) for job in jobs]), "epochs": epochs, "total": total},
             tune_config=tune.TuneConfig(max_concurrent_trials=workers, reuse_actors=True),
@@ -84,12 +86,15 @@ def _trainable() -> type:
     class Rung(tune.Trainable):  # type: ignore[misc]
         """One candidate's training; the actor and its evaluator are reused for the next candidate."""
 
-        def setup(self, config: dict[str, Any], spec: Spec | None = None, task: Task | None = None) -> None:
+        def setup(
+            self, config: dict[str, Any], spec: Spec | None = None, task: Task | None = None, place: Path | None = None
+        ) -> None:
             assert spec is not None
+            assert place is not None
             self._job_config = config
             self._mistake = ""
             try:
-                self._evaluator = evaluator_in_worker(spec, task)
+                self._evaluator = evaluator_in_worker(spec, task, place)
             except UserError as error:
                 # Raised here it would be taken for the death of the process, and tried again for every candidate.
                 self._mistake = str(error)

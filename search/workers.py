@@ -79,7 +79,8 @@ class Pool:
         self._ray = ray
         actor = ray.remote(num_cpus=1, max_restarts=-1, max_task_retries=_RETRIES)(_Worker)
         shared = ray.put(task) if task is not None else None
-        self._actors = [actor.remote(spec, shared, times) for _ in range(workers)]
+        place = Path.cwd()
+        self._actors = [actor.remote(spec, shared, times, place) for _ in range(workers)]
         self._busy: set[Any] = set()
 
     def run(
@@ -138,23 +139,32 @@ class Pool:
 class _Worker:
     """The actor."""
 
-    def __init__(self, spec: Spec, task: Task | None, times: Path | None) -> None:
-        self._spec, self._task, self._times = spec, task, times
+    def __init__(self, spec: Spec, task: Task | None, times: Path | None, place: Path) -> None:
+        self._spec, self._task, self._times, self._place = spec, task, times, place
         self._evaluator: Any = None
 
     def call(self, method: str, job: Job, arguments: tuple[Any, ...]) -> Metrics | Failure:
         if self._evaluator is None:
-            self._evaluator = evaluator_in_worker(self._spec, self._task)
+            self._evaluator = evaluator_in_worker(self._spec, self._task, self._place)
             self._evaluator.times = self._times
         return guarded(lambda: getattr(self._evaluator, method)(job, *arguments))
 
 
-def evaluator_in_worker(spec: Spec, task: Task | None) -> Any:
-    """An evaluator in a process of its own, on one thread: workers share the machine's cores."""
+def evaluator_in_worker(spec: Spec, task: Task | None, place: Path) -> Any:
+    """An evaluator in a process of its own, on one thread: workers share the machine's cores.
+
+    Args:
+        spec: The search as resolved.
+        task: The task itself, where it has no name to load it by.
+        place: The folder that the search was launched from: a cluster's workers start in another, and whatever a
+            user's factory opens by a relative path is found from there.
+    """
     import torch
 
     from .evaluate import Evaluator
 
+    if place.is_dir():
+        os.chdir(place)
     torch.set_num_threads(1)
     return Evaluator(spec, task)
 
