@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
 
 # A worker that dies (killed, out of memory) is started again; a candidate that kills it so often has failed.
 _RETRIES = 2
+_UNREACHABLE_S = 1.0
 
 
 class Failure(str):
@@ -40,6 +43,9 @@ def cluster(address: str, workers: int) -> Iterator[int]:
     # Whatever a user's factory opens by a relative path is found from where the search was launched.
     os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    if address == "local":
+        # Its processes then listen on loopback alone, as they do on systems where Ray has no clusters.
+        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     import ray
 
     count = workers or os.cpu_count() or 1
@@ -77,7 +83,7 @@ class Pool:
         import ray
 
         self._ray = ray
-        actor = ray.remote(num_cpus=1, max_restarts=-1, max_task_retries=_RETRIES)(_Worker)
+        actor = ray.remote(num_cpus=1, max_restarts=-1, max_task_retries=0)(_Worker)
         shared = ray.put(task) if task is not None else None
         place = Path.cwd()
         self._actors = [actor.remote(spec, shared, times, place) for _ in range(workers)]
@@ -103,22 +109,34 @@ class Pool:
         """
         ray = self._ray
         idle = list(self._actors)
-        running: dict[Any, tuple[Any, Job]] = {}
+        running: dict[Any, tuple[Any, Job, tuple[Any, ...]]] = {}
+        again: list[tuple[Job, tuple[Any, ...]]] = []
+        deaths: Counter[int] = Counter()
         while True:
-            while idle and (work := more()) is not None:
+            while idle and (work := again.pop() if again else more()) is not None:
+                # The one that has rested longest: what has just died needs time to be started again.
                 job, arguments = work
-                actor = idle.pop()
-                running[actor.call.remote(method, job, arguments)] = (actor, job)
+                actor = idle.pop(0)
+                running[actor.call.remote(method, job, arguments)] = (actor, job, arguments)
                 self._busy.add(actor)
             if not running:
                 return
             [reference], _ = ray.wait(list(running), num_returns=1)
-            actor, job = running.pop(reference)
+            actor, job, arguments = running.pop(reference)
             idle.append(actor)
             self._busy.discard(actor)
             try:
                 result = ray.get(reference)
+            except ray.exceptions.ActorUnavailableError:
+                # Its node cannot be reached, for which the candidate is not to blame; it may come back, or be replaced.
+                time.sleep(_UNREACHABLE_S)
+                again.append((job, arguments))
+                continue
             except ray.exceptions.RayActorError:
+                deaths[job.number] += 1
+                if deaths[job.number] <= _RETRIES:
+                    again.append((job, arguments))
+                    continue
                 result = Failure(f"the worker process died {_RETRIES + 1} times on it (killed, or out of memory)")
             except ray.exceptions.RayTaskError as error:
                 cause = error.cause if isinstance(getattr(error, "cause", None), Exception) else error

@@ -58,7 +58,7 @@ def test_a_killed_controller_repeats_nothing_that_was_finished(
     assert options(run)[:4] == options(finished)[:4]
 
 
-def test_a_killed_worker_costs_no_trial(spec: Path, tmp_path: Path) -> None:
+def test_a_killed_worker_costs_no_trial_and_nobody_else_on_the_network_is_heard(spec: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     process = start(spec, run)
     wait_for(run, "score", 2)
@@ -66,6 +66,14 @@ def test_a_killed_worker_costs_no_trial(spec: Path, tmp_path: Path) -> None:
         p for p in psutil.Process(process.pid).children(recursive=True) if "ray::_Worker" in " ".join(p.cmdline())
     ]
     assert workers
+    heard = [
+        connection.laddr.ip
+        for member in (psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True))
+        for connection in member.net_connections(kind="inet")
+        if connection.status == psutil.CONN_LISTEN
+    ]
+    assert heard
+    assert {ip.removeprefix("::ffff:") for ip in heard} <= {"127.0.0.1", "::1"}
     workers[0].send_signal(signal.SIGKILL)
     output, _ = process.communicate(timeout=_PATIENCE_S)
     assert process.returncode == 0, output
