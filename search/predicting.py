@@ -29,17 +29,7 @@ class Predictor:
     """The latency models of an evaluator's devices."""
 
     def __init__(self, evaluator: Evaluator) -> None:
-        """Fits nothing yet.
-
-        Raises:
-            UserError: nothing here plans the kernels of a device.
-        """
-        for label in evaluator.devices:
-            if evaluator.compilers[label].name != "tvm":
-                raise UserError(
-                    f"the latency of {label} cannot be predicted: no kernels are planned for it; "
-                    'use measure.latency = "measured"'
-                )
+        """Fits nothing yet; `evaluator` knows devices and compilers."""
         self._evaluator = evaluator
         self._models: dict[str, LatencyModel] = {}
 
@@ -79,11 +69,17 @@ def keep_times(evaluator: Evaluator, run: Path) -> Path:
     """Copies the kernel times that predictions come from into the run's folder, unless it has them; where they are.
 
     Raises:
-        UserError: they cannot be read or written.
+        UserError: they cannot be read or written, or nothing here plans the kernels of a device.
     """
     from ..compilers.kernel_times import database_of
     from ..hwmodels.kernel_database import DatabaseError
 
+    for label in evaluator.devices:
+        if evaluator.compilers[label].name != "tvm":
+            raise UserError(
+                f"the latency of {label} cannot be predicted: no kernels are planned for it; "
+                'use measure.latency = "measured"'
+            )
     kept = run / KERNELS
     if kept.exists():
         return kept

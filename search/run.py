@@ -63,7 +63,9 @@ class Run:
         front = folder.front()
         states = Counter(trial.state.value for trial in folder.trials())
         miss = front.get("nearest_miss")
+        predicted = folder.spec().measure.latency == "predicted"
         return {
+            **({"latency": "predicted by the device's latency model, not measured"} if predicted else {}),
             "trials": ", ".join(f"{count} {state}" for state, count in sorted(states.items())),
             "hypervolume": front.get("hypervolume"),
             **({"nearest_miss": f"trial {miss['trial']}; no model keeps the budget"} if isinstance(miss, dict) else {}),
