@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import shutil
 from collections.abc import Mapping, Sequence
@@ -29,7 +30,7 @@ from .atomic import write_json
 from .config import Spec
 from .distill import distill
 from .distill_recipe import Recipe
-from .distill_state import load_checkpoint
+from .distill_state import CheckpointError, load_checkpoint
 from .predicting import Predictor
 from .score import accuracy, accuracy_and_divergence, outputs
 from .tasks import Task, load_task
@@ -164,7 +165,7 @@ class Evaluator:
         """Distils the original into the candidate up to so many epochs, and scores it on the whole validation split."""
         checkpoint = job.folder / CHECKPOINT
         torch.manual_seed(job.seed)
-        module = self.trained(job) if checkpoint.exists() else self.build(job.candidate)
+        module = self._begun(job)
         limit = self.spec.distill.train_limit
         train = self.task.data.train
         keys = self.spec.distill
@@ -187,6 +188,20 @@ class Evaluator:
             checkpoint=checkpoint,
         )
         return self._accuracy(module, None)
+
+    def _begun(self, job: Job) -> nn.Module:
+        """The candidate as its last checkpoint has it, or untrained.
+
+        A checkpoint that the disk has damaged goes: training from the start gives the same student, bit for bit.
+        """
+        checkpoint = job.folder / CHECKPOINT
+        if checkpoint.exists():
+            try:
+                return self.trained(job)
+            except CheckpointError as error:
+                logging.getLogger(__name__).warning("%s; trial %d is trained from the start", error, job.number)
+                checkpoint.unlink()
+        return self.build(job.candidate)
 
     def finish(self, job: Job, recipe: Mapping[str, object] | None) -> Metrics:
         """Writes a trial's weights and recipe, compiles it for every device, and scores it on the validation split.
