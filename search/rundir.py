@@ -205,8 +205,15 @@ class RunDirectory:
         write_text(self.path / "front.csv", front_csv(front), self._advice)
 
     def front(self) -> dict[str, object]:
-        """Reads front.json; UserError where there is none yet."""
-        return self._read_json("front.json")
+        """Reads front.json; UserError where there is none yet, or where an entry is no trial."""
+        front = self._read_json("front.json")
+        listed = front.get("front")
+        if not isinstance(listed, list) or not all(_is_entry(entry) for entry in listed):
+            raise UserError(
+                f"{self.path / 'front.json'} holds an entry that is no trial; restore it from a copy, or delete it and "
+                f"carry on with: planish resume {self.path}"
+            )
+        return front
 
     def provenance(self) -> dict[str, object]:
         """Reads provenance.json."""
@@ -281,6 +288,13 @@ def _locked(path: Path, lock: FolderLock) -> RunDirectory:
     except BaseException:
         lock.release()
         raise
+
+
+def _is_entry(entry: object) -> bool:
+    """Whether an entry of a front says which trial it is and what is known of it."""
+    if not isinstance(entry, dict) or not isinstance(entry.get("metrics"), dict):
+        return False
+    return isinstance(entry.get("trial"), int) and not isinstance(entry["trial"], bool)
 
 
 def _foreign(path: Path) -> list[str]:
