@@ -76,10 +76,13 @@ class Batches:
         """The numbers of the next batch; none where an earlier session has settled it."""
         self._batch += 1
         ledger, proposer = self._ledger, self._proposer
-        count = min(size, self._end - self._next)
+        recorded = self._recorded()
+        known = [ledger.candidate(number) for number in recorded]
+        # One that another followed was as long as the journal has it, however many were asked for.
+        whole = self._next + len(recorded) in ledger.records
+        count = len(recorded) if whole else min(size, self._end - self._next)
         numbers: Sequence[int] = range(self._next, self._next + count)
-        known = [ledger.candidate(number) for number in numbers if number in ledger.records]
-        if len(known) == count and self._steps.settled(numbers) and self._followed(numbers):
+        if known and len(known) == count and self._steps.settled(numbers) and self._followed(numbers):
             proposer.replay(self._batch, self._told(numbers))
             self._next += count
             return ()
@@ -90,6 +93,15 @@ class Batches:
         self._next += len(candidates)
         self._over = len(candidates) < count
         return numbers
+
+    def _recorded(self) -> list[int]:
+        """The trials of the batch that an earlier session has begun."""
+        records, found = self._ledger.records, []
+        for number in range(self._next, self._end):
+            if number not in records or records[number].trial.batch != self._batch:
+                break
+            found.append(number)
+        return found
 
     def _followed(self, numbers: Sequence[int]) -> bool:
         """Whether the batches that were asked for before this one was told are known as well.

@@ -122,21 +122,12 @@ class Evaluator:
     def _predicted(self, module: nn.Module) -> Metrics:
         """Latency, working memory and energy from the planned kernels; nothing is compiled."""
         program = torch.export.export(deploy(module), (self.traced.example,))
-        metrics = self.predictor.metrics(program)
-        if self._energy:
-            metrics["energy_j"] = max(self._joules(program, device) for device in self.devices.values())
-        return metrics
+        return self.predictor.metrics(program, self._energy)
 
     @cached_property
     def predictor(self) -> Predictor:
         """The latency models of the devices."""
         return Predictor(self)
-
-    @staticmethod
-    def _joules(program: torch.export.ExportedProgram, device: Device) -> float:
-        from ..compilers.tvm_workloads import plan
-
-        return energy_j(plan(program, device).calls)
 
     def _one_shot(self, module: nn.Module) -> Metrics:
         """Accuracy and divergence on a sample of the validation split, stored bytes and MACs."""
@@ -249,7 +240,9 @@ class Evaluator:
         peak, joules = 0, 0.0
         for label, device in self.devices.items():
             if self._energy:
-                joules = max(joules, self._joules(program, device))
+                from ..compilers.tvm_workloads import plan
+
+                joules = max(joules, energy_j(plan(program, device).calls))
             folder = self.artifact_folder(job.folder, label, name)
             shutil.rmtree(folder, ignore_errors=True)
             artifact = self.compilers[label].compile(

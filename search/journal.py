@@ -23,11 +23,7 @@ class Event:
 
 
 class Journal:
-    """Appends events to a journal; what `append` has returned from is on the disk.
-
-    Attributes:
-        found: The events that it had when it was opened.
-    """
+    """Appends events to a journal; what `append` has returned from is on the disk."""
 
     def __init__(self, path: Path, clock: Callable[[], float] = time.time) -> None:
         """Opens the journal, creating it where there is none, and cuts off the torn line of a killed writer.
@@ -40,12 +36,17 @@ class Journal:
         with file_mistakes(str(path), self._advice):
             self._handle = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
             sync_folder(path.parent)
-        self.found, self._length, total = _scan(path)
-        self._lines = self.found[-1].line if self.found else 0
-        times = [event.data.get("time") for event in self.found[-1:]]
+        self._found, self._length, total = _scan(path)
+        self._lines = self._found[-1].line if self._found else 0
+        times = [event.data.get("time") for event in self._found[-1:]]
         self._latest = max((time for time in times if isinstance(time, (int, float))), default=0.0)
         if total > self._length:
             os.ftruncate(self._handle, self._length)
+
+    def found(self) -> list[Event]:
+        """The events that it had when it was opened; given once, so that they need not be kept."""
+        found, self._found = self._found, []
+        return found
 
     def append(self, *events: Mapping[str, object]) -> list[Event]:
         """Writes events, waits until they are on the disk, and returns them.

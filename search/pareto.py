@@ -68,16 +68,16 @@ def non_dominated(losses: ArrayLike) -> NDArray[np.bool_]:
     return marked
 
 
-def nondominated_rank(losses: ArrayLike) -> NDArray[np.int64]:
+def nondominated_rank(losses: ArrayLike, enough: int | None = None) -> NDArray[np.int64]:
     """The front every point is on, shape (n,): 0 for the best, 1 once those are removed, ... (Srinivas and Deb 1994).
 
-    Rows with a NaN come last, on a front of their own.
+    Rows with a NaN come last, on a front of their own; so does whatever is left once `enough` points have a front.
     """
     points = _matrix(losses)
     ranks = np.full(len(points), -1, dtype=np.int64)
     remaining = np.flatnonzero(~np.isnan(points).any(axis=1))
     rank = 0
-    while len(remaining):
+    while len(remaining) and (enough is None or len(points) - len(remaining) < enough):
         marked = non_dominated(points[remaining])
         ranks[remaining[marked]] = rank
         remaining = remaining[~marked]

@@ -17,7 +17,7 @@ import numpy as np
 from ..spaces.space import Candidate
 from .objective import Objective
 from .option_table import OptionTable, levels_of
-from .pareto import non_dominated
+from .pareto import non_dominated, nondominated_rank
 from .refine import AfterTraining, AsTheyAre, Axis, Chooser, Goals, pool, within_limits
 from .study_space import distributions_of
 from .surrogate import Evaluated, Levels, Surrogate
@@ -183,15 +183,11 @@ def _thinned(seen: Evaluated, costs: Sequence[str]) -> Evaluated:
     """
     if len(seen.levels) <= _MOST:
         return seen
-    losses = np.stack([seen.loss, *(seen.costs[name] for name in costs)], 1)
-    older = len(seen.levels) - _MOST // 2
-    best: list[int] = []
-    left = np.arange(older)
-    while len(best) < _MOST // 2:
-        front = non_dominated(losses[left])
-        best += [int(row) for row in left[front]]
-        left = left[~front]
-    rows = np.array(sorted(best[: _MOST // 2]) + list(range(older, len(seen.levels))))
+    half = _MOST // 2
+    older = len(seen.levels) - half
+    losses = np.stack([seen.loss, *(seen.costs[name] for name in costs)], 1)[:older]
+    best = np.argsort(nondominated_rank(losses, half), kind="stable")[:half]
+    rows = np.concatenate([np.sort(best), np.arange(older, len(seen.levels))])
     return Evaluated(
         seen.levels[rows], seen.loss[rows], seen.divergence[rows], {k: v[rows] for k, v in seen.costs.items()}
     )

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 KERNELS = "kernels.sqlite"
 # Half of a 95 % interval, in standard deviations.
-_95 = 1.96
+_HALF = 1.96
 
 
 class Predictor:
@@ -41,16 +41,18 @@ class Predictor:
             self._models[label] = latency_model(self._evaluator, label)[0]
         return self._models[label]
 
-    def metrics(self, program: ExportedProgram) -> Metrics:
-        """Working memory, and latency with its 95 % interval on every device."""
+    def metrics(self, program: ExportedProgram, energy: bool) -> Metrics:
+        """Latency with its 95 % interval by device, the highest working memory, and if asked for the highest energy."""
         from ..compilers.tvm_workloads import plan
+        from ..hwmodels.energy import energy_j
 
-        latencies, peak = {}, 0
+        latencies, peak, joules = {}, 0, 0.0
         for label, device in self._evaluator.devices.items():
             planned = plan(program, device)
             peak = max(peak, planned.working_bytes)
+            joules = max(joules, energy_j(planned.calls)) if energy else 0.0
             latencies[label] = self._latency(label, planned)
-        return {"peak_memory_bytes": peak, "latency_s": latencies}
+        return {"peak_memory_bytes": peak, "latency_s": latencies, **({"energy_j": joules} if energy else {})}
 
     def calls(self, candidate: Candidate, label: str) -> list[tuple[str, str, float]]:
         """(kernel, site, seconds) as a profile has them, one entry a site."""
@@ -61,7 +63,7 @@ class Predictor:
 
     def _latency(self, label: str, planned: Plan) -> dict[str, object]:
         found = self.model(label).predict(planned.calls)
-        half = _95 * found.std_s
+        half = _HALF * found.std_s
         return {"value": found.latency_s, "ci95": [max(0.0, found.latency_s - half), found.latency_s + half]}
 
 

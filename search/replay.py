@@ -95,18 +95,27 @@ class Replay:
             UserError: a known event lacks a key or speaks of a trial that never started (named by file and line).
         """
         kind = event.data.get("event")
+        if kind == "session":
+            self._check_format(event)
         try:
             if kind == "phase":
                 self._phases.append(_phase(event.data))
             elif kind == "session":
                 self._sessions.append(_number(event.data, "time"))
-                _check_format(event.data.get("format", 1))
             elif kind in ("start", "score", "measure", "rung", "end"):
                 number = _apply(event.data, self._drafts)
                 self._records[number] = self._drafts[number].record()
         except ValueError as error:
-            advice = "" if kind == "session" else "; restore the file from a copy, or delete that line"
-            raise UserError(f"{self._path}:{event.line}: {error}{advice}") from error
+            advice = "restore the file from a copy, or delete that line"
+            raise UserError(f"{self._path}:{event.line}: {error}; {advice}") from error
+
+    def _check_format(self, event: Event) -> None:
+        written = event.data.get("format", 1)
+        if isinstance(written, int) and written > FORMAT:
+            raise UserError(
+                f"{self._path}:{event.line}: a later planish wrote format {written}, this one reads up to {FORMAT}; "
+                "carry on with that version"
+            )
 
     @property
     def records(self) -> Mapping[int, Record]:
@@ -207,15 +216,6 @@ def _merged(old: Metrics, new: Metrics) -> dict[str, object]:
         both = isinstance(before, dict) and isinstance(value, dict)
         merged[name] = {**before, **value} if both else value  # type: ignore[dict-item]
     return merged
-
-
-def _check_format(written: object) -> None:
-    if isinstance(written, bool) or not isinstance(written, int) or written < 1:
-        raise ValueError(f"'format' is {written!r}; it must be a whole number from 1")
-    if written > FORMAT:
-        raise ValueError(
-            f"a later planish wrote format {written}, this one reads up to {FORMAT}: carry on with that version"
-        )
 
 
 def _phase(data: Mapping[str, object]) -> Phase:

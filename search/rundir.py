@@ -32,7 +32,7 @@ class RunDirectory:
         self._journal = Journal(self._trials_path) if lock else None
         self._new_session = True
         # Only the holder of the lock writes, so what it has read and written is all there is.
-        self._replay = self._added(self._journal.found) if self._journal else None
+        self._replay = self._added(self._journal.found()) if self._journal else None
 
     @staticmethod
     def open(path: Path) -> RunDirectory:
@@ -136,7 +136,8 @@ class RunDirectory:
         What is recorded already is not repeated: a second end of a trial changes nothing.
         """
         known = self.records
-        self.start([] if trial.number in known else [trial])
+        if trial.number not in known:
+            self.start([trial])
         if trial.state is not State.RUNNING and known[trial.number].trial.state is State.RUNNING:
             end = {"event": "end", "trial": trial.number, "state": trial.state.value}
             self._record({**end, "metrics": dict(trial.metrics), "error": trial.error})
@@ -175,6 +176,15 @@ class RunDirectory:
             with file_mistakes(str(folder), self._advice):
                 folder.mkdir(parents=True, exist_ok=True)
         return folder
+
+    def trial_file(self, number: int, name: str) -> dict[str, object] | None:
+        """A JSON object in a trial's folder; None where there is none.
+
+        Raises:
+            UserError: the file is something else.
+        """
+        file = Path("trials", f"{number:04d}", name)
+        return self._read_json(str(file)) if (self.path / file).exists() else None
 
     def write_space(self, space: SearchSpace) -> None:
         """Writes space.json.
@@ -239,7 +249,7 @@ class RunDirectory:
         assert self._journal is not None, "the run was opened for reading"
         assert self._replay is not None
         if not events:
-            return
+            return  # a batch whose trials have all begun before
         if self._new_session:
             # With the first event, so that opening a run and doing nothing leaves it as it was.
             events = ({"event": "session", "format": FORMAT}, *events)
@@ -259,15 +269,6 @@ class RunDirectory:
     def _started(self, number: int) -> int:
         assert number in self.records, f"trial {number} never started"
         return number
-
-    def trial_file(self, number: int, name: str) -> dict[str, object] | None:
-        """A JSON object in a trial's folder; None where there is none.
-
-        Raises:
-            UserError: the file is something else.
-        """
-        file = Path("trials", f"{number:04d}", name)
-        return self._read_json(str(file)) if (self.path / file).exists() else None
 
     def _read_json(self, name: str) -> dict[str, object]:
         path = self.path / name

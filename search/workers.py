@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 # A worker that dies (killed, out of memory) is started again; a candidate that kills it so often has failed.
 _RETRIES = 2
-_UNREACHABLE_S = 1.0
+# A node that cannot be reached is waited for: so often in a row, with so many seconds between.
+_UNREACHABLE, _UNREACHABLE_S = 300, 1.0
 
 
 class Failure(str):
@@ -112,6 +113,7 @@ class Pool:
         running: dict[Any, tuple[Any, Job, tuple[Any, ...]]] = {}
         again: list[tuple[Job, tuple[Any, ...]]] = []
         deaths: Counter[int] = Counter()
+        unreachable = 0
         while True:
             while idle and (work := again.pop() if again else more()) is not None:
                 # The one that has rested longest: what has just died needs time to be started again.
@@ -127,8 +129,14 @@ class Pool:
             self._busy.discard(actor)
             try:
                 result = ray.get(reference)
-            except ray.exceptions.ActorUnavailableError:
+            except ray.exceptions.ActorUnavailableError as error:
                 # Its node cannot be reached, for which the candidate is not to blame; it may come back, or be replaced.
+                unreachable += 1
+                if unreachable > _UNREACHABLE:
+                    raise UserError(
+                        f"no worker could be reached for {_UNREACHABLE} tries, the last because {error}; what was "
+                        "recorded is kept: once the nodes are back, give the same command again"
+                    ) from error
                 time.sleep(_UNREACHABLE_S)
                 again.append((job, arguments))
                 continue
@@ -143,6 +151,7 @@ class Pool:
                 if isinstance(cause, UserError):
                     raise cause from None
                 raise
+            unreachable = 0
             done(job, result)
 
     def close(self) -> None:

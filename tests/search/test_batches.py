@@ -19,7 +19,7 @@ from planish.search.objective import objectives_of
 from planish.search.planish_sampler import SamplerTask
 from planish.search.progress import Progress
 from planish.search.rundir import RunDirectory
-from planish.search.sampler import Proposer, opening
+from planish.search.sampler import Proposer, opening, uniform_policies
 from planish.search.steps import Steps
 from planish.search.trial import State
 from planish.search.workers import Failure
@@ -86,8 +86,11 @@ def metrics(candidate: Candidate) -> Any:
     }
 
 
-def searched(folder: Path, workers: Workers, sampler: str, ahead: int) -> list[str]:
-    """A search with simulated workers, or the rest of one; the keys of all candidates in the order of their numbers."""
+def searched(folder: Path, workers: Workers, sampler: str, ahead: int, opens: int | None = None) -> list[str]:
+    """A search with simulated workers, or the rest of one; the keys of all candidates in the order of their numbers.
+
+    `opens` is how many candidates `planish` is asked to open with; None: as many as it does.
+    """
     spec = load_spec(
         None,
         {
@@ -112,7 +115,7 @@ def searched(folder: Path, workers: Workers, sampler: str, ahead: int) -> list[s
         try:
             batches = Batches(ledger, steps, proposer, 1)
             if sampler == "planish":
-                batches.opening(pool, opening(sampler, 4, TRIALS))
+                batches.opening(pool, opening(sampler, 4, TRIALS) if opens is None else opens)
                 proposer.inform(task)
             batches.rest(pool)
         finally:
@@ -144,6 +147,27 @@ def test_a_search_that_was_killed_anywhere_goes_on_as_it_would_have_and_repeats_
             searched(folder, first, sampler, ahead)
         assert searched(folder, rest, sampler, ahead) == undisturbed
         assert sorted(first.evaluated + rest.evaluated) == list(range(1, TRIALS + 1))
+
+
+def test_an_opening_of_fewer_policies_than_asked_for_is_a_batch_of_its_own_after_a_kill_too(tmp_path: Path) -> None:
+    asked = len(uniform_policies(SPACE)) + 3
+    assert asked < TRIALS
+    undisturbed = searched(tmp_path / "undisturbed", Workers(3, 0), "planish", 0, asked)
+    for cut in (asked - 3, TRIALS - 1):
+        folder = tmp_path / str(cut)
+        with pytest.raises(Killed):
+            searched(folder, Workers(3, cut, cut), "planish", 0, asked)
+        assert searched(folder, Workers(2, cut), "planish", 0, asked) == undisturbed
+
+
+def test_batches_are_as_long_as_the_journal_has_them(tmp_path: Path) -> None:
+    """A run of a version that opened with more candidates goes on without a difference in what is known."""
+    with pytest.raises(Killed):
+        searched(tmp_path / "run", Workers(3, 0, 9), "planish", 0, 4)
+    before = RunDirectory.open(tmp_path / "run").trials()
+    searched(tmp_path / "run", Workers(3, 1), "planish", 0, 2)
+    after = RunDirectory.open(tmp_path / "run").trials()
+    assert [(t.candidate, t.batch) for t in after[: len(before)]] == [(t.candidate, t.batch) for t in before]
 
 
 def test_workers_need_not_wait_for_the_slowest_of_a_batch(tmp_path: Path) -> None:
