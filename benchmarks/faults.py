@@ -1,7 +1,7 @@
 """What a search survives: processes killed at random, and thousands of trials on hundreds of workers.
 
     python benchmarks/faults.py                  # 100 kills; 10 000 trials on 1 to 1000 simulated workers
-    python benchmarks/faults.py --quick          # 2 kills; 1000 trials
+    python benchmarks/faults.py --quick          # 2 kills; 2000 trials on 1000 simulated workers
 
 **Kills** (`--kills`): a short search (predicted latency, so that its front is a function of the seed) runs once
 undisturbed, then again and again while one of its processes is killed with SIGKILL at a random moment: the controller,
@@ -30,28 +30,13 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import numpy as np
 import psutil
+from tests.end_to_end.small_search import PREDICTED, events, facts, start, write_spec
 
-OWN = Path(__file__).resolve().parents[1] / "tests" / "end_to_end" / "own_task.py"
-SPEC = f"""
-model = "{OWN}:model"
-data = "{OWN}:data"
-budget = "latency<=0.9x"
-objectives = ["accuracy", "latency", "size"]
-workers = 2
-[search]
-trials = 6
-batch = 3
-proxy_images = 64
-[distill]
-rungs = [1, 2]
-survivors = [4, 3]
-[measure]
-latency = "predicted"
-"""
 # What a process of a search is called in its command line.
 ROLES = {
     "controller": "planish.search",
@@ -63,12 +48,13 @@ ROLES = {
 _SPAN_S = 75.0
 _PATIENCE_S = 600.0
 
+SPEC = "own.toml"
 Row = dict[str, Any]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="2 kills, 1000 trials")
+    parser.add_argument("--quick", action="store_true", help="2 kills; 2000 trials on 1000 workers")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--nodes", action=argparse.BooleanOptionalAction, default=True, help="not with --quick")
@@ -79,7 +65,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     if args.quick:
-        args.kills, args.trials, args.nodes = min(args.kills, 2), min(args.trials, 1000), False
+        args.kills, args.trials, args.workers, args.nodes = min(args.kills, 2), min(args.trials, 2000), [1000], False
     rows: list[Row] = []
     summary: Row = {}
     with tempfile.TemporaryDirectory(prefix="planish-faults-") as folder:
@@ -150,10 +136,8 @@ def scale_summary(rows: list[Row]) -> Row:
 
 def undisturbed_front(folder: Path) -> bytes:
     """What the short search comes to."""
-    subprocess.run([sys.executable, str(OWN)], cwd=folder, check=True)
-    (folder / "own.toml").write_text(SPEC, encoding="utf-8")
     undisturbed = folder / "undisturbed"
-    process = launched(folder, undisturbed)
+    process = start(write_spec(folder, SPEC, PREDICTED), undisturbed)
     output, _ = process.communicate(timeout=_PATIENCE_S)
     if process.returncode != 0:
         raise SystemExit(f"the undisturbed search failed: {output}")
@@ -175,15 +159,15 @@ def kill_rows(folder: Path, wanted: bytes, kills: int, seed: int) -> list[Row]:
 
 
 def disturbed(folder: Path, run: Path, rng: random.Random, most: int) -> Row:
-    """A search to its end with up to 3 kills on the way."""
+    """A search to its end with up to 3 kills on the way; `hung`: sessions that had to be killed because they waited."""
     killed: list[str] = []
-    lost = sessions = 0
+    sessions = hung = 0
     known: Counter[Any] = Counter()
     started = time.monotonic()
     planned = min(most, 3)
     while True:
         sessions += 1
-        process = launched(folder, run)
+        process = start(folder / SPEC, run)
         while planned and process.poll() is None:
             until = time.monotonic() + rng.uniform(1, _SPAN_S)
             while time.monotonic() < until and process.poll() is None:
@@ -201,7 +185,7 @@ def disturbed(folder: Path, run: Path, rng: random.Random, most: int) -> Row:
         except subprocess.TimeoutExpired:
             process.kill()
             output, _ = process.communicate()
-            killed.append(f"hung after {killed[-1] if killed else 'nothing'}")
+            hung += 1
         if process.returncode == 0:
             break
         if "Traceback" in output:
@@ -209,12 +193,12 @@ def disturbed(folder: Path, run: Path, rng: random.Random, most: int) -> Row:
         if sessions > 20:
             raise SystemExit(f"{run} does not end: {output[-2000:]}")
     after = facts(run)
-    lost = sum(1 for fact in known if fact not in after)
     return {
         "part": "kill",
         "killed": killed,
         "sessions": sessions,
-        "lost": lost,
+        "hung": hung,
+        "lost": sum(1 for fact in known if fact not in after),
         "repeated": sum(count - 1 for count in after.values()),
         "failed": [event["error"] for event in events(run) if event.get("state") == "failed"],
         "front": (run / "front.json").read_bytes(),
@@ -234,7 +218,7 @@ def node_row(folder: Path, wanted: bytes) -> Row:
     try:
         nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
         cluster.wait_for_nodes()
-        process = launched(folder, run, "--address", cluster.address, "--workers", "3")
+        process = start(folder / SPEC, run, "--address", cluster.address, "--workers", "3")
         while process.poll() is None and sum(e["event"] == "score" for e in events(run)) < 5:
             time.sleep(0.2)
         cluster.remove_node(nodes[0], allow_graceful=False)
@@ -284,29 +268,6 @@ def victim(process: subprocess.Popen[str], rng: random.Random) -> str | None:
     except psutil.Error:
         return None
     return role
-
-
-def launched(folder: Path, run: Path, *more: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "planish.search", "search", "own.toml", "--out", str(run), *more]
-    return subprocess.Popen(
-        command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    )
-
-
-def events(run: Path) -> list[Row]:
-    path = run / "trials.jsonl"
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line[-1] == "\n"]
-
-
-def facts(run: Path) -> Counter[Any]:
-    """What was evaluated: how often every (event, trial, rung, device) was recorded."""
-    return Counter(
-        (e["event"], e["trial"], e.get("rung"), e.get("device"))
-        for e in events(run)
-        if e["event"] in ("score", "rung", "measure", "end")
-    )
 
 
 def show(row: Row) -> None:

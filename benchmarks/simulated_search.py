@@ -1,5 +1,9 @@
 """A search whose evaluations only take time: the product's controller, journal and sampler on simulated workers.
 
+    python benchmarks/simulated_search.py RUN    # writes the trace: how long a run's evaluations took
+
+The trace there is of `planish search runs/digits.toml` on 2 cores: 32 evaluations.
+
 Nothing is built or trained: a worker is busy for a time from a real trace (`data/evaluation_seconds.json`, scaled),
 and its metrics follow from the candidate's options. Time is simulated; what the controller itself needs is real time
 and is added to it, because no worker gets its next candidate before the controller has come to it.
@@ -9,6 +13,8 @@ from __future__ import annotations
 
 import heapq
 import json
+import os
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -28,6 +34,9 @@ class Clock:
     """Simulated seconds; real ones of the controller are added."""
 
     now_s: float = 0.0
+    # Real seconds until the first candidate was handed out or none was left, since the clock was made.
+    asked_s: float = 0.0
+    begun_s: float = field(default_factory=time.perf_counter)
     real_s: float = field(default_factory=time.perf_counter)
     overheads_s: list[float] = field(default_factory=list)
     spans: list[tuple[float, float]] = field(default_factory=list)
@@ -77,12 +86,14 @@ class SimulatedPool:
             clock.catch_up()
             while idle and (work := more()) is not None:
                 clock.catch_up()
+                clock.asked_s = clock.asked_s or clock.real_s - clock.begun_s
                 duration = float(self._rng.choice(self._durations))
                 clock.spans.append((clock.now_s, clock.now_s + duration))
                 order += 1
                 heapq.heappush(running, (clock.now_s + duration, order, work[0]))
                 idle -= 1
             clock.catch_up()
+            clock.asked_s = clock.asked_s or clock.real_s - clock.begun_s
             if not running:
                 return
             ends, _, job = heapq.heappop(running)
@@ -98,8 +109,8 @@ def simulate(
     """A whole search phase in a new run folder, or the rest of one that is there.
 
     Returns:
-        `overhead_s` (of every trial), `utilisation`, `span_s` (simulated), `ready_s` (real seconds until the first
-        new candidate is asked for: reading the journal and telling the sampler).
+        `overhead_s` (of every trial), `utilisation`, `span_s` (simulated), `ready_s` (real seconds until what an
+        earlier session recorded is read and told, and the first new candidate, if any, is handed out).
     """
     from planish.search.batches import Batches
     from planish.search.config import load_spec
@@ -111,7 +122,7 @@ def simulate(
     from planish.search.steps import Steps
     from planish.search.trial import State
 
-    started = time.perf_counter()
+    clock = Clock()
     spec = load_spec(
         None,
         {
@@ -120,7 +131,7 @@ def simulate(
             "distill.survivors": (1,),
         },
     )  # fmt: skip
-    space, clock = space_of(), Clock()
+    space = space_of()
     with RunDirectory.create(folder, spec, {}) as run:
         ledger = Ledger(run, spec)
         if not ledger.records:
@@ -133,30 +144,14 @@ def simulate(
         task = SamplerTask(table, spec.targets(), (0.95, 1e-3), {}, classes=10) if table else None
         proposer = Proposer(folder / "study.log", space, sampler, spec.seed, ("maximize", "minimize"), task=task)
         pool = SimulatedPool(workers, mean_s, clock)
-        ready = [0.0]
-
-        def note(*unused: Any) -> None:
-            ready[0] = ready[0] or time.perf_counter() - started
-
-        pool_more = pool.stream
-
-        def stream(method: str, more: Callable[[], Any], done: Callable[[Any, Any], None]) -> None:
-            def noting() -> Any:
-                work = more()
-                note()
-                return work
-
-            pool_more(method, noting, done)
-
-        pool.stream = stream  # type: ignore[method-assign]
         Batches(ledger, steps, proposer, 1).rest(pool)  # type: ignore[arg-type]
-        note()
+        ready_s = clock.asked_s or time.perf_counter() - clock.begun_s
         proposer.close()
     return {
         "overhead_s": clock.overheads_s,
         "utilisation": clock.utilisation(workers),
         "span_s": clock.now_s,
-        "ready_s": ready[0],
+        "ready_s": ready_s,
     }
 
 
@@ -203,3 +198,26 @@ def metrics_of(candidate: Any) -> dict[str, Any]:
         "size_bytes": int(1_000_000 * kept * (1 - bits)),
         "latency_s": {"cpu": {"value": latency, "ci95": [latency, latency]}},
     }
+
+
+def seconds_of(run: Path) -> list[float]:
+    """How long the evaluations of a run took, which its journal tells: who ends first takes the next of the batch."""
+    from planish.search.rundir import RunDirectory
+
+    folder = RunDirectory.open(run)
+    workers = folder.spec().workers or os.cpu_count() or 1
+    batches: dict[int, list[Any]] = {}
+    for record in folder.records.values():
+        if record.trial.batch and record.scored_s is not None:
+            batches.setdefault(record.trial.batch, []).append(record)
+    found = []
+    for records in batches.values():
+        free = [max(record.started_s for record in records)] * workers
+        for record in sorted(records, key=lambda record: record.scored_s):
+            found.append(round(record.scored_s - heapq.heappop(free), 3))
+            heapq.heappush(free, record.scored_s)
+    return [seconds for seconds in found if seconds > 0]
+
+
+if __name__ == "__main__":
+    TRACE.write_text(json.dumps({"seconds": seconds_of(Path(sys.argv[1]))}) + "\n", encoding="utf-8")

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from tests.end_to_end.conftest import Command, events, start
+from tests.end_to_end.conftest import Command
+from tests.end_to_end.small_search import PREDICTED, events, facts, start, write_spec
 
 pytestmark = [pytest.mark.tvm, pytest.mark.ray]
 
@@ -27,21 +28,10 @@ def wait_for(run: Path, kind: str, count: int) -> None:
     raise AssertionError(f"{run} never had {count} events {kind!r}: {Counter(str(e['event']) for e in events(run))}")
 
 
-def facts(run: Path) -> Counter[tuple[object, ...]]:
-    """What was evaluated: how often every (event, trial, rung) was recorded."""
-    return Counter(
-        (e["event"], e["trial"], e.get("rung"), e.get("device"))
-        for e in events(run)
-        if e["event"] in ("score", "rung", "measure", "end")
-    )
-
-
 @pytest.fixture(scope="module")
 def predicted(spec: Path) -> Path:
     """The search by predicted latency: what it finds is a function of its seed."""
-    path = spec.parent / "predicted.toml"
-    path.write_text(spec.read_text(encoding="utf-8") + 'latency = "predicted"\n', encoding="utf-8")
-    return path
+    return write_spec(spec.parent, "predicted.toml", PREDICTED)
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tests.end_to_end.conftest import OWN
+from tests.end_to_end.small_search import OWN
 
 from planish.search.cli import main
 

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.end_to_end.conftest import Command, events
+from tests.end_to_end.conftest import Command
+from tests.end_to_end.small_search import events
 
 pytestmark = [pytest.mark.tvm, pytest.mark.ray]
 
