@@ -36,8 +36,13 @@ def write_spec(folder: Path, name: str, more: str = "") -> Path:
     path = folder / name
     path.write_text(SPEC.format(own=OWN) + more, encoding="utf-8")
     if not (folder / "own.pt").exists():
-        subprocess.run([sys.executable, str(OWN)], cwd=folder, check=True)
+        prepare(folder)
     return path
+
+
+def prepare(folder: Path) -> None:
+    """Writes the weights and data that the model and data of `OWN` open in their current folder."""
+    subprocess.run([sys.executable, str(OWN)], cwd=folder, check=True)
 
 
 def events(run: Path) -> list[dict[str, object]]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import pickle
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from tests.end_to_end.small_search import OWN
+from tests.end_to_end.small_search import OWN, prepare
 
 from planish.search.cli import main
 
@@ -54,9 +55,17 @@ class _Evil:
         return os.system, ("touch evil-was-here",)
 
 
+@pytest.fixture(scope="module")
+def own_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("own")
+    prepare(folder)
+    return folder
+
+
 @pytest.fixture
-def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def models(tmp_path: Path, own_files: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
+    shutil.copytree(own_files, tmp_path, dirs_exist_ok=True)
     (tmp_path / "models.py").write_text(_MODELS, encoding="utf-8")
     return tmp_path / "models.py"
 
