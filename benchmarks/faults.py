@@ -44,8 +44,9 @@ ROLES = {
     "raylet": "raylet/raylet",
     "head": "gcs_server",
 }
-# A search takes about that long; kills fall anywhere in it.
-_SPAN_S = 75.0
+# From one kill to the next at most; a whole search takes about twice as long.
+_SPAN_S = 40.0
+_KILLS_A_SEARCH = 6
 _PATIENCE_S = 600.0
 
 SPEC = "own.toml"
@@ -159,12 +160,12 @@ def kill_rows(folder: Path, wanted: bytes, kills: int, seed: int) -> list[Row]:
 
 
 def disturbed(folder: Path, run: Path, rng: random.Random, most: int) -> Row:
-    """A search to its end with up to 3 kills on the way; `hung`: sessions that had to be killed because they waited."""
+    """A search to its end with some kills on the way; `hung`: sessions that had to be killed because they waited."""
     killed: list[str] = []
     sessions = hung = 0
     known: Counter[Any] = Counter()
     started = time.monotonic()
-    planned = min(most, 3)
+    planned = min(most, _KILLS_A_SEARCH)
     while True:
         sessions += 1
         process = start(folder / SPEC, run)

@@ -43,15 +43,15 @@ def undisturbed(planish: Command, predicted: Path, tmp_path_factory: pytest.Temp
     return run
 
 
-@pytest.mark.parametrize(("kind", "count"), [("score", 5), ("rung", 2)])
 def test_a_killed_controller_repeats_nothing_and_comes_to_the_front_of_one_undisturbed_worker(
-    planish: Command, predicted: Path, undisturbed: Path, tmp_path: Path, kind: str, count: int
+    planish: Command, predicted: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    process = start(predicted, run)
-    wait_for(run, kind, count)
-    process.kill()
-    process.wait()
+    for kind, count in (("score", 5), ("rung", 2)):
+        process = start(predicted, run)
+        wait_for(run, kind, count)
+        process.kill()
+        process.wait()
     before = facts(run)
     done = planish("search", predicted, "--out", run)
     assert done.returncode == 0, done.stderr
