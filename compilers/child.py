@@ -2,9 +2,10 @@
 
 It imports the runtime that the artifacts need and nothing else of Planish's, so that a crash or a hang costs one
 request and the timings are those of a user's process. The request is
-`{"artifacts": {name: folder}, "runs": n, "warmup_s": s, "kernels": bool}`; with 0 runs it only checks. Each line of
-standard output names the artifact it is about to touch, so that the parent knows whose crash it was; what compiled code
-prints goes nowhere.
+`{"artifacts": {name: folder}, "runs": n, "warmup_s": s, "kernels": bool, "rpc": address, "threads": t,
+"time_limit_s": s}`; with 0 runs it only checks; an empty address stands for this machine. Each line of standard output
+names the artifact it is about to touch, so that the parent knows whose crash it was; what compiled code prints goes
+nowhere.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import manifest as manifests
-from .loader import LOADERS, Loaded
+from .loader import LOADERS, REMOTE_LOADERS, Loaded, remote_session
 
 # One sample, and what runs before it untimed. The models' weights push each other out of the caches: after another
 # model's turn the first run took three times as long as the tenth, and samples of 1 ms ranked models by whose weights
@@ -31,6 +32,9 @@ _BEFORE_S = 2e-3
 _KERNEL_REPEATS = 20
 EXIT_WRONG_OUTPUT = 3
 EXIT_FAILED = 4
+EXIT_LOST = 5
+# A server that has just lost a session to a crash takes a moment until it takes the next.
+_TRIES, _BETWEEN_S = 10, 1.0
 
 
 def main(request_path: str, result_path: str) -> int:
@@ -39,18 +43,47 @@ def main(request_path: str, result_path: str) -> int:
     loaded: dict[str, Loaded] = {}
     errors: dict[str, float] = {}
     announce = _announcer()
-    for name, folder in request["artifacts"].items():
-        announce(name)
-        try:
-            loaded[name] = _load(Path(folder))
+    session = None
+    try:
+        if request["rpc"]:
+            session = remote_session(request["rpc"], request["threads"], request["time_limit_s"])
+        for name, folder in request["artifacts"].items():
+            announce(name)
+            loaded[name] = _load(Path(folder), session)
             errors[name] = check(loaded[name], Path(folder))
-        except (WrongOutput, manifests.ManifestError) as error:
-            print(error, file=sys.stderr, flush=True)
-            return EXIT_WRONG_OUTPUT
-        except Exception as error:
-            reason = (str(error).strip().splitlines() or ["no reason given"])[0]
-            print(f"{type(error).__name__}: {reason}", file=sys.stderr, flush=True)
-            return EXIT_FAILED
+        result = _timed(request, loaded, announce) | {"error": errors}
+    except (WrongOutput, manifests.ManifestError) as error:
+        return _ended(EXIT_WRONG_OUTPUT, str(error))
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or ["no reason given"])[0]
+        if request["rpc"] and (session is None or not _answers(request["rpc"])):
+            return _ended(EXIT_LOST, reason)
+        return _ended(EXIT_FAILED, f"{type(error).__name__}: {reason}")
+    Path(result_path).write_text(json.dumps(result), encoding="utf-8")
+    return 0
+
+
+def _ended(code: int, reason: str) -> int:
+    print(reason, file=sys.stderr, flush=True)
+    return code
+
+
+def _answers(rpc: str) -> bool:
+    """Whether the device gives a new session: what ended the last one was then the code in it."""
+    for _ in range(_TRIES):
+        try:
+            remote_session(rpc, 1, _TRIES * _BETWEEN_S)
+        except Exception:  # whatever TVM raises: it does not, for now
+            time.sleep(_BETWEEN_S)
+        else:
+            return True
+    return False
+
+
+def _timed(
+    request: dict[str, Any], loaded: dict[str, Loaded], announce: Callable[[str], None]
+) -> dict[str, dict[str, Any]]:
+    """The samples of all in turn, and their kernels' times where they are asked for."""
     times: dict[str, list[float]] = {name: [] for name in loaded}
     beside: dict[str, list[float]] = {name: [] for name in loaded}
     if request["runs"]:
@@ -73,9 +106,7 @@ def main(request_path: str, result_path: str) -> int:
     for name, model in loaded.items() if request["kernels"] else ():
         announce(name)
         kernels[name] = _kernels(model, Path(request["artifacts"][name]))
-    result = {"run_s": times, "reference_s": beside, "error": errors, "kernels": kernels}
-    Path(result_path).write_text(json.dumps(result), encoding="utf-8")
-    return 0
+    return {"run_s": times, "reference_s": beside, "kernels": kernels}
 
 
 class WrongOutput(RuntimeError):
@@ -128,9 +159,11 @@ def _kernels(model: Loaded, folder: Path) -> list[tuple[str, float]]:
         return model.kernels(examples["inputs"][0], _KERNEL_REPEATS)
 
 
-def _load(folder: Path) -> Loaded:
+def _load(folder: Path, session: Any) -> Loaded:
     manifest = manifests.read(folder)
-    if manifest.compiler not in LOADERS:
+    if session is not None and manifest.compiler in REMOTE_LOADERS:
+        return REMOTE_LOADERS[manifest.compiler](folder, manifest, session)
+    if session is not None or manifest.compiler not in LOADERS:
         raise manifests.ManifestError(f"{folder} needs the compiler {manifest.compiler!r}; known: {sorted(LOADERS)}")
     return LOADERS[manifest.compiler](folder, manifest)
 

@@ -1,8 +1,9 @@
 """The child process that times kernels alone: `python -m planish.compilers.kernel_child REQUEST.json`.
 
 The request is `{"library": file, "kernels": [{"key": k, "symbol": s, "arguments": [[shape, dtype], ...]}, ...],
-"runs": n, "sample_s": s, "threads": t}`. The first kernel is the reference: it is timed before and after every
-sample of another, so that a change of the machine's speed meets both, and a sample is given beside the reference's.
+"runs": n, "sample_s": s, "threads": t, "rpc": address, "time_limit_s": s}`; an empty address stands for this machine.
+The first kernel is the reference: it is timed before and after every sample of another, so that a change of the
+machine's speed meets both, and a sample is given beside the reference's.
 
 Standard output is one JSON line `{"touch": key}` before a kernel is touched for the first time and
 `{"key": key, "run_s": [...], "reference_s": [...]}` for each at the end.
@@ -17,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from .loader import pin_caller, torch_hidden
+from .loader import pin_caller, remote_session, torch_hidden, uploaded
 
 
 def main(request_path: str) -> int:
@@ -25,13 +26,17 @@ def main(request_path: str) -> int:
     request = json.loads(Path(request_path).read_text(encoding="utf-8"))
     with torch_hidden():
         import tvm
-    pin_caller(request["threads"])
-    library = tvm.runtime.load_module(request["library"])
+    if request["rpc"]:
+        session = remote_session(request["rpc"], request["threads"], request["time_limit_s"])
+        library, device = uploaded(session, Path(request["library"])), session.cpu()
+    else:
+        pin_caller(request["threads"])
+        library, device = tvm.runtime.load_module(request["library"]), tvm.cpu()
     rng = np.random.default_rng(0)
     timed: list[_Timed] = []
     for kernel in request["kernels"]:
         _say({"touch": kernel["key"]})
-        timed.append(_Timed(tvm, library, kernel, request["sample_s"], rng))
+        timed.append(_Timed(library, device, kernel, request["sample_s"], rng))
     reference, *others = timed
     run_s: dict[str, list[float]] = {kernel.key: [] for kernel in others}
     reference_s: dict[str, list[float]] = {kernel.key: [] for kernel in others}
@@ -48,12 +53,14 @@ def main(request_path: str) -> int:
 
 
 class _Timed:
-    def __init__(self, tvm: Any, library: Any, kernel: dict[str, Any], sample_s: float, rng: Any) -> None:
+    def __init__(self, library: Any, device: Any, kernel: dict[str, Any], sample_s: float, rng: Any) -> None:
+        from tvm.runtime import tensor
+
         self.key = kernel["key"]
-        self._arguments = [tvm.runtime.tensor(_values(tuple(s), dtype, rng)) for s, dtype in kernel["arguments"]]
-        self._evaluator: Any = library.time_evaluator(kernel["symbol"], tvm.cpu(), number=1, repeat=1)
+        self._arguments = [tensor(_values(tuple(s), dtype, rng), device) for s, dtype in kernel["arguments"]]
+        self._evaluator: Any = library.time_evaluator(kernel["symbol"], device, number=1, repeat=1)
         number = max(1, round(sample_s / max(min(self.sample() for _ in range(3)), 1e-9)))
-        self._evaluator = library.time_evaluator(kernel["symbol"], tvm.cpu(), number=number, repeat=1)
+        self._evaluator = library.time_evaluator(kernel["symbol"], device, number=number, repeat=1)
 
     def sample(self) -> float:
         """Mean seconds of one call; the calls are made by the runtime, because Python takes half a microsecond."""

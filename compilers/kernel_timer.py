@@ -15,8 +15,9 @@ from ..hwmodels.device import Device
 from ..hwmodels.quiet import Samples, best_reference_s, open_samples
 from .compiler import CompileError
 from .kernel_store import KernelStore
+from .linker import linker
 from .runner import device_lock, environment
-from .tvm_build import kernel_objects, linker, tvm_target
+from .tvm_build import kernel_objects, tvm_target
 from .tvm_workloads import KernelWork
 
 # Kernels in one library and one child: they share its start, and lose their samples together when one crashes.
@@ -129,7 +130,7 @@ def _linked(
                     reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
                     failed |= {key: reason for key in group if works[key].kernel.symbol == symbol}
         library = folder / f"kernels{start}.so"
-        command = [linker() or "c++", "-shared", "-fPIC", "-o", str(library), *(str(file) for file in objects)]
+        command = [linker(device) or "c++", "-shared", "-fPIC", "-o", str(library), *(str(file) for file in objects)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             raise CompileError(
@@ -157,6 +158,8 @@ def _round(
             "runs": protocol.runs,
             "sample_s": protocol.sample_s,
             "threads": device.threads,
+            "rpc": device.rpc,
+            "time_limit_s": protocol.time_limit_s,
             "kernels": [_entry("reference", reference), *(_entry(key, works[key]) for key in left)],
         }
         with tempfile.NamedTemporaryFile("w", suffix=".json", encoding="utf-8") as file:

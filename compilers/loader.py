@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
+from uuid import uuid4
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,23 +36,29 @@ class Loaded(Protocol):
 
 
 class _Tvm:
-    def __init__(self, folder: Path, manifest: Manifest) -> None:
+    def __init__(self, folder: Path, manifest: Manifest, session: Any = None) -> None:
         with torch_hidden():
             import tvm
             from tvm.runtime import vm
 
-        pin_caller(manifest.threads)
         self.manifest = manifest
         self._tvm = tvm
-        self._vm = vm.VirtualMachine(tvm.runtime.load_module(str(folder / manifest.library)), tvm.cpu())
+        if session is None:
+            pin_caller(manifest.threads)
+            self._device = tvm.cpu()
+            library = tvm.runtime.load_module(str(folder / manifest.library))
+        else:
+            self._device = session.cpu()
+            library = uploaded(session, folder / manifest.library)
+        self._vm = vm.VirtualMachine(library, self._device)
 
     def run(self, x: NDArray[Any]) -> NDArray[Any]:
-        tensor = self._tvm.runtime.tensor(np.ascontiguousarray(x))
+        tensor = self._tvm.runtime.tensor(np.ascontiguousarray(x), self._device)
         self._vm.set_input("main", tensor)
         return self._vm["main"](tensor).numpy()  # type: ignore[no-any-return]
 
     def time(self, number: int) -> float:
-        evaluator = self._vm.time_evaluator("invoke_stateful", self._tvm.cpu(), number=number, repeat=1)
+        evaluator = self._vm.time_evaluator("invoke_stateful", self._device, number=number, repeat=1)
         return float(evaluator("main").mean)
 
     def kernels(self, x: NDArray[Any], repeats: int) -> list[tuple[str, float]]:
@@ -70,6 +77,14 @@ class _Tvm:
         self._vm.set_instrument(instrument)
         self._vm["main"](self._tvm.runtime.tensor(np.ascontiguousarray(x)))
         return rows
+
+
+class _RemoteTvm(_Tvm):
+    """The same on a device behind RPC, whose clock times it; kernels cannot be told from each other from here."""
+
+    def kernels(self, x: NDArray[Any], repeats: int) -> list[tuple[str, float]]:
+        self.run(x)
+        return [("model", min(self.time(1) for _ in range(repeats)))]
 
 
 class _Torch:
@@ -101,6 +116,29 @@ class _Torch:
         return [("model", min(self.time(1) for _ in range(repeats)))]
 
 
+def remote_session(rpc: str, threads: int, time_limit_s: float) -> Any:
+    """A session on a device behind RPC, its pool set to so many threads.
+
+    Raises:
+        ConnectionError: nothing answers there, or not by that key.
+    """
+    with torch_hidden():
+        from .remote import connect
+
+        session = connect(rpc, time_limit_s)
+    # 1: the pool takes the fastest cores.
+    session.get_function("runtime.config_threadpool")(1, threads)
+    return session
+
+
+def uploaded(session: Any, library: Path) -> Any:
+    """The module of a library that was sent to the device, under a name of its own."""
+    # One file for every module: the device may have the last one of the same name loaded.
+    name = f"{uuid4().hex}.so"
+    session.upload(str(library), name)
+    return session.load_module(name)
+
+
 def pin_caller(threads: int) -> None:
     """Keeps the calling thread on the first core where a model uses several, if that core is allowed to it.
 
@@ -128,3 +166,5 @@ def torch_hidden() -> Iterator[None]:
 
 
 LOADERS: Mapping[str, Callable[[Path, Manifest], Loaded]] = {"tvm": _Tvm, "torch": _Torch}
+# With a session besides.
+REMOTE_LOADERS: Mapping[str, Callable[[Path, Manifest, Any], Loaded]] = {"tvm": _RemoteTvm}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -17,9 +18,10 @@ import numpy as np
 
 from ..hwmodels.device import Device
 from ..hwmodels.measurement import Measurement, MeasureProtocol
-from .child import EXIT_WRONG_OUTPUT
+from .child import EXIT_LOST, EXIT_WRONG_OUTPUT
 from .compiler import RunError
 from .manifest import read
+from .remote import DeviceLost
 
 
 def measure(artifacts: Mapping[str, Path], device: Device, protocol: MeasureProtocol) -> dict[str, Measurement]:
@@ -106,7 +108,9 @@ def run_child(
 
     Raises:
         RunError: an artifact crashed, failed, took too long or gave other outputs; it is named.
+        DeviceLost: the device is behind RPC and does not answer.
     """
+    limit = protocol.time_limit_s * max(1, len(artifacts))
     with tempfile.TemporaryDirectory(prefix="planish-run-") as folder:
         request, result = Path(folder, "request.json"), Path(folder, "result.json")
         request.write_text(
@@ -116,12 +120,14 @@ def run_child(
                     "runs": protocol.runs if runs is None else runs,
                     "warmup_s": protocol.warmup_s,
                     "kernels": kernels,
+                    "rpc": device.rpc,
+                    "threads": device.threads,
+                    "time_limit_s": limit,
                 }
             ),
             encoding="utf-8",
         )
         command = [sys.executable, "-m", "planish.compilers.child", str(request), str(result)]
-        limit = protocol.time_limit_s * max(1, len(artifacts))
         try:
             done = subprocess.run(
                 command,
@@ -136,6 +142,8 @@ def run_child(
         except subprocess.TimeoutExpired as error:
             output = error.stdout.decode(errors="replace") if isinstance(error.stdout, bytes) else error.stdout
             name = _last_line(output)
+            if device.rpc and name is None:
+                raise DeviceLost(f"device {device.name} gave no session within {limit:.0f} s") from None
             raise RunError(
                 f"artifact {name!r} did not end within {limit:.0f} s and was killed; "
                 "raise time_limit_s if it needs longer", name
@@ -144,11 +152,13 @@ def run_child(
             found = json.loads(result.read_text(encoding="utf-8"))
             profile = {name: [(str(k), float(t)) for k, t in rows] for name, rows in found["kernels"].items()}
             return ChildResult(found["run_s"], found["error"], profile, found["reference_s"])
-        raise _failure(done)
+        raise _failure(done, device)
 
 
-def _failure(done: subprocess.CompletedProcess[str]) -> RunError:
+def _failure(done: subprocess.CompletedProcess[str], device: Device) -> RunError:
     name, reason = _last_line(done.stdout), _last_line(done.stderr) or "it said nothing"
+    if done.returncode == EXIT_LOST:
+        return DeviceLost(f"device {device.name} is lost: {reason}")
     if done.returncode < 0:
         return RunError(f"artifact {name!r} crashed with signal {-done.returncode}", name)
     if done.returncode == EXIT_WRONG_OUTPUT:
@@ -179,7 +189,7 @@ def environment(device: Device) -> dict[str, str]:
 @contextmanager
 def device_lock(device: Device) -> Iterator[None]:
     """One measurement at a time on a physical device, across all processes of this machine and user."""
-    kind = device.name.partition("?")[0].replace("/", "-")
+    kind = re.sub(r"[^\w.-]+", "-", device.rpc or device.name.partition("?")[0])
     path = Path(tempfile.gettempdir()) / f"planish-{os.getuid()}-{kind}.lock"
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)

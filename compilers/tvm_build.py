@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-import os
-import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +24,7 @@ from .compiler import CompileError
 from .cpu.fallback import schedule_rest
 from .cpu.machine import Machine, usable_dots
 from .kernel_store import KernelStore
+from .linker import linker
 from .tvm_frontend import import_program
 from .tvm_graph import Graph
 from .tvm_lower import lower
@@ -51,8 +51,11 @@ def build_library(program: ExportedProgram, device: Device, library: Path, store
         objects = kernel_objects(found.kernels, found.target, Path(folder), store or KernelStore())
         module = finished(found.module)
         executable = tvm.compile(module, found.target, relax_pipeline=None)
-        packed = pack_constants if sys.platform == "linux" else None
-        executable.mod.export_library(str(library), addons=[str(file) for file in objects], fpack_imports=packed)
+        compiler = linker(device) or "c++"
+        packed = partial(pack_constants, compiler) if sys.platform == "linux" else None
+        executable.mod.export_library(
+            str(library), addons=[str(file) for file in objects], fpack_imports=packed, cc=compiler
+        )
     return Built(planned_bytes(module), tuple(found.calls))
 
 
@@ -138,7 +141,7 @@ def _compiled(kernel: Kernel, target: Any, file: Path) -> bytes:
     return file.read_bytes()
 
 
-def pack_constants(module: Any, is_system_lib: bool, prefix: str, folder: str) -> str:
+def pack_constants(compiler: str, module: Any, is_system_lib: bool, prefix: str, folder: str) -> str:
     """The bytecode and constants of a module as an object file, for `export_library`; returns its path.
 
     TVM's own way makes one LLVM constant of them, which takes ResNet-50 two seconds; an assembler only copies them.
@@ -152,7 +155,7 @@ def pack_constants(module: Any, is_system_lib: bool, prefix: str, folder: str) -
         f'.incbin "{binary}"\n.size {symbol}, . - {symbol}\n.section .note.GNU-stack,"",%progbits\n',
         encoding="utf-8",
     )
-    subprocess.run([linker() or "c++", "-c", str(source), "-o", str(file)], check=True, capture_output=True, text=True)
+    subprocess.run([compiler, "-c", str(source), "-o", str(file)], check=True, capture_output=True, text=True)
     return str(file)
 
 
@@ -185,14 +188,6 @@ def cpu_machine(device: Device) -> Machine:
         caches, lines = (32 << 10, 512 << 10, 12 << 20), (1.0, 2.0, 15.0)
         return Machine(lanes, 16, dot, device.threads, fmas=2, latency=4, caches=caches, line_cycles=lines)
     return Machine(lanes, 16, dot, device.threads)
-
-
-def linker() -> str | None:
-    """The C++ compiler that links libraries, None where there is none."""
-    named = os.environ.get("CXX")
-    if named and shutil.which(named):
-        return named
-    return next((found for name in ("g++", "clang++", "c++") if (found := shutil.which(name))), None)
 
 
 def planned_bytes(module: tvm.IRModule) -> int:

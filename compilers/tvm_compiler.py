@@ -27,13 +27,11 @@ class TvmCompiler:
         """See `Compiler.missing`."""
         if device.kind != "cpu":
             return f"Planish has no schedules for {device.kind} devices yet"
-        if not device.here:
-            return f"it is only described ({device.title}); nothing connects to one from here"
-        from .tvm_build import linker
+        if not device.here and not device.rpc:
+            return f"it is only described ({device.title}); name its RPC server with rpc://host:port/{device.name}"
+        from .linker import linker, missing_linker
 
-        if linker() is None:
-            return "no C++ compiler to link with; install one with `apt-get install g++`"
-        return None
+        return None if linker(device) else missing_linker(device)
 
     def compile(
         self, program: ExportedProgram, device: Device, folder: Path, examples: torch.Tensor, *, tolerance: float

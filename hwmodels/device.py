@@ -26,7 +26,8 @@ _NEEDED: Mapping[str, tuple[type, ...]] = {
     "bytes_per_s": _NUMBER,
     "memory_bytes": _NUMBER,
 }
-_KEYS = {**_NEEDED, "title": (str,), "features": (list,), "threads": (int,), "source": (str,)}
+_KEYS = {**_NEEDED, "title": (str,), "features": (list,), "threads": (int,), "source": (str,), "rpc": (str,)}
+_RPC = "rpc://"
 
 
 class DeviceError(ValueError):
@@ -38,7 +39,8 @@ class Device:
     """A device that a model is to be fast on.
 
     `macs_per_s` (by bits of the operands, all `threads` together) and `bytes_per_s` are peaks: bounds for a roofline,
-    not predictions. `here` says that it is the machine this process runs on, so that it can be measured.
+    not predictions. `here` says that it is the machine this process runs on, so that it can be measured; `rpc`
+    (`host:port/key`) where a TVM RPC server or tracker leads to it.
     """
 
     name: str
@@ -53,6 +55,7 @@ class Device:
     memory_bytes: int
     here: bool
     source: str = ""
+    rpc: str = ""
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -66,15 +69,18 @@ class Device:
 
 
 def parse_device(text: str) -> Device:
-    """The device of a name, `cpu?threads=2`, or the path of a TOML file that describes one.
+    """The device of a name, `cpu?threads=2`, the path of a TOML file that describes one, or `rpc://host:port/key`.
+
+    The key of a device behind TVM RPC is the name of the device that it is like: a described one, or `cpu` for a
+    processor like this machine's. A TOML file says where its own device is with `rpc = "host:port/key"`.
 
     Raises:
         DeviceError: the name is not known, or an option or a file is wrong.
     """
     name, _, query = text.partition("?")
-    if name.startswith("rpc://"):
-        raise DeviceError(f"device {text!r}: devices behind TVM RPC are not supported yet; name a local device")
-    if name == "cpu":
+    if name.startswith(_RPC):
+        device = _behind_rpc(name, name.removeprefix(_RPC))
+    elif name == "cpu":
         device = host()
     elif name.endswith(".toml"):
         device = _from_file(Path(name))
@@ -111,6 +117,30 @@ def host() -> Device:
         here=True,
         source="features from the operating system; rates from the clock and the vector width, not measured",
     )
+
+
+def _behind_rpc(name: str, place: str) -> Device:
+    server_address(place, name)
+    like = place.partition("/")[2]
+    device = host() if like == "cpu" else _described(like)
+    return replace(device, name=name, title=f"{device.title}, at {place}", here=False, rpc=place)
+
+
+def server_address(rpc: str, name: str) -> tuple[str, int, str]:
+    """Host, port and key of `host:port/key`.
+
+    Args:
+        rpc: As in `Device.rpc`.
+        name: The device's, for the error.
+
+    Raises:
+        DeviceError: it is not of that form.
+    """
+    address, _, key = rpc.partition("/")
+    server, _, port = address.rpartition(":")
+    if not server or not key or not port.isdecimal() or not 0 < int(port) < 65536:
+        raise DeviceError(f"device {name!r} has the RPC address {rpc!r}; it must be host:port/key, as board:9090/cpu")
+    return server.removeprefix("[").removesuffix("]"), int(port), key
 
 
 def _with_options(device: Device, text: str, query: str) -> Device:
@@ -182,11 +212,18 @@ def _from_table(name: str, table: Mapping[str, Any], where: str) -> Device:
             memory_bytes=int(table["memory_bytes"]),
             here=False,
             source=table.get("source", ""),
+            rpc=_checked_rpc(table.get("rpc", ""), name),
         )
     except (TypeError, ValueError, OverflowError) as error:
         if isinstance(error, DeviceError):
             raise
         raise DeviceError(f"{where}: device {name!r} has a value of the wrong type: {error}") from None
+
+
+def _checked_rpc(rpc: str, name: str) -> str:
+    if rpc:
+        server_address(rpc, name)
+    return rpc
 
 
 def cpu_flags() -> frozenset[str]:

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
+from ..compilers.remote import DeviceLost
 from .command_text import command_line
 from .commands import COMMANDS, Output
 from .errors import UserError, nearest
@@ -39,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with _only_results_on_stdout(arguments.json):
             output = COMMANDS[arguments.command](arguments, command_line(given))
         _show(output, arguments.json)
-    except UserError as error:
+    except (UserError, DeviceLost) as error:
         return _fail(error, arguments)
     except ValueError as error:
         return _fail(error, arguments) if _is_ours(error) else _fault(error, arguments)

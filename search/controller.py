@@ -26,6 +26,7 @@ from .progress import Progress
 from .promotion import promoted
 from .provenance import provenance
 from .reach import check_reach
+from .reachable import check_answers
 from .run import Run
 from .rundir import RunDirectory
 from .rungs import run_rung
@@ -60,6 +61,7 @@ def search_run(
         )
     RunDirectory.examine(out, spec)  # also before the model is loaded, which may take a minute
     evaluator = Evaluator(spec, task)
+    check_answers(evaluator.devices.values())
     described = [{"name": label, "title": d.title, "threads": d.threads} for label, d in evaluator.devices.items()]
     known = out.joinpath("spec.toml").exists()
     origin = provenance(spec, command, described)

@@ -148,7 +148,8 @@ def build_table(
     works |= reference.kernels
     first = [*reference.kernels, *plans[original.key()].kernels]
     wanted = [key for key in by_weight(plans.values(), works, first) if key not in known][: limits.kernels]
-    wait_for_quiet(device.threads)
+    if not device.rpc:
+        wait_for_quiet(device.threads)
     before = set(known)
     failed = measure_kernels(wanted, works, reference, device, database, known, limits, progress, notes)
     networks = measure_networks(

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..compilers.compiler import RunError
+from ..compilers.remote import DeviceLost
 from ..hwmodels.measurement import Measurement, MeasureProtocol
+from .errors import UserError
 from .workers import Failure
 
 if TYPE_CHECKING:
     from ..hwmodels.device import Device
     from .evaluate import Evaluator, Metrics
 
+_log = logging.getLogger(__name__)
 # Artifacts in one child process: they share its start and the original's runs.
 _TOGETHER = 8
 _ORIGINAL = "original"
+# A device that does not answer is waited for: so often, with so many seconds between.
+_TRIES, _BETWEEN_S = 20, 15.0
 
 
 def measure_trials(
@@ -40,6 +47,9 @@ def measure_trials(
         name: Which artifact of the trials.
         final: Time in as many fresh processes as the specification says; else in one.
         original_s: The original's recorded latency by device; None while it is what is being measured.
+
+    Raises:
+        UserError: a device is lost and does not come back; no trial is to blame.
     """
     keys = evaluator.spec.measure
     protocol = MeasureProtocol(
@@ -85,7 +95,7 @@ def _on_device(
         while group:
             artifacts = {_ORIGINAL: reference, **{str(n): paths[n] for n in group if paths[n] != reference}}
             try:
-                measured = compiler.measure(artifacts, device, protocol)
+                measured = _waiting_for(device, lambda: compiler.measure(artifacts, device, protocol))  # noqa: B023
             except RunError as error:
                 if error.artifact is None or error.artifact == _ORIGINAL:
                     results |= {number: Failure(str(error)) for number in group}
@@ -101,6 +111,22 @@ def _on_device(
                 results[number] = _latency(label, own, base, original_s)
             break
     return results
+
+
+def _waiting_for(device: Device, measure: Callable[[], Mapping[str, Measurement]]) -> Mapping[str, Measurement]:
+    """What a measurement gives, once the device answers."""
+    for tried in range(_TRIES):
+        try:
+            return measure()
+        except DeviceLost as error:
+            last = error
+            _log.warning("%s; trying again (%d of %d)", error, tried + 1, _TRIES - 1)
+            if tried < _TRIES - 1:
+                time.sleep(_BETWEEN_S)
+    raise UserError(
+        f"{last}, {_TRIES} times in a row; what was recorded is kept: once {device.name} answers, give the same "
+        "command again"
+    ) from last
 
 
 def _latency(label: str, own: Measurement, base: Measurement, original_s: float | None) -> dict[str, object]:

@@ -17,6 +17,7 @@ from .measuring import measure_trials
 from .option_gains import option_gains
 from .peaks import with_measured_peaks
 from .progress import Progress
+from .reachable import check_answers
 from .slow_sites import LayerCost, layer_costs
 from .table_measuring import TableLimits
 from .workers import Failure
@@ -54,10 +55,12 @@ def profile(
     progress.begin("load and trace", 1)
     evaluator = Evaluator(spec)
     progress.advance()
+    check_answers(evaluator.devices.values())
     if table:  # what would refuse a table is told before anything is spent
         for device in evaluator.devices.values():
             database_of(device).times()
-            wait_for_quiet(device.threads)
+            if device.here:
+                wait_for_quiet(device.threads)
     space = evaluator.proposal.space
     candidates = [space.original(), *(strongest(space) if space.choices else [])]
     with tempfile.TemporaryDirectory(prefix="planish-profile-") as folder:
@@ -74,21 +77,25 @@ def profile(
         )
         for number, result in timed.items():
             metrics[number] |= {} if isinstance(result, Failure) else result
+        progress.advance()
         devices: dict[str, dict[str, object]] = {}
+        tables: dict[str, LatencyTable] = {}
         for label, device in evaluator.devices.items():
-            artifact = evaluator.artifact_folder(jobs[0].folder, label, "artifact")
-            protocol = MeasureProtocol(time_limit_s=spec.measure.time_limit_s)
-            calls = site_times({"original": artifact}, device, protocol)["original"]
+            if table and evaluator.compilers[label].name == "tvm":
+                tables[label] = build_table(
+                    evaluator, label, database_of(device), progress, seed=spec.seed, limits=limits, more=candidates
+                )
+            if device.here:
+                artifact = evaluator.artifact_folder(jobs[0].folder, label, "artifact")
+                protocol = MeasureProtocol(time_limit_s=spec.measure.time_limit_s)
+                calls = site_times({"original": artifact}, device, protocol)["original"]
+            else:  # its kernels cannot be told from each other from here
+                calls = evaluator.predictor.calls(space.original(), label)
             peaks = with_measured_peaks(device, evaluator.compilers[label])
             rows = layer_costs(evaluator.traced, peaks, calls)
             devices[label] = _device(label, peaks, rows, calls, metrics)
-        progress.advance()
-    for label, device in evaluator.devices.items() if table else ():
-        if evaluator.compilers[label].name == "tvm":
-            found = build_table(
-                evaluator, label, database_of(device), progress, seed=spec.seed, limits=limits, more=candidates
-            )
-            devices[label]["latency_model"] = _table(found)
+            if label in tables:
+                devices[label]["latency_model"] = _table(tables[label])
     for label in evaluator.devices if space.choices else ():
         devices[label]["gains"] = option_gains(evaluator, label)
     return {

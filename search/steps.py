@@ -135,7 +135,8 @@ class Steps:
     def explain(self, numbers: Sequence[int]) -> None:
         """Writes `slow_sites.json` of every trial: which compressed sites did not get faster, and why."""
         label, device = next(iter(self._evaluator.devices.items()))
-        if self._predicted:
+        # From here the kernels of a device behind RPC cannot be told from each other.
+        if self._predicted or device.rpc:
             predictor = self._evaluator.predictor
             base = predictor.calls(self._evaluator.proposal.space.original(), label)
             for number in numbers:

@@ -197,7 +197,7 @@ def _advancer(progress: Progress) -> Callable[[int, int], None]:
 def _refuse(watch: LoadWatch, device: Device) -> None:
     """Rather no table than a wrong one."""
     reason = watch.refusal(device.threads)
-    if reason:
+    if reason and not device.rpc:
         raise BusyMachine(f"{reason}; what was measured meanwhile is not kept")
 
 

@@ -16,13 +16,13 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from tests.compilers.faulty import library, seal
 from torch import nn
 
 from planish.compilers import child, manifest, runner
 from planish.compilers.compiler import RunError
-from planish.compilers.manifest import EXAMPLES, Manifest, Port, digest
+from planish.compilers.manifest import EXAMPLES, Manifest, digest
 from planish.compilers.runner import ChildResult
-from planish.compilers.tvm_build import linker
 from planish.compilers.tvm_compiler import TvmCompiler
 from planish.hwmodels.device import host
 from planish.hwmodels.measurement import MeasureProtocol
@@ -31,41 +31,6 @@ pytestmark = pytest.mark.tvm
 
 QUICK = MeasureProtocol(runs=3, processes=1, warmup_s=0, retries=0)
 Array = NDArray[Any]
-
-
-def seal(folder: Path, compiler: str = "tvm", **changes: Any) -> Path:
-    """Writes the manifest of what is in the folder, checksums and all."""
-    names = [path.name for path in folder.iterdir() if path.name != manifest.NAME]
-    plain = Manifest(
-        compiler=compiler,
-        library="model.so",
-        device="cpu",
-        target={},
-        threads=1,
-        inputs=(Port("input", (1, 2), "float32"),),
-        outputs=(Port("output", (1, 2), "float32"),),
-        tolerance=1e-3,
-        files={name: digest(folder / name) for name in names},
-    )
-    replace(plain, **changes).write(folder)
-    return folder
-
-
-def library(folder: Path, body: str) -> Path:
-    """An artifact whose library does this when it is loaded."""
-    compiler = linker()
-    if compiler is None:
-        pytest.skip("no C++ compiler to build a faulty library with")
-    folder.mkdir()
-    source = folder.parent / f"{folder.name}.cpp"
-    source.write_text(
-        "#include <cstdio>\n#include <cstdlib>\n#include <unistd.h>\n"
-        f"__attribute__((constructor)) static void loaded() {{ {body} }}\n"
-    )
-    subprocess.run([compiler, "-shared", "-fPIC", "-o", str(folder / "model.so"), str(source)], check=True)
-    zeros = np.zeros((1, 1, 2), np.float32)
-    np.savez(folder / EXAMPLES, inputs=zeros, outputs=zeros)
-    return seal(folder)
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +101,9 @@ child.LOADERS = {"tvm": load}
 sys.exit(child.main(*sys.argv[1:]))
 """
     request = tmp_path / "request.json"
-    request.write_text(json.dumps({"artifacts": {"a": str(good)}, "runs": 0, "warmup_s": 0, "kernels": False}))
+    request.write_text(
+        json.dumps({"artifacts": {"a": str(good)}, "runs": 0, "warmup_s": 0, "kernels": False, "rpc": ""})
+    )
     command = [sys.executable, "-c", code, str(request), str(tmp_path / "result.json")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == child.EXIT_FAILED

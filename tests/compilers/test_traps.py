@@ -266,7 +266,7 @@ def test_an_artifact_runs_with_tvms_runtime_library_and_without_torch(compile_mo
         import numpy as np
         from planish.compilers import child, manifest
         folder = Path({str(artifact.path)!r})
-        loaded = child._load(folder)
+        loaded = child._load(folder, None)
         with np.load(folder / manifest.EXAMPLES) as examples:
             worst = max(np.abs(loaded.run(x) - y).max() for x, y in zip(examples["inputs"], examples["outputs"]))
         assert not [name for name in sys.modules if name == "torch" or name.startswith("torch.")]

@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from planish.hwmodels.device import KINDS, Device, DeviceError, described, host, parse_device
+from planish.hwmodels.device import KINDS, Device, DeviceError, described, host, parse_device, server_address
+from planish.hwmodels.fingerprint import fingerprint
 
 GOOD = {
     "kind": '"cpu"',
@@ -91,9 +92,38 @@ def test_nothing_is_suggested_for_a_name_that_resembles_none() -> None:
     assert "Did you mean" not in str(caught.value)
 
 
-def test_a_device_behind_rpc_is_refused_in_so_many_words() -> None:
-    with pytest.raises(DeviceError, match="RPC are not supported"):
-        parse_device("rpc://board:9090")
+def test_a_device_behind_rpc_is_like_the_one_that_its_key_names() -> None:
+    board, like = parse_device("rpc://board:9090/cpu/cortex-a72?threads=4"), parse_device("cpu/cortex-a72?threads=4")
+    assert (board.rpc, board.here, board.name) == (
+        "board:9090/cpu/cortex-a72",
+        False,
+        "rpc://board:9090/cpu/cortex-a72?threads=4",
+    )
+    assert (board.target, board.lanes, board.threads, board.macs_per_s) == (
+        like.target, like.lanes, like.threads, like.macs_per_s
+    )  # fmt: skip
+    same = parse_device("rpc://[::1]:9090/cpu")
+    assert (same.here, same.features, server_address(same.rpc, same.name)) == (
+        False,
+        host().features,
+        ("::1", 9090, "cpu"),
+    )
+    assert fingerprint(same) != fingerprint(host())
+
+
+@pytest.mark.parametrize(
+    "address", ["board:9090", "board/cpu", ":9090/cpu", "board:0/cpu", "board:99999/cpu", "b:x/cpu"]
+)
+def test_an_address_that_is_none_is_told_with_its_form(address: str) -> None:
+    with pytest.raises(DeviceError, match="it must be host:port/key"):
+        parse_device(f"rpc://{address}")
+
+
+def test_a_file_says_where_its_device_is_reached(tmp_path: Path) -> None:
+    device = parse_device(write(tmp_path, rpc='"lab:9090/rack 3"'))
+    assert (device.rpc, device.here) == ("lab:9090/rack 3", False)
+    with pytest.raises(DeviceError, match="it must be host:port/key"):
+        parse_device(write(tmp_path, rpc='"lab"'))
 
 
 @given(st.text(max_size=30))
@@ -103,7 +133,7 @@ def test_any_text_is_a_device_or_a_device_error(text: str) -> None:
     except DeviceError:
         pass
     else:
-        assert device.name.partition("?")[0] in ("cpu", *described())
+        assert device.rpc or device.name.partition("?")[0] in ("cpu", *described())
 
 
 @pytest.mark.parametrize("name", described())

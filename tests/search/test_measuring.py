@@ -1,0 +1,45 @@
+"""A device that does not answer costs no trial: it is waited for, then the search ends with a line."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+
+import pytest
+
+from planish.compilers.remote import DeviceLost
+from planish.hwmodels.device import parse_device
+from planish.hwmodels.measurement import Measurement
+from planish.search import measuring
+from planish.search.errors import UserError
+
+BOARD = parse_device("rpc://board:9090/cpu")
+FOUND = {"original": Measurement(BOARD.name, (1.0,))}
+
+
+def lost(times: int, waited: list[float], patch: pytest.MonkeyPatch) -> Callable[[], Mapping[str, Measurement]]:
+    """A measurement whose device is lost so many times."""
+    patch.setattr(time, "sleep", waited.append)
+    left = [times]
+
+    def measure() -> Mapping[str, Measurement]:
+        if left[0]:
+            left[0] -= 1
+            raise DeviceLost("device rpc://board:9090/cpu is lost: nothing answers at board:9090 (Connection refused)")
+        return FOUND
+
+    return measure
+
+
+def test_one_that_comes_back_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[float] = []
+    assert measuring._waiting_for(BOARD, lost(19, waited, monkeypatch)) == FOUND
+    # The restart of a board takes minutes.
+    assert 180 <= sum(waited) <= 600
+
+
+def test_one_that_does_not_ends_the_search_with_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[float] = []
+    with pytest.raises(UserError, match=r"Connection refused\), 20 times in a row; .* give the same command again"):
+        measuring._waiting_for(BOARD, lost(20, waited, monkeypatch))
+    assert len(waited) == 19
