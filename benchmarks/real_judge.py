@@ -86,11 +86,12 @@ class Judge:
         self.workers = workers or os.cpu_count() or 1
 
     def __enter__(self) -> Judge:
-        from planish.search.workers import Pool, cluster
+        from planish.search.shipping import stored
+        from planish.search.workers import Pool, Shared, cluster
 
         self._cluster = cluster("local", self.workers)
         self._cluster.__enter__()
-        self.pool = Pool(self.spec, self.workers, self.evaluator.task)
+        self.pool = Pool(Shared(self.spec, task=stored(self.evaluator.task)), self.workers)
         self._learn()
         return self
 

@@ -61,7 +61,7 @@ def write_artifact(
         compiler=compiler.name,
         library=library,
         device=device.name,
-        target={**device.target, **(instruction_set() if device.here else {})},
+        target={**device.target, **(device.instructions or (instruction_set() if device.here else {}))},
         threads=device.threads,
         inputs=inputs,
         outputs=outputs,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib import resources
 from math import inf
 from pathlib import Path
@@ -40,7 +40,8 @@ class Device:
 
     `macs_per_s` (by bits of the operands, all `threads` together) and `bytes_per_s` are peaks: bounds for a roofline,
     not predictions. `here` says that it is the machine this process runs on, so that it can be measured; `rpc`
-    (`host:port/key`) where a TVM RPC server or tracker leads to it.
+    (`host:port/key`) where a TVM RPC server or tracker leads to it. `instructions` and `identity` (its fingerprint)
+    are known of one that was pinned, so that other machines can compile for it.
     """
 
     name: str
@@ -56,6 +57,8 @@ class Device:
     here: bool
     source: str = ""
     rpc: str = ""
+    instructions: Mapping[str, str] = field(default_factory=dict)
+    identity: str = ""
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:

@@ -20,6 +20,8 @@ def fingerprint(device: Device) -> str:
     The clock is not part of it, because it changes by the minute; nor are names of hosts. A described device is told by
     its description.
     """
+    if device.identity:
+        return device.identity
     about: dict[str, object] = {"threads": device.threads, "target": dict(device.target)}
     if device.here:
         about |= {"machine": platform.machine(), "cpu": _processor(), "flags": sorted(cpu_flags()), "caches": _caches()}

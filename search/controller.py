@@ -15,11 +15,13 @@ from typing import TYPE_CHECKING
 from ..spaces.space import Candidate
 from .batches import Batches
 from .config import Spec
+from .device_worker import DeviceWorker, offered
 from .errors import UserError
 from .front import improves
 from .front_writer import FrontWriter
 from .ledger import Ledger
 from .library_phase import library
+from .measuring import waiting_for
 from .planish_sampler import SamplerTask
 from .predicting import keep_times
 from .progress import Progress
@@ -31,10 +33,11 @@ from .run import Run
 from .rundir import RunDirectory
 from .rungs import run_rung
 from .sampler import OPENS, WITH_TABLE, Proposer, opening, strongest
+from .shipping import stored
 from .steps import Steps
 from .task_note import write_task
 from .trial import State
-from .workers import Failure, Pool, cluster
+from .workers import Failure, Pool, Shared, cluster
 
 if TYPE_CHECKING:
     from .evaluate import Evaluator, Metrics
@@ -105,7 +108,8 @@ class _Search:
                 f"({'; '.join(f'{k}: {v}' for k, v in list(self.space.left_out.items())[:3])})"
             )
         with cluster(self.spec.address, self.spec.workers) as self.workers:
-            pool = Pool(self.spec, self.workers, self.task, self.evaluator.times)
+            self.shared = self._shared()
+            pool = Pool(self.shared, self.workers)
             try:
                 self._original(pool)
                 corners = self._reach(pool)
@@ -114,6 +118,17 @@ class _Search:
                 pool.close()
             self._finalists(self._rungs())
         return self._end()
+
+    def _shared(self) -> Shared:
+        """What the workers get; on a cluster the task goes into the object store, and a device may be a node's."""
+        evaluator = self.evaluator
+        if self.spec.address != "local":
+            for label, name in zip(self.spec.labels(), self.spec.device, strict=True):
+                if evaluator.devices[label].here and offered(name):
+                    worker = DeviceWorker(name)
+                    evaluator.move(label, waiting_for(label, worker.device), worker)
+        by_name = self.task is None and self.spec.address == "local"
+        return Shared(self.spec, evaluator.devices, None if by_name else stored(evaluator.task), evaluator.times)
 
     def _original(self, pool: Pool) -> None:
         """Trial 0: the original as it is, on the whole validation split, compiled and timed."""
@@ -219,7 +234,7 @@ class _Search:
                 self.progress.advance()
 
             if missing:
-                run_rung(self.spec, [ledger.job(n) for n in missing], until, epochs[-1], self.workers, self.task, done)
+                run_rung(self.shared, [ledger.job(n) for n in missing], until, epochs[-1], self.workers, done)
             alive = [n for n in entering if ledger.state(n) is not State.FAILED]
         return alive
 
@@ -231,7 +246,7 @@ class _Search:
         if not numbers:
             return
         finished: dict[int, Metrics] = {}
-        pool = Pool(self.spec, self.workers, self.task, self.evaluator.times)
+        pool = Pool(self.shared, self.workers)
         try:
             self.steps.evaluate(pool, "finish", numbers, (self.ledger.recipe(),), finished.__setitem__)
         finally:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from ..compilers.pinned import pinned
 from ..compilers.registry import compiler_for
 from ..compilers.verify import FLOAT_TOLERANCE, INT8_TOLERANCE
 from ..hwmodels.device import Device, parse_device
@@ -28,6 +29,7 @@ from ..spaces.trace import TracedModel, trace
 from .artifact_path import artifact_path
 from .atomic import write_json
 from .config import Spec
+from .device_worker import LocalTimer
 from .distill import distill
 from .distill_recipe import Recipe
 from .distill_state import CheckpointError, load_checkpoint
@@ -38,6 +40,7 @@ from .tensor_file import write_tensors
 
 if TYPE_CHECKING:
     from ..compilers.compiler import Compiler
+    from .measuring import Timer
 
 Metrics = dict[str, object]
 
@@ -58,29 +61,48 @@ class Job:
     folder: Path
 
 
+def devices_of(spec: Spec) -> dict[str, Device]:
+    """The devices of a search by label, each pinned.
+
+    Raises:
+        DeviceError: one is not known.
+    """
+    return {label: pinned(parse_device(name)) for label, name in zip(spec.labels(), spec.device, strict=True)}
+
+
 class Evaluator:
     """A task with its space on its devices, kept warm for many candidates."""
 
-    def __init__(self, spec: Spec, task: Task | None = None) -> None:
+    def __init__(self, spec: Spec, task: Task | None = None, devices: Mapping[str, Device] | None = None) -> None:
         """Loads the task (unless it is given), traces the model and proposes its space.
+
+        Args:
+            spec: The search as resolved.
+            task: If it has no name to load it by, or was loaded before.
+            devices: By label; None: as the specification names them, on this machine.
 
         Raises:
             ValueError: the task, the model or a device is not usable; one line says which and why.
         """
         self.spec = spec
-        self.devices: dict[str, Device] = {
-            label: parse_device(name) for label, name in zip(spec.labels(), spec.device, strict=True)
-        }
+        self.devices: dict[str, Device] = dict(devices) if devices else devices_of(spec)
         self.compilers: dict[str, Compiler] = {label: compiler_for(device) for label, device in self.devices.items()}
         self.task = task or load_task(spec.model, spec.data or None, spec.weights, seed=spec.seed)
         self.teacher = self.task.model
         self.traced: TracedModel = trace(self.teacher, self.task.data.example(1))
+        self.timers: dict[str, Timer] = {
+            label: LocalTimer(device, self.compilers[label]) for label, device in self.devices.items()
+        }
         # The database that latency models come from, where it is not the user's.
         self.times: Path | None = None
         lanes = spec.space.lanes or max(device.lanes for device in self.devices.values())
         self.proposal: Proposal = propose(
             self.traced, lanes=lanes, families=tuple(Kind(family) for family in spec.space.families)
         )
+
+    def move(self, label: str, device: Device, timer: Timer) -> None:
+        """Lets a device be another machine's: what is compiled and timed from now on is for that one."""
+        self.devices[label], self.timers[label] = device, timer
 
     @cached_property
     def calibration(self) -> Tensor:

@@ -14,6 +14,9 @@ from typing import Any
 
 from .task_error import TaskError
 
+# What the modules of users' files are called, with the file's name and a digest of its path.
+USER_MODULE = "planish_user_"
+
 
 def is_factory(name: str) -> bool:
     """Whether `name` has the form `file.py:callable` or `package.module:callable`."""
@@ -74,7 +77,7 @@ def _run(what: str, name: str, step: Any) -> Any:
 
 def _load_file(path: Path) -> ModuleType:
     digest = hashlib.sha256(str(path).encode()).hexdigest()[:8]
-    name = f"planish_user_{path.stem}_{digest}"
+    name = f"{USER_MODULE}{path.stem}_{digest}"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise ImportError(f"{path} is not a Python file")

@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from ..compilers.compiler import RunError
 from ..compilers.remote import DeviceLost
@@ -15,15 +15,29 @@ from .errors import UserError
 from .workers import Failure
 
 if TYPE_CHECKING:
-    from ..hwmodels.device import Device
     from .evaluate import Evaluator, Metrics
 
+_Result = TypeVar("_Result")
 _log = logging.getLogger(__name__)
 # Artifacts in one child process: they share its start and the original's runs.
 _TOGETHER = 8
 _ORIGINAL = "original"
-# A device that does not answer is waited for: so often, with so many seconds between.
+# A device that does not answer is waited for: so often, with a pause that doubles up to so many seconds.
 _TRIES, _BETWEEN_S = 20, 15.0
+
+
+class Timer(Protocol):
+    """Times artifacts on one device."""
+
+    def measure(self, artifacts: Mapping[str, Path], protocol: MeasureProtocol) -> Mapping[str, Measurement]:
+        """See `Compiler.measure`; DeviceLost where the device does not answer."""
+        ...
+
+    def site_times(
+        self, artifacts: Mapping[str, Path], protocol: MeasureProtocol
+    ) -> Mapping[str, list[tuple[str, str, float]]]:
+        """(kernel, site, seconds) of every kernel call of every artifact; DeviceLost where it does not answer."""
+        ...
 
 
 def measure_trials(
@@ -61,11 +75,11 @@ def measure_trials(
         retries=1,
     )
     results: dict[int, Metrics | Failure] = {number: {} for number in folders}
-    for label, device in evaluator.devices.items():
+    for label in evaluator.devices:
         reference = evaluator.artifact_folder(original, label, "artifact")
         paths = {number: evaluator.artifact_folder(folder, label, name) for number, folder in folders.items()}
         for number, measured in _on_device(
-            evaluator, label, device, paths, reference, protocol, (original_s or {}).get(label)
+            evaluator, label, paths, reference, protocol, (original_s or {}).get(label)
         ).items():
             before = results[number]
             if isinstance(before, Failure) or isinstance(measured, Failure):
@@ -81,13 +95,12 @@ def measure_trials(
 def _on_device(
     evaluator: Evaluator,
     label: str,
-    device: Device,
     paths: Mapping[int, Path],
     reference: Path,
     protocol: MeasureProtocol,
     original_s: float | None,
 ) -> dict[int, Metrics | Failure]:
-    compiler = evaluator.compilers[label]
+    timer = evaluator.timers[label]
     results: dict[int, Metrics | Failure] = {}
     waiting = list(paths)
     while waiting:
@@ -95,7 +108,7 @@ def _on_device(
         while group:
             artifacts = {_ORIGINAL: reference, **{str(n): paths[n] for n in group if paths[n] != reference}}
             try:
-                measured = _waiting_for(device, lambda: compiler.measure(artifacts, device, protocol))  # noqa: B023
+                measured = waiting_for(label, lambda: timer.measure(artifacts, protocol))  # noqa: B023
             except RunError as error:
                 if error.artifact is None or error.artifact == _ORIGINAL:
                     results |= {number: Failure(str(error)) for number in group}
@@ -113,8 +126,12 @@ def _on_device(
     return results
 
 
-def _waiting_for(device: Device, measure: Callable[[], Mapping[str, Measurement]]) -> Mapping[str, Measurement]:
-    """What a measurement gives, once the device answers."""
+def waiting_for(label: str, measure: Callable[[], _Result]) -> _Result:
+    """What a measurement gives, once the device of that label answers.
+
+    Raises:
+        UserError: it does not come back.
+    """
     for tried in range(_TRIES):
         try:
             return measure()
@@ -122,10 +139,9 @@ def _waiting_for(device: Device, measure: Callable[[], Mapping[str, Measurement]
             last = error
             _log.warning("%s; trying again (%d of %d)", error, tried + 1, _TRIES - 1)
             if tried < _TRIES - 1:
-                time.sleep(_BETWEEN_S)
+                time.sleep(min(_BETWEEN_S, 2.0**tried))
     raise UserError(
-        f"{last}, {_TRIES} times in a row; what was recorded is kept: once {device.name} answers, give the same "
-        "command again"
+        f"{last}, {_TRIES} times in a row; what was recorded is kept: once {label} answers, give the same command again"
     ) from last
 
 

@@ -10,33 +10,29 @@ from __future__ import annotations
 import logging
 import tempfile
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import UserError
-from .workers import Failure, evaluator_in_worker, guarded, job_from, job_to
+from .workers import Failure, Shared, answers, evaluator_in_worker, guarded, job_from, job_to
 
 if TYPE_CHECKING:
-    from .config import Spec
     from .evaluate import Job, Metrics
-    from .tasks import Task
 
 _RETRIES = 2
 
 
 def run_rung(
-    spec: Spec,
+    shared: Shared,
     jobs: Sequence[Job],
     epochs: int,
     total: int,
     workers: int,
-    task: Task | None,
     done: Callable[[int, Metrics | Failure], None],
 ) -> None:
     """Trains every job up to `epochs` of `total` on Ray Tune; `done` is called with its number as each one ends.
 
     Raises:
-        UserError: a worker cannot load the task; no trial is the worse for it.
+        UserError: a worker cannot load the task, or Ray itself has died; no trial is the worse for it.
     """
     from ray import tune
 
@@ -58,7 +54,7 @@ def run_rung(
     with tempfile.TemporaryDirectory(prefix="planish-tune-") as storage:
         tuner = tune.Tuner(
             tune.with_resources(
-                tune.with_parameters(_trainable(), spec=spec, task=task, place=Path.cwd()),
+                tune.with_parameters(_trainable(), shared=shared),
                 tune.PlacementGroupFactory([{"CPU": 1}]),
             ),
             param_space={"job": tune.grid_search([job_to(job) for job in jobs]), "epochs": epochs, "total": total},
@@ -76,6 +72,10 @@ def run_rung(
         tuner.fit()
     if mistakes:
         raise UserError(mistakes[0])
+    if outstanding and not answers():
+        raise UserError(
+            "Ray's own processes have died; what was recorded is kept: give the same command again to carry on"
+        )
     for number in sorted(outstanding):
         done(number, Failure(f"the training process died {_RETRIES + 1} times on it (killed, or out of memory)"))
 
@@ -86,15 +86,12 @@ def _trainable() -> type:
     class Rung(tune.Trainable):  # type: ignore[misc]
         """One candidate's training; the actor and its evaluator are reused for the next candidate."""
 
-        def setup(
-            self, config: dict[str, Any], spec: Spec | None = None, task: Task | None = None, place: Path | None = None
-        ) -> None:
-            assert spec is not None
-            assert place is not None
+        def setup(self, config: dict[str, Any], shared: Shared | None = None) -> None:
+            assert shared is not None
             self._job_config = config
             self._mistake = ""
             try:
-                self._evaluator = evaluator_in_worker(spec, task, place)
+                self._evaluator = evaluator_in_worker(shared)
             except UserError as error:
                 # Raised here it would be taken for the death of the process, and tried again for every candidate.
                 self._mistake = str(error)

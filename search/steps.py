@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..compilers.runner import site_times
 from ..hwmodels.measurement import MeasureProtocol
 from .atomic import write_json
 from .errors import UserError
 from .ledger import Ledger
-from .measuring import measure_trials
+from .measuring import measure_trials, waiting_for
 from .progress import Progress
 from .slow_sites import slow_sites
 from .trial import State
@@ -149,7 +148,7 @@ class Steps:
             str(n): self._evaluator.artifact_folder(self._folder.trial_folder(n), label, "artifact")
             for n in (0, *numbers)
         }
-        calls = site_times(folders, device, protocol)
+        calls = waiting_for(label, lambda: self._evaluator.timers[label].site_times(folders, protocol))
         for number in numbers:
             reasons = slow_sites(self._ledger.candidate(number), calls[str(number)], calls["0"])
             write_json(self._folder.trial_folder(number) / SLOW_SITES, reasons)

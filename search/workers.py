@@ -7,22 +7,27 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..spaces.space import Candidate
 from .errors import UserError
+from .shipping import own_code
 
 if TYPE_CHECKING:
+    from ..hwmodels.device import Device
     from .config import Spec
     from .evaluate import Job, Metrics
-    from .tasks import Task
 
 # A worker that dies (killed, out of memory) is started again; a candidate that kills it so often has failed.
 _RETRIES = 2
-# A node that cannot be reached is waited for: so often in a row, with so many seconds between.
-_UNREACHABLE, _UNREACHABLE_S = 300, 1.0
+_DIED_OF = "(killed, or out of memory)"
+# Workers that do not answer are waited for: so often in a row, with so many seconds between.
+_SILENT, _SILENT_S = 300, 1.0
+# A process for a task that does nothing is there within this, on a busy machine too.
+_ANSWER_S = 60.0
 
 
 class Failure(str):
@@ -56,7 +61,9 @@ def cluster(address: str, workers: int) -> Iterator[int]:
     else:
         settings = {"address": address, "log_to_driver": False, "logging_level": logging.ERROR}
     try:
-        ray.init(**settings)
+        with ExitStack() as kept:
+            code = kept.enter_context(own_code()) if address != "local" else {}
+            ray.init(**settings, runtime_env=code)
     except (ConnectionError, ValueError, RuntimeError) as error:
         reason = str(error).strip().splitlines()
         raise UserError(
@@ -69,25 +76,36 @@ def cluster(address: str, workers: int) -> Iterator[int]:
         ray.shutdown()
 
 
+@dataclass(frozen=True)
+class Shared:
+    """What every worker of a search gets.
+
+    Attributes:
+        spec: The search as resolved.
+        devices: By label, pinned: a worker's node may have another processor.
+        task: A reference to it in the object store; None where a worker loads it by its name.
+        times: The database of kernel times that latency is predicted from; None: the user's.
+        place: The folder that the search was launched from: a cluster's workers start in another, and whatever a
+            user's factory opens by a relative path is found from there.
+    """
+
+    spec: Spec
+    devices: Mapping[str, Device] | None = None
+    task: Any = None
+    times: Path | None = None
+    place: Path = field(default_factory=Path.cwd)
+
+
 class Pool:
     """Evaluation actors, as many as there are workers; each keeps one evaluator."""
 
-    def __init__(self, spec: Spec, workers: int, task: Task | None = None, times: Path | None = None) -> None:
-        """Starts the actors; they load the task at their first job.
-
-        Args:
-            spec: The search as resolved.
-            workers: How many actors of one core each.
-            task: The task itself, where it has no name to load it by.
-            times: The database of kernel times that latency is predicted from; None: the user's.
-        """
+    def __init__(self, shared: Shared, workers: int) -> None:
+        """Starts the actors, of one core each; they load the task at their first job."""
         import ray
 
-        self._ray = ray
+        self._ray, self._shared = ray, shared
         actor = ray.remote(num_cpus=1, max_restarts=-1, max_task_retries=0)(_Worker)
-        shared = ray.put(task) if task is not None else None
-        place = Path.cwd()
-        self._actors = [actor.remote(spec, shared, times, place) for _ in range(workers)]
+        self._actors = [actor.remote() for _ in range(workers)]
         self._busy: set[Any] = set()
 
     def run(
@@ -107,52 +125,61 @@ class Pool:
 
         It is asked whenever a worker is free, after `done` of what the worker did; None stands for none now, and if
         nothing runs, for the end.
+
+        A worker whose process died gets no job before it has answered again: where Ray itself dies, all of them die,
+        again and again, and no candidate is to blame.
         """
         ray = self._ray
         idle = list(self._actors)
-        running: dict[Any, tuple[Any, Job, tuple[Any, ...]]] = {}
+        # What runs: the actor, and its job; None where the actor is only asked whether it is alive.
+        running: dict[Any, tuple[Any, tuple[Job, tuple[Any, ...]] | None]] = {}
         again: list[tuple[Job, tuple[Any, ...]]] = []
         deaths: Counter[int] = Counter()
-        unreachable = 0
+        condemned: dict[Any, Job] = {}
+        silent = 0
         while True:
             while idle and (work := again.pop() if again else more()) is not None:
                 # The one that has rested longest: what has just died needs time to be started again.
-                job, arguments = work
                 actor = idle.pop(0)
-                running[actor.call.remote(method, job, arguments)] = (actor, job, arguments)
+                running[actor.call.remote(self._shared, method, *work)] = (actor, work)
                 self._busy.add(actor)
             if not running:
                 return
             [reference], _ = ray.wait(list(running), num_returns=1)
-            actor, job, arguments = running.pop(reference)
-            idle.append(actor)
+            actor, working = running.pop(reference)
             self._busy.discard(actor)
             try:
                 result = ray.get(reference)
-            except ray.exceptions.ActorUnavailableError as error:
-                # Its node cannot be reached, for which the candidate is not to blame; it may come back, or be replaced.
-                unreachable += 1
-                if unreachable > _UNREACHABLE:
+            except (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError) as error:
+                # One that cannot be reached may come back or be replaced; nobody knows that its process died.
+                if working is not None and isinstance(error, ray.exceptions.ActorUnavailableError):
+                    again.append(working)
+                elif working is not None:
+                    deaths[working[0].number] += 1
+                    if deaths[working[0].number] > _RETRIES:
+                        condemned[actor] = working[0]
+                    else:
+                        again.append(working)
+                silent += 1
+                if silent > _SILENT:
                     raise UserError(
-                        f"no worker could be reached for {_UNREACHABLE} tries, the last because {error}; what was "
-                        "recorded is kept: once the nodes are back, give the same command again"
+                        f"no worker answered for {_SILENT} tries, the last because {error}; what was recorded is "
+                        "kept: once Ray's nodes are back, give the same command again"
                     ) from error
-                time.sleep(_UNREACHABLE_S)
-                again.append((job, arguments))
+                time.sleep(_SILENT_S)
+                running[actor.answer.remote()] = (actor, None)
                 continue
-            except ray.exceptions.RayActorError:
-                deaths[job.number] += 1
-                if deaths[job.number] <= _RETRIES:
-                    again.append((job, arguments))
-                    continue
-                result = Failure(f"the worker process died {_RETRIES + 1} times on it (killed, or out of memory)")
             except ray.exceptions.RayTaskError as error:
                 cause = error.cause if isinstance(getattr(error, "cause", None), Exception) else error
                 if isinstance(cause, UserError):
                     raise cause from None
                 raise
-            unreachable = 0
-            done(job, result)
+            silent = 0
+            idle.append(actor)
+            if working is not None:
+                done(working[0], result)
+            elif actor in condemned:
+                done(condemned.pop(actor), Failure(f"the worker process died {_RETRIES + 1} times on it {_DIED_OF}"))
 
     def close(self) -> None:
         """Ends the actors, so that nothing of theirs runs while something is timed or trained elsewhere."""
@@ -164,36 +191,49 @@ class Pool:
 
 
 class _Worker:
-    """The actor."""
+    """The actor; `shared` comes with every call, because one that is started again knows nothing."""
 
-    def __init__(self, spec: Spec, task: Task | None, times: Path | None, place: Path) -> None:
-        self._spec, self._task, self._times, self._place = spec, task, times, place
+    def __init__(self) -> None:
         self._evaluator: Any = None
 
-    def call(self, method: str, job: Job, arguments: tuple[Any, ...]) -> Metrics | Failure:
+    def call(self, shared: Shared, method: str, job: Job, arguments: tuple[Any, ...]) -> Metrics | Failure:
         if self._evaluator is None:
-            self._evaluator = evaluator_in_worker(self._spec, self._task, self._place)
-            self._evaluator.times = self._times
+            self._evaluator = evaluator_in_worker(shared)
         return guarded(lambda: getattr(self._evaluator, method)(job, *arguments))
 
+    def answer(self) -> bool:
+        """Says that the process is there."""
+        return True
 
-def evaluator_in_worker(spec: Spec, task: Task | None, place: Path) -> Any:
-    """An evaluator in a process of its own, on one thread: workers share the machine's cores.
 
-    Args:
-        spec: The search as resolved.
-        task: The task itself, where it has no name to load it by.
-        place: The folder that the search was launched from: a cluster's workers start in another, and whatever a
-            user's factory opens by a relative path is found from there.
-    """
+def evaluator_in_worker(shared: Shared) -> Any:
+    """An evaluator in a process of its own, on one thread: workers share the machine's cores."""
+    import ray
     import torch
 
     from .evaluate import Evaluator
 
-    if place.is_dir():
-        os.chdir(place)
+    if shared.place.is_dir():
+        os.chdir(shared.place)
     torch.set_num_threads(1)
-    return Evaluator(spec, task)
+    task = None if shared.task is None else ray.get(shared.task)
+    evaluator = Evaluator(shared.spec, task, shared.devices)
+    evaluator.times = shared.times
+    return evaluator
+
+
+def answers(timeout_s: float = _ANSWER_S) -> bool:
+    """Whether Ray still runs what it is given: where its own processes have died, everything dies."""
+    import ray
+
+    try:
+        return bool(ray.get(ray.remote(num_cpus=0)(_true).remote(), timeout=timeout_s))
+    except ray.exceptions.RayError:
+        return False
+
+
+def _true() -> bool:
+    return True
 
 
 def guarded(step: Callable[[], Metrics]) -> Metrics | Failure:

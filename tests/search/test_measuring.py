@@ -33,7 +33,7 @@ def lost(times: int, waited: list[float], patch: pytest.MonkeyPatch) -> Callable
 
 def test_one_that_comes_back_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     waited: list[float] = []
-    assert measuring._waiting_for(BOARD, lost(19, waited, monkeypatch)) == FOUND
+    assert measuring.waiting_for(BOARD.name, lost(19, waited, monkeypatch)) == FOUND
     # The restart of a board takes minutes.
     assert 180 <= sum(waited) <= 600
 
@@ -41,5 +41,5 @@ def test_one_that_comes_back_is_measured(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_one_that_does_not_ends_the_search_with_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
     waited: list[float] = []
     with pytest.raises(UserError, match=r"Connection refused\), 20 times in a row; .* give the same command again"):
-        measuring._waiting_for(BOARD, lost(20, waited, monkeypatch))
+        measuring.waiting_for(BOARD.name, lost(20, waited, monkeypatch))
     assert len(waited) == 19
