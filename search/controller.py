@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from ..spaces.space import Candidate
 from .batches import Batches
 from .config import Spec
+from .counters import Counters
 from .device_worker import DeviceWorker, offered
 from .errors import UserError
 from .front import improves
@@ -123,6 +124,7 @@ class _Search:
         """What the workers get; on a cluster the task goes into the object store, and a device may be a node's."""
         evaluator = self.evaluator
         if self.spec.address != "local":
+            self.folder.listener = Counters(self.folder.path.name).event
             for label, name in zip(self.spec.labels(), self.spec.device, strict=True):
                 if evaluator.devices[label].here and offered(name):
                     worker = DeviceWorker(name)

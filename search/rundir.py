@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -31,6 +31,8 @@ class RunDirectory:
         self._lock = lock
         self._journal = Journal(self._trials_path) if lock else None
         self._new_session = True
+        # Told every event once it is on the disk.
+        self.listener: Callable[[Mapping[str, object]], None] | None = None
         # Only the holder of the lock writes, so what it has read and written is all there is.
         self._replay = self._added(self._journal.found()) if self._journal else None
 
@@ -256,6 +258,8 @@ class RunDirectory:
             self._new_session = False
         for event in self._journal.append(*events):
             self._replay.add(event)
+            if self.listener:
+                self.listener(event.data)
 
     def _read(self) -> Replay:
         return self._added(read_events(self._trials_path) if self._trials_path.exists() else ())

@@ -52,6 +52,9 @@ def cluster(address: str, workers: int) -> Iterator[int]:
     if address == "local":
         # Its processes then listen on loopback alone, as they do on systems where Ray has no clusters.
         os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+    elif _has_token():
+        # `ray start` asks for the token of its user wherever there is one; a program has to say that it brings it.
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
     import ray
 
     count = workers or os.cpu_count() or 1
@@ -94,6 +97,13 @@ class Shared:
     task: Any = None
     times: Path | None = None
     place: Path = field(default_factory=Path.cwd)
+
+
+def _has_token() -> bool:
+    """Whether the user has a token for Ray's clusters, where Ray looks for it."""
+    named = os.environ.get("RAY_AUTH_TOKEN_PATH")
+    home = Path(named) if named else Path.home() / ".ray" / "auth_token"
+    return bool(os.environ.get("RAY_AUTH_TOKEN")) or home.is_file()
 
 
 class Pool:

@@ -18,7 +18,9 @@ ORDER = ("spaces", "hwmodels", "compilers", "search")
 HOMES = {
     "tvm": ("compilers/*",),
     "tvm_ffi": ("compilers/*",),
-    "ray": ("search/workers.py", "search/rungs.py", "search/controller.py"),
+    "ray": tuple(
+        f"search/{name}.py" for name in ("workers", "rungs", "controller", "device_worker", "shipping", "counters")
+    ),
     "optuna": ("search/sampler.py", "search/planish_sampler.py", "search/study_log.py", "search/study_space.py"),
     "sklearn": ("*",),
     "torch_pruning": ("*",),
