@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..spaces.space import Candidate
 from .errors import UserError
-from .shipping import own_code
+from .shipping import fetched, own_code
 
 if TYPE_CHECKING:
     from ..hwmodels.device import Device
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 # A worker that dies (killed, out of memory) is started again; a candidate that kills it so often has failed.
 _RETRIES = 2
 _DIED_OF = "(killed, or out of memory)"
-# Workers that do not answer are waited for: so often in a row, with so many seconds between.
-_SILENT, _SILENT_S = 300, 1.0
+# Workers that do not answer are waited for so long, and asked this often.
+_SILENT_S, _BETWEEN_S = 300.0, 1.0
 # A process for a task that does nothing is there within this, on a busy machine too.
 _ANSWER_S = 60.0
 
@@ -146,7 +146,7 @@ class Pool:
         again: list[tuple[Job, tuple[Any, ...]]] = []
         deaths: Counter[int] = Counter()
         condemned: dict[Any, Job] = {}
-        silent = 0
+        silent_since: float | None = None
         while True:
             while idle and (work := again.pop() if again else more()) is not None:
                 # The one that has rested longest: what has just died needs time to be started again.
@@ -170,13 +170,13 @@ class Pool:
                         condemned[actor] = working[0]
                     else:
                         again.append(working)
-                silent += 1
-                if silent > _SILENT:
+                silent_since = silent_since or time.monotonic()
+                if time.monotonic() - silent_since > _SILENT_S:
                     raise UserError(
-                        f"no worker answered for {_SILENT} tries, the last because {error}; what was recorded is "
-                        "kept: once Ray's nodes are back, give the same command again"
+                        f"no worker has answered for {_SILENT_S:.0f} s, the last because {_first_line(error)}; what "
+                        "was recorded is kept: once Ray's nodes have what workers need, give the same command again"
                     ) from error
-                time.sleep(_SILENT_S)
+                time.sleep(_BETWEEN_S)
                 running[actor.answer.remote()] = (actor, None)
                 continue
             except ray.exceptions.RayTaskError as error:
@@ -184,7 +184,7 @@ class Pool:
                 if isinstance(cause, UserError):
                     raise cause from None
                 raise
-            silent = 0
+            silent_since = None
             idle.append(actor)
             if working is not None:
                 done(working[0], result)
@@ -218,7 +218,6 @@ class _Worker:
 
 def evaluator_in_worker(shared: Shared) -> Any:
     """An evaluator in a process of its own, on one thread: workers share the machine's cores."""
-    import ray
     import torch
 
     from .evaluate import Evaluator
@@ -226,7 +225,7 @@ def evaluator_in_worker(shared: Shared) -> Any:
     if shared.place.is_dir():
         os.chdir(shared.place)
     torch.set_num_threads(1)
-    task = None if shared.task is None else ray.get(shared.task)
+    task = None if shared.task is None else fetched(shared.task)
     evaluator = Evaluator(shared.spec, task, shared.devices)
     evaluator.times = shared.times
     return evaluator
@@ -240,6 +239,11 @@ def answers(timeout_s: float = _ANSWER_S) -> bool:
         return bool(ray.get(ray.remote(num_cpus=0)(_true).remote(), timeout=timeout_s))
     except ray.exceptions.RayError:
         return False
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
 def _true() -> bool:

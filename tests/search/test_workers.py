@@ -72,7 +72,9 @@ class Ray:
 
 def run(act: Callable[[str, int | None], Any], jobs: int, patch: pytest.MonkeyPatch, workers: int = 2) -> Any:
     """What two workers make of so many jobs: results by number, and the calls."""
-    patch.setattr(time, "sleep", lambda seconds: None)
+    passed = [0.0]
+    patch.setattr(time, "sleep", lambda seconds: passed.__setitem__(0, passed[0] + seconds))
+    patch.setattr(time, "monotonic", lambda: passed[0] + 1)
     ray = Ray(act)
     pool = object.__new__(Pool)
     pool._ray, pool._busy = ray, set()
@@ -115,7 +117,7 @@ def test_where_nobody_answers_no_candidate_is_to_blame(monkeypatch: pytest.Monke
     def act(worker: str, number: int | None) -> Any:
         return RayActorError("died")
 
-    with pytest.raises(UserError, match="give the same command again"):
+    with pytest.raises(UserError, match=r"no worker has answered for 300 s, the last because died; .* same command"):
         results, _ = run(act, 3, monkeypatch)
     assert not results
 
