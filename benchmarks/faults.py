@@ -9,7 +9,8 @@ one of its workers, Ray's raylet or Ray's head. Where that ends the search, it i
 killed journal had and the last one has not counts as lost, one that was recorded twice as repeated.
 
 **Nodes** (`--nodes`): the same search on a Ray cluster of three nodes on this machine; one leaves in the middle (its
-raylet is killed with all of its workers) and another joins.
+raylet is killed with all of its workers) and another joins. Then a search by measured latency on a cluster one node of
+which is the device: its worker is killed three times.
 
 **Scale** (`simulated_search.py`): evaluations that only take time, from a real trace, scaled to `--seconds`. The
 controller's cost is real: proposals, journal with fsync, study. The utilisation is that of the workers until the last
@@ -27,6 +28,8 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -82,8 +85,9 @@ def main() -> None:
             rows += found
             summary |= kill_summary(found)
         if args.nodes:
-            rows.append(node_row(Path(folder), wanted))
-            show(rows[-1])
+            for row in (node_row(Path(folder), wanted), device_row(Path(folder))):
+                rows.append(row)
+                show(row)
     if args.json:
         from compiled_speed import machine
 
@@ -209,32 +213,73 @@ def disturbed(folder: Path, run: Path, rng: random.Random, most: int) -> Row:
 
 def node_row(folder: Path, wanted: bytes) -> Row:
     """The search on three nodes of which one leaves and another joins."""
+    run = folder / "nodes"
+    with cluster_of(1) as cluster:
+        nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
+        cluster.wait_for_nodes()
+        process = start(folder / SPEC, run, "--address", cluster.address, "--workers", "3")
+        wait_for(process, run, "score", 5)
+        cluster.remove_node(nodes[0], allow_graceful=False)
+        cluster.add_node(num_cpus=1)
+        row = {"part": "nodes", **ended(process, run)}
+    return {**row, "same_front": (run / "front.json").exists() and (run / "front.json").read_bytes() == wanted}
+
+
+def device_row(folder: Path) -> Row:
+    """A search by measured latency, timed on a node that is the device, whose worker is killed three times."""
+    run = folder / "device"
+    killed = 0
+    with cluster_of(2) as cluster:
+        cluster.add_node(num_cpus=0, resources={"device:cpu": 1})
+        cluster.wait_for_nodes()
+        process = start(write_spec(folder, "measured.toml"), run, "--address", cluster.address, "--workers", "2")
+        for scored in (1, 4, 7):
+            wait_for(process, run, "score", scored)
+            workers = [p for p in psutil.process_iter() if "ray::_Timing" in " ".join(command_of(p))]
+            for worker in workers:
+                worker.kill()
+            killed += len(workers)
+        return {"part": "device", "killed": ["device worker"] * killed, **ended(process, run)}
+
+
+@contextmanager
+def cluster_of(cpus: int) -> Iterator[Any]:
+    """A Ray cluster on this machine whose head has so many cores."""
     import logging
 
     from ray.cluster_utils import Cluster
 
     logging.getLogger("ray").setLevel(logging.ERROR)
-    run, started = folder / "nodes", time.monotonic()
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": cpus, "include_dashboard": False})
     try:
-        nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
-        cluster.wait_for_nodes()
-        process = start(folder / SPEC, run, "--address", cluster.address, "--workers", "3")
-        while process.poll() is None and sum(e["event"] == "score" for e in events(run)) < 5:
-            time.sleep(0.2)
-        cluster.remove_node(nodes[0], allow_graceful=False)
-        cluster.add_node(num_cpus=1)
-        output, _ = process.communicate(timeout=_PATIENCE_S)
+        yield cluster
     finally:
         cluster.shutdown()
-    found = facts(run)
+
+
+def wait_for(process: subprocess.Popen[str], run: Path, kind: str, count: int) -> None:
+    """Until the journal has so many events of a kind, or the search has ended."""
+    while process.poll() is None and sum(e["event"] == kind for e in events(run)) < count:
+        time.sleep(0.2)
+
+
+def command_of(process: psutil.Process) -> list[str]:
+    """The command line of a process; none of one that is gone or another's."""
+    try:
+        return list(process.cmdline())
+    except psutil.Error:
+        return []
+
+
+def ended(process: subprocess.Popen[str], run: Path) -> Row:
+    """How a search ended."""
+    started = time.monotonic()
+    output, _ = process.communicate(timeout=_PATIENCE_S)
     return {
-        "part": "nodes",
         "code": process.returncode,
         "said": output[-300:] if process.returncode else "",
-        "repeated": sum(count - 1 for count in found.values()),
+        "repeated": sum(count - 1 for count in facts(run).values()),
         "failed": [event["error"] for event in events(run) if event.get("state") == "failed"],
-        "same_front": (run / "front.json").exists() and (run / "front.json").read_bytes() == wanted,
         "seconds": time.monotonic() - started,
     }
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from .errors import UserError
-from .objective import Budget, Objective
+from .objective import Budget, Objective, number
 from .pareto import ParetoFront
 from .trial import State, Trial, finite
 
@@ -149,8 +149,10 @@ def front_csv(front: Mapping[str, object]) -> str:
 def _cheapness(metrics: Mapping[str, object]) -> tuple[float, float]:
     """Seconds on the slowest device and the size, infinite where they are not known; less is better."""
     latency, size = metrics.get("latency_s"), metrics.get("size_bytes")
-    seconds = [float(entry["value"]) for entry in latency.values()] if isinstance(latency, Mapping) else []
-    return max(seconds, default=math.inf), float(size) if isinstance(size, (int, float)) else math.inf
+    by_device = latency.values() if isinstance(latency, Mapping) else ()
+    seconds = [number(entry.get("value")) if isinstance(entry, Mapping) else math.nan for entry in by_device]
+    slowest = math.inf if any(map(math.isnan, seconds)) else max(seconds, default=math.inf)
+    return slowest, math.inf if math.isnan(number(size)) else number(size)
 
 
 def _excess(bounds: Sequence[Objective], metrics: Mapping[str, object]) -> float:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from .atomic import sync_folder
 from .errors import UserError, file_mistakes
+from .json_text import parsed
 from .trial import finite
 
 
@@ -125,7 +126,7 @@ def _scan(path: Path) -> tuple[list[Event], int, int]:
 
 def _decode(line: bytes) -> Mapping[str, object] | None:
     try:
-        data = json.loads(line)
+        data = parsed(line)
     except (ValueError, RecursionError):
         return None
     return data if isinstance(data, dict) else None

@@ -13,6 +13,7 @@ import numpy as np
 from ..spaces.space import SearchSpace
 from .atomic import write_text
 from .errors import UserError
+from .json_text import parsed
 from .option_table import Array, OptionTable, Site
 
 _ADVICE = "delete it, and the run makes it again"
@@ -59,7 +60,7 @@ def read_library(path: Path, space: SearchSpace, key: str) -> OptionTable | None
         UserError: the file is damaged.
     """
     try:
-        document = json.loads(path.read_bytes())
+        document = parsed(path.read_bytes())
     except FileNotFoundError:
         return None
     except (ValueError, RecursionError) as error:

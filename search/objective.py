@@ -76,9 +76,7 @@ class Objective:
             by_device = entry if isinstance(entry, Mapping) else {}
             latency = by_device.get(device)
             entry = latency.get("value") if isinstance(latency, Mapping) else None
-        if isinstance(entry, bool) or not isinstance(entry, (int, float)):
-            return math.nan
-        return float(entry)
+        return number(entry)
 
     def ratio(self, metrics: Mapping[str, object], original: Mapping[str, object]) -> float:
         """The metric relative to the original's; NaN where either is absent or the original's is 0.
@@ -89,10 +87,20 @@ class Objective:
         name, device = split_metric(self.metric)
         measured = metrics.get("latency_ratio") if name == "latency" else None
         ratio = measured.get(device) if isinstance(measured, Mapping) else None
-        if isinstance(ratio, (int, float)):
-            return float(ratio)
+        if not math.isnan(number(ratio)):
+            return number(ratio)
         base = self.value(original)
         return self.value(metrics) / base if base else math.nan
+
+
+def number(value: object) -> float:
+    """The value as a float; NaN where it is none, or larger than any."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return math.nan
+    try:
+        return float(value)
+    except OverflowError:
+        return math.nan
 
 
 @dataclass(frozen=True)

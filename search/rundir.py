@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -13,6 +12,7 @@ from .config import Spec, load_spec
 from .errors import UserError, file_mistakes
 from .front import front_csv
 from .journal import Event, Journal, read_events
+from .json_text import parsed
 from .lock import FolderLock
 from .replay import FORMAT, History, Phase, Record, Replay
 from .trial import State, Trial
@@ -277,7 +277,7 @@ class RunDirectory:
     def _read_json(self, name: str) -> dict[str, object]:
         path = self.path / name
         try:
-            value = json.loads(path.read_bytes())
+            value = parsed(path.read_bytes())
         except FileNotFoundError:
             raise UserError(f"{path} does not exist yet; carry on with: planish resume {self.path}") from None
         except (ValueError, RecursionError) as error:

@@ -79,8 +79,8 @@ def stored(task: Task) -> Any:
         raise UserError(f"the task does not fit into Ray's object store: {_first_line(error)}; {_ROOM}") from error
     except (pickle.PicklingError, TypeError, AttributeError) as error:
         raise UserError(
-            f"the model or data cannot be sent to the workers: {_first_line(error.__cause__ or error)}; a factory in a file or in a "
-            "package that every node has installed can be"
+            f"the model or data cannot be sent to the workers: {_first_line(error.__cause__ or error)}; a factory in a "
+            "file or in a package that every node has installed can be"
         ) from error
     finally:
         for module in own:

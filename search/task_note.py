@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from .atomic import write_json
 from .errors import UserError
+from .json_text import parsed
 
 if TYPE_CHECKING:
     from .config import Spec
@@ -46,7 +46,7 @@ def read_task(run: Path, spec: Spec) -> TaskNote:
     if not path.exists():
         return _note(_from_data(spec))
     try:
-        return _note(json.loads(path.read_bytes()))
+        return _note(parsed(path.read_bytes()))
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path} is no task's note: {error}; delete it to have it made from the data again") from None
 

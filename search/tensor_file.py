@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .atomic import sync_folder
 from .errors import file_mistakes
+from .json_text import parsed
 
 _NOTE = "planish"
 
@@ -62,7 +63,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise FileNotFoundError(f"there is no file {path}")
     try:
         with safe_open(path, framework="pt") as file:
-            note = json.loads((file.metadata() or {})[_NOTE])
+            note = parsed((file.metadata() or {})[_NOTE])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
     except (SafetensorError, KeyError, ValueError, OSError, RecursionError) as error:
         reason = "it has no note of planish's" if isinstance(error, KeyError) else error

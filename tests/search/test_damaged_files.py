@@ -136,6 +136,16 @@ def test_a_damaged_recipe_costs_nothing_but_a_line(
     assert len(told.splitlines()) == 1
 
 
+@pytest.mark.parametrize("latency", [{"cpu": {}}, {"cpu": 3}, {"cpu": {"value": 10**400}}, {"cpu": None}])
+def test_a_latency_without_a_value_is_none(
+    sound: Path, latency: dict[str, object], capsys: pytest.CaptureFixture[str]
+) -> None:
+    front = json.loads((sound / "front.json").read_bytes())
+    for entry in front["front"]:
+        entry["metrics"]["latency_s"] = latency
+    read_everything(damaged(sound, "front.json", json.dumps(front).encode()), capsys)
+
+
 @pytest.mark.parametrize("content", [b"", b"[", b"[" * 100_000, b"null", b"{}", b"\xff\xfe", b'{"front": [{}]}'])
 @pytest.mark.parametrize("name", ["trials.jsonl", "spec.toml", *JSON_FILES])
 def test_files_of_something_else_are_told(
