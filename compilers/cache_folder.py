@@ -11,7 +11,7 @@ def cache_folder() -> Path:
     """`$PLANISH_CACHE`, or `planish` in the platform's cache folder; it may not exist yet."""
     named = os.environ.get("PLANISH_CACHE")
     if named:
-        return Path(named).expanduser()
+        return Path(os.path.expanduser(named))
     if sys.platform == "darwin":
         return Path.home() / "Library" / "Caches" / "planish"
     shared = os.environ.get("XDG_CACHE_HOME")

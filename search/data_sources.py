@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,7 +65,7 @@ def load_data(name: str) -> Data:
         raise TaskError(f"data {name!r} needs a folder; write {kind}:DIR")
     if folder and not source.folder:
         raise TaskError(f"data {name!r} takes no folder; write {kind}")
-    path = Path(folder).expanduser()
+    path = Path(os.path.expanduser(folder))
     if source.folder and not path.is_dir():
         raise TaskError(f"data {name!r}: {folder} is not a folder; give the one that holds the files")
     return source.load(path, _options(name, query, source.options))

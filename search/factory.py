@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import importlib.util
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -51,7 +52,7 @@ def call_factory(what: str, name: str) -> Any:
     """
     place, _, attribute = name.rpartition(":")
     is_file = place.endswith(".py")
-    path = Path(place).expanduser()
+    path = Path(os.path.expanduser(place))
     if is_file and not path.is_file():
         raise TaskError(f"{what} {name!r}: there is no file {path}; give its path from here or from the root")
     with _first_on_path(path.resolve().parent if is_file else Path.cwd()):

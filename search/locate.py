@@ -25,7 +25,7 @@ def located(values: Mapping[str, Value], bases: Sequence[Path]) -> dict[str, Val
     """
 
     def change(key: str, path: str, must_exist: bool) -> str:
-        home = Path(path).expanduser()
+        home = Path(os.path.expanduser(path))
         for base in bases:
             if (base / home).exists():
                 return os.path.abspath(base / home)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import re
 from collections.abc import Mapping
@@ -26,7 +27,7 @@ def load_weights(module: nn.Module, path: Path | str) -> None:
     Raises:
         TaskError: the file is missing or damaged, would have to run code to load, or does not fit the module.
     """
-    path = Path(path).expanduser()
+    path = Path(os.path.expanduser(path))
     weights = _strip(read_weights(path))
     own = module.state_dict()
     _check_names(path, own, weights)
