@@ -69,12 +69,14 @@ def run_rung(
                 stop={"training_iteration": 1},
             ),
         )
-        tuner.fit()
+        results = tuner.fit()
     if mistakes:
         raise UserError(mistakes[0])
-    if outstanding and not answers():
+    # Whoever did not end and did not fail either was stopped, with all of Tune.
+    if len(outstanding) > results.num_errors or (outstanding and not answers()):
         raise UserError(
-            "Ray's own processes have died; what was recorded is kept: give the same command again to carry on"
+            "Ray Tune or Ray's own processes were stopped; what was recorded is kept: give the same command again to "
+            "carry on"
         )
     for number in sorted(outstanding):
         done(number, Failure(f"the training process died {_RETRIES + 1} times on it (killed, or out of memory)"))

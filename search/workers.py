@@ -45,6 +45,8 @@ def cluster(address: str, workers: int) -> Iterator[int]:
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+    # Else Tune takes a Ctrl-C for the end of a rung, whose trials have then failed.
+    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
     os.environ.setdefault("TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S", "0")
     # Whatever a user's factory opens by a relative path is found from where the search was launched.
     os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"

@@ -88,8 +88,8 @@ def test_a_killed_worker_costs_no_trial_and_nobody_else_on_the_network_is_heard(
     assert not [e for e in ends if e["state"] == "failed"], ends
 
 
-def test_weights_that_are_gone_stop_the_search_with_one_line_and_cost_no_trial(
-    planish: Command, spec: Path, tmp_path: Path
+def test_weights_that_are_gone_stop_the_search_with_one_line_and_ctrl_c_says_how_to_carry_on(
+    spec: Path, tmp_path: Path
 ) -> None:
     run, weights = tmp_path / "run", spec.parent / "own.pt"
     process = start(spec, run)
@@ -100,18 +100,12 @@ def test_weights_that_are_gone_stop_the_search_with_one_line_and_cost_no_trial(
     assert process.returncode == 2, output
     assert "Traceback" not in output
     assert f"relative paths are looked for in the current folder, {spec.parent}" in output.splitlines()[-1]
-    assert not [e for e in events(run) if e["event"] == "end" and e["state"] == "failed"]
-    done = planish("resume", run)
-    assert done.returncode == 0, done.stderr
-    assert max(facts(run).values()) == 1
-
-
-def test_ctrl_c_says_how_to_carry_on(spec: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
     process = start(spec, run)
-    wait_for(run, "score", 1)
+    wait_for(run, "rung", 1)
     os.kill(process.pid, signal.SIGINT)
     output, _ = process.communicate(timeout=_PATIENCE_S)
     assert process.returncode == 130
     assert f"planish resume {run}" in output
     assert "Traceback" not in output
+    assert not [e for e in events(run) if e["event"] == "end" and e["state"] == "failed"]
+    assert max(facts(run).values()) == 1

@@ -211,5 +211,5 @@ def test_written_toml_reads_back(values: dict[str, object]) -> None:
 
 def test_the_home_of_a_user_who_is_not_here_is_a_path_like_any_other(tmp_path: Path) -> None:
     (tmp_path / "s.toml").write_text('model = "m"\ndata = "d"\nweights = "~nobody-here/w.pt"\n', encoding="utf-8")
-    with pytest.raises(UserError, match="weights names the file '~nobody-here/w.pt'"):
+    with pytest.raises(UserError, match=r"weights names the file '~nobody-here/w\.pt'"):
         load_spec(tmp_path / "s.toml")
