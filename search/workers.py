@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import subprocess
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -54,9 +56,9 @@ def cluster(address: str, workers: int) -> Iterator[int]:
     if address == "local":
         # Its processes then listen on loopback alone, as they do on systems where Ray has no clusters.
         os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
-    elif _has_token():
+    elif "RAY_AUTH_MODE" not in os.environ and _has_token() and not _is_open(address):
         # `ray start` asks for the token of its user wherever there is one; a program has to say that it brings it.
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
+        os.environ["RAY_AUTH_MODE"] = "token"
     import ray
 
     count = workers or os.cpu_count() or 1
@@ -106,6 +108,22 @@ def _has_token() -> bool:
     named = os.environ.get("RAY_AUTH_TOKEN_PATH")
     home = Path(named) if named else Path.home() / ".ray" / "auth_token"
     return bool(os.environ.get("RAY_AUTH_TOKEN")) or home.is_file()
+
+
+def _is_open(address: str) -> bool:
+    """Whether a cluster takes whoever comes, without a token.
+
+    Asked in a process of its own: Ray reads its mode once. One that brings a token to a cluster without is let in, and
+    then refuses what the cluster's nodes, who have none, ask of it.
+    """
+    code = (
+        "import logging, sys, ray; ray.init(address=sys.argv[1], logging_level=logging.CRITICAL, log_to_driver=False)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, address], env={**os.environ, "RAY_AUTH_MODE": "disabled"}, capture_output=True,
+        stdin=subprocess.DEVNULL, check=False,
+    )  # fmt: skip
+    return done.returncode == 0
 
 
 class Pool:
