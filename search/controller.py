@@ -65,7 +65,6 @@ def search_run(
         )
     RunDirectory.examine(out, spec)  # also before the model is loaded, which may take a minute
     evaluator = Evaluator(spec, task)
-    check_answers(evaluator.devices.values())
     described = [{"name": label, "title": d.title, "threads": d.threads} for label, d in evaluator.devices.items()]
     known = out.joinpath("spec.toml").exists()
     origin = provenance(spec, command, described)
@@ -103,6 +102,7 @@ class _Search:
             self.evaluator.times = keep_times(self.evaluator, self.folder.path)
         if self.ledger.phase() == "done":
             return Run(self.folder.path)
+        check_answers(self.evaluator.devices.values())
         if not self.space.choices:
             raise UserError(
                 "the model's space is empty: no layer has an option "

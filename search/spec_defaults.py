@@ -39,7 +39,7 @@ KEYS: Mapping[str, Key] = {
     "model": Key("text", "built-in name, package.module:factory, file.py:factory, hf:NAME or timm:NAME", required=True),
     "weights": Key("text", "state dict (.pt or .safetensors); empty: the model's own", ""),
     "data": Key("text", "built-in name, cifar10:DIR, fashion-mnist:DIR, images:DIR or file.py:factory", required=True),
-    "device": Key("texts", "a name of `planish devices` or a TOML file; several: a list", ("cpu",)),
+    "device": Key("texts", "a name (`planish devices`), a TOML file or rpc://host:port/key; several: a list", ("cpu",)),
     "budget": Key("texts", "what a result must keep, for instance latency<=0.5x; several: a list", ()),
     "objectives": Key("texts", "what is traded off", ("accuracy", "latency"), allowed=tuple(METRIC_KEYS)),
     "preset": Key("text", "how long to search", "default", allowed=PRESETS),
