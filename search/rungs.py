@@ -8,8 +8,11 @@ recorded, from the last epoch's checkpoint.
 from __future__ import annotations
 
 import logging
+import signal
 import tempfile
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from .errors import UserError
@@ -42,6 +45,10 @@ def run_rung(
     outstanding = {job.number for job in jobs}
 
     class Record(tune.Callback):  # type: ignore[misc]
+        def on_step_begin(self, iteration: int, trials: Any, **info: Any) -> None:
+            if pressed:
+                raise KeyboardInterrupt
+
         def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: Any, **info: Any) -> None:
             number = int(result["number"])
             if result.get("mistake"):
@@ -51,7 +58,7 @@ def run_rung(
                 failure = result.get("failure")
                 done(number, Failure(failure) if failure else dict(result["metrics"]))
 
-    with tempfile.TemporaryDirectory(prefix="planish-tune-") as storage:
+    with _interrupts() as pressed, tempfile.TemporaryDirectory(prefix="planish-tune-") as storage:
         tuner = tune.Tuner(
             tune.with_resources(
                 tune.with_parameters(_trainable(), shared=shared),
@@ -70,6 +77,8 @@ def run_rung(
             ),
         )
         results = tuner.fit()
+    if pressed:
+        raise KeyboardInterrupt
     if mistakes:
         raise UserError(mistakes[0])
     # Whoever did not end and did not fail either was stopped, with all of Tune.
@@ -80,6 +89,29 @@ def run_rung(
         )
     for number in sorted(outstanding):
         done(number, Failure(f"the training process died {_RETRIES + 1} times on it (killed, or out of memory)"))
+
+
+@contextmanager
+def _interrupts() -> Iterator[list[int]]:
+    """The Ctrl-C that were pressed; the first raises nothing, a second does.
+
+    Raised wherever Ray happens to be, in the middle of freeing an object for one, the exception is lost.
+    """
+    pressed: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield pressed
+        return
+
+    def note(number: int, frame: object) -> None:
+        pressed.append(number)
+        if len(pressed) > 1:
+            raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield pressed
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _trainable() -> type:
