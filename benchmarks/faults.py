@@ -85,9 +85,10 @@ def main() -> None:
             rows += found
             summary |= kill_summary(found)
         if args.nodes:
-            for row in (node_row(Path(folder), wanted), device_row(Path(folder))):
-                rows.append(row)
-                show(row)
+            rows.append(node_row(Path(folder), wanted))
+            show(rows[-1])
+            rows.append(device_row(Path(folder)))
+            show(rows[-1])
     if args.json:
         from compiled_speed import machine
 
