@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from ..compilers.compiler import Compiler
     from ..hwmodels.measurement import Measurement, MeasureProtocol
 
+# Enough to be placed on the node: `cpu` and `cpu?threads=2` are the same one, and another search may time there too.
+# That one measurement runs at a time is the device's lock's to see to.
+_SHARE = 0.001
 Calls = dict[str, list[tuple[str, str, float]]]
 
 
@@ -51,7 +54,7 @@ class DeviceWorker:
         import ray
 
         self._ray, self._name = ray, name
-        actor = ray.remote(num_cpus=0, resources={resource(name): 1}, max_restarts=-1, max_task_retries=0)(_Timing)
+        actor = ray.remote(num_cpus=0, resources={resource(name): _SHARE}, max_restarts=-1, max_task_retries=0)(_Timing)
         self._actor = actor.remote(name)
 
     def device(self) -> Device:

@@ -35,13 +35,14 @@ def fetched(reference: Any) -> Task:
         raise
     except ray.exceptions.RayError as error:
         raise UserError(
-            f"a node cannot read the task from Ray's object store: {_first_line(error)}; {_ROOM}; then give the same "
+            f"a node cannot read the task from Ray's object store: {first_line(error)}; {_ROOM}; then give the same "
             "command again"
         ) from error
     return task
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """Of what an error says; its kind where it says nothing."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
 
@@ -76,10 +77,10 @@ def stored(task: Task) -> Any:
     try:
         return ray.put(task)
     except ray.exceptions.RayError as error:
-        raise UserError(f"the task does not fit into Ray's object store: {_first_line(error)}; {_ROOM}") from error
+        raise UserError(f"the task does not fit into Ray's object store: {first_line(error)}; {_ROOM}") from error
     except (pickle.PicklingError, TypeError, AttributeError) as error:
         raise UserError(
-            f"the model or data cannot be sent to the workers: {_first_line(error.__cause__ or error)}; a factory in a "
+            f"the model or data cannot be sent to the workers: {first_line(error.__cause__ or error)}; a factory in a "
             "file or in a package that every node has installed can be"
         ) from error
     finally:

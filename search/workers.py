@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..spaces.space import Candidate
 from .errors import UserError
-from .shipping import fetched, own_code
+from .shipping import fetched, first_line, own_code
 
 if TYPE_CHECKING:
     from ..hwmodels.device import Device
@@ -193,7 +193,7 @@ class Pool:
                 silent_since = silent_since or time.monotonic()
                 if time.monotonic() - silent_since > _SILENT_S:
                     raise UserError(
-                        f"no worker has answered for {_SILENT_S:.0f} s, the last because {_first_line(error)}; what "
+                        f"no worker has answered for {_SILENT_S:.0f} s, the last because {first_line(error)}; what "
                         "was recorded is kept: once Ray's nodes have what workers need, give the same command again"
                     ) from error
                 time.sleep(_BETWEEN_S)
@@ -259,11 +259,6 @@ def answers(timeout_s: float = _ANSWER_S) -> bool:
         return bool(ray.get(ray.remote(num_cpus=0)(_true).remote(), timeout=timeout_s))
     except ray.exceptions.RayError:
         return False
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
 
 
 def _true() -> bool:

@@ -37,7 +37,9 @@ def cluster() -> Iterator[None]:
 def test_it_times_names_what_fails_and_comes_back(models: SimpleNamespace, tmp_path: Path) -> None:
     assert offered("cpu?threads=2")
     assert not offered("cpu/cortex-a72")
-    worker = DeviceWorker("cpu")
+    worker, beside = DeviceWorker("cpu"), DeviceWorker("cpu?threads=2")
+    assert beside.device().threads == 2
+    beside.close()
     here = pinned(parse_device("cpu"))
     assert worker.device() == here
     assert here.target["mcpu"] != "host"
