@@ -1,7 +1,7 @@
 """What a search survives: processes killed at random, and thousands of trials on hundreds of workers.
 
     python benchmarks/faults.py                  # 100 kills; 10 000 trials on 1 to 1000 simulated workers
-    python benchmarks/faults.py --quick          # 2 kills; 2000 trials on 1000 simulated workers
+    python benchmarks/faults.py --quick          # 1 kill; 10 000 trials of fewer choices on 1000 workers
 
 **Kills** (`--kills`): a short search (predicted latency, so that its front is a function of the seed) runs once
 undisturbed, then again and again while one of its processes is killed with SIGKILL at a random moment: the controller,
@@ -58,18 +58,19 @@ Row = dict[str, Any]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="2 kills; 2000 trials on 1000 workers")
+    parser.add_argument("--quick", action="store_true", help="1 kill; 10 000 trials of fewer choices on 1000 workers")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--nodes", action=argparse.BooleanOptionalAction, default=True, help="not with --quick")
     parser.add_argument("--trials", type=int, default=10_000)
     parser.add_argument("--workers", type=int, nargs="*", default=[1, 8, 64, 1000])
+    parser.add_argument("--sites", type=int, default=20, help="layers of the simulated searches, two choices each")
     parser.add_argument("--seconds", type=float, default=60.0, help="the mean of a simulated evaluation")
     parser.add_argument("--sampler", default="random", help="of the simulated searches")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     if args.quick:
-        args.kills, args.trials, args.workers, args.nodes = min(args.kills, 2), min(args.trials, 2000), [1000], False
+        args.kills, args.sites, args.workers, args.nodes = min(args.kills, 1), min(args.sites, 4), [1000], False
     rows: list[Row] = []
     summary: Row = {}
     with tempfile.TemporaryDirectory(prefix="planish-faults-") as folder:
@@ -109,6 +110,7 @@ def scale_row(folder: Path, workers: int, args: argparse.Namespace) -> Row:
         "batch": max(8, min(500, workers)),
         "ahead": 0 if workers == 1 else 8,
         "sampler": args.sampler,
+        "sites": args.sites,
     }
     process = psutil.Process()
     before = process.memory_info().rss

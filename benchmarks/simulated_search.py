@@ -68,11 +68,11 @@ class Clock:
 class SimulatedPool:
     """Stands for `planish.search.workers.Pool`."""
 
-    def __init__(self, workers: int, mean_s: float, clock: Clock, seed: int = 0) -> None:
+    def __init__(self, workers: int, mean_s: float, clock: Clock, sites: int = SITES, seed: int = 0) -> None:
         durations = np.array(json.loads(TRACE.read_text(encoding="utf-8"))["seconds"])
         self._durations = durations / durations.mean() * mean_s
         self._rng = np.random.default_rng(seed)
-        self._workers, self._clock = workers, clock
+        self._workers, self._clock, self._sites = workers, clock, sites
 
     def run(self, method: str, jobs: Any, done: Callable[[Any, Any], None]) -> None:
         """As the pool's."""
@@ -99,12 +99,12 @@ class SimulatedPool:
             ends, _, job = heapq.heappop(running)
             clock.now_s = max(clock.now_s, ends)
             idle += 1
-            done(job, metrics_of(job.candidate))
+            done(job, metrics_of(job.candidate, self._sites))
             clock.ended()
 
 
 def simulate(
-    folder: Path, *, trials: int, workers: int, mean_s: float, batch: int, ahead: int, sampler: str
+    folder: Path, *, trials: int, workers: int, mean_s: float, batch: int, ahead: int, sampler: str, sites: int = SITES
 ) -> dict[str, Any]:
     """A whole search phase in a new run folder, or the rest of one that is there.
 
@@ -131,7 +131,7 @@ def simulate(
             "distill.survivors": (1,),
         },
     )  # fmt: skip
-    space = space_of()
+    space = space_of(sites)
     with RunDirectory.create(folder, spec, {}) as run:
         ledger = Ledger(run, spec)
         if not ledger.records:
@@ -143,7 +143,7 @@ def simulate(
         table = table_of(space) if sampler in WITH_TABLE else None
         task = SamplerTask(table, spec.targets(), (0.95, 1e-3), {}, classes=10) if table else None
         proposer = Proposer(folder / "study.log", space, sampler, spec.seed, ("maximize", "minimize"), task=task)
-        pool = SimulatedPool(workers, mean_s, clock)
+        pool = SimulatedPool(workers, mean_s, clock, sites)
         Batches(ledger, steps, proposer, 1).rest(pool)  # type: ignore[arg-type]
         ready_s = clock.asked_s or time.perf_counter() - clock.begun_s
         proposer.close()
@@ -155,12 +155,12 @@ def simulate(
     }
 
 
-def space_of() -> Any:
-    """20 sites with a pruning ratio and a bit width each."""
+def space_of(sites: int = SITES) -> Any:
+    """Sites with a pruning ratio and a bit width each."""
     from planish.spaces.space import Choice, Kind, SearchSpace
 
     choices = []
-    for site in range(SITES):
+    for site in range(sites):
         choices.append(Choice(f"layer{site}", Kind.PRUNE, (None, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75)))
         choices.append(Choice(f"layer{site}", Kind.BITS, (None, 8, 4)))
     return SearchSpace(tuple(choices), {})
@@ -174,23 +174,23 @@ def table_of(space: Any) -> Any:
     for choice in space.choices:
         strength = np.arange(len(choice.options)) / len(choice.options)
         errors.append(0.02 * strength**2)
-    for site in range(SITES):
+    for site in range(len(space.choices) // 2):
         own = (2 * site, 2 * site + 1)
         combinations = np.array(every_level([len(space.choices[place].options) for place in own]))
         prune, bits = combinations.T
-        cost = (1 - prune / 8) * np.array([1.0, 0.55, 0.475])[bits] / SITES * 1e-3
+        cost = (1 - prune / 8) * np.array([1.0, 0.55, 0.475])[bits] / len(space.choices) * 2e-3
         summed = errors[own[0]][prune] + errors[own[1]][bits]
         sites.append(Site(f"layer{site}", (), own, combinations, summed, {"latency[cpu]": cost}))
     return OptionTable(space, {}, {}, tuple(sites), {"latency[cpu]": 0.0}, tuple(errors), {})
 
 
-def metrics_of(candidate: Any) -> dict[str, Any]:
+def metrics_of(candidate: Any, sites: int) -> dict[str, Any]:
     """Metrics that contradict each other, from the options alone."""
     kept, bits = 1.0, 0.0
     for name, option in candidate.options.items():
         if option is not None:
-            kept -= float(option) / SITES if name.endswith("prune") else 0.0
-            bits += (1 - float(option) / 32) / SITES if name.endswith("bits") else 0.0
+            kept -= float(option) / sites if name.endswith("prune") else 0.0
+            bits += (1 - float(option) / 32) / sites if name.endswith("bits") else 0.0
     latency = 1e-3 * max(0.05, kept) * (1 - 0.6 * bits)
     accuracy = 0.95 - 0.3 * (1 - kept) ** 2 - 0.1 * bits**2
     return {

@@ -56,6 +56,8 @@ def cluster(address: str, workers: int) -> Iterator[int]:
     if address == "local":
         # Its processes then listen on loopback alone, as they do on systems where Ray has no clusters.
         os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+        # Where its head dies, nothing brings it back: the session ends, to be carried on, after this and not a minute.
+        os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "15")
     elif "RAY_AUTH_MODE" not in os.environ and _has_token() and not _is_open(address):
         # `ray start` asks for the token of its user wherever there is one; a program has to say that it brings it.
         os.environ["RAY_AUTH_MODE"] = "token"
