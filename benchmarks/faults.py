@@ -8,9 +8,9 @@ undisturbed, then again and again while one of its processes is killed with SIGK
 one of its workers, Ray's raylet or Ray's head. Where that ends the search, it is resumed. A finished evaluation that a
 killed journal had and the last one has not counts as lost, one that was recorded twice as repeated.
 
-**Nodes** (`--nodes`): the same search on a Ray cluster of three nodes on this machine; one leaves in the middle (its
-raylet is killed with all of its workers) and another joins. Then a search by measured latency on a cluster one node of
-which is the device: its worker is killed three times.
+**Nodes** (`--nodes`): the same search on a Ray cluster of three nodes on this machine; one leaves (its raylet is killed
+with all of its workers) and another joins, while candidates are scored and again within a rung. Then a search by
+measured latency on a cluster one node of which is the device: its worker is killed three times.
 
 **Scale** (`simulated_search.py`): evaluations that only take time, from a real trace, scaled to `--seconds`. The
 controller's cost is real: proposals, journal with fsync, study. The utilisation is that of the workers until the last
@@ -215,7 +215,7 @@ def disturbed(folder: Path, run: Path, rng: random.Random, most: int) -> Row:
 
 
 def node_row(folder: Path, wanted: bytes) -> Row:
-    """The search on three nodes of which one leaves and another joins."""
+    """The search on three nodes: twice one leaves and another joins, while candidates are scored and within a rung."""
     run = folder / "nodes"
     with cluster_of(1) as cluster:
         nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
@@ -224,7 +224,13 @@ def node_row(folder: Path, wanted: bytes) -> Row:
         wait_for(process, run, "score", 5)
         cluster.remove_node(nodes[0], allow_graceful=False)
         cluster.add_node(num_cpus=1)
-        row = {"part": "nodes", **ended(process, run)}
+        training: list[psutil.Process] = []
+        while process.poll() is None and not training:
+            time.sleep(0.2)
+            training = workers_of(nodes[1], "ray::Rung")
+        cluster.remove_node(nodes[1], allow_graceful=False)
+        cluster.add_node(num_cpus=1)
+        row = {"part": "nodes", "trainings_lost": len(training), **ended(process, run)}
     return {**row, "same_front": (run / "front.json").exists() and (run / "front.json").read_bytes() == wanted}
 
 
@@ -264,6 +270,12 @@ def wait_for(process: subprocess.Popen[str], run: Path, kind: str, count: int) -
     """Until the journal has so many events of a kind, or the search has ended."""
     while process.poll() is None and sum(e["event"] == kind for e in events(run)) < count:
         time.sleep(0.2)
+
+
+def workers_of(node: Any, mark: str) -> list[psutil.Process]:
+    """A Ray node's worker processes with a mark in their command line."""
+    raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
+    return [worker for worker in raylet.children(recursive=True) if mark in " ".join(command_of(worker))]
 
 
 def command_of(process: psutil.Process) -> list[str]:
