@@ -192,6 +192,11 @@ class Pool:
                         condemned[actor] = working[0]
                     else:
                         again.append(working)
+                if _left_behind(ray):
+                    raise UserError(
+                        "Ray's process on this machine has died, and with it every worker of this session; what was "
+                        "recorded is kept: give the same command again to carry on"
+                    ) from error
                 silent_since = silent_since or time.monotonic()
                 if time.monotonic() - silent_since > _SILENT_S:
                     raise UserError(
@@ -251,6 +256,12 @@ def evaluator_in_worker(shared: Shared) -> Any:
     evaluator = Evaluator(shared.spec, task, shared.devices)
     evaluator.times = shared.times
     return evaluator
+
+
+def _left_behind(ray: Any) -> bool:
+    """Whether the node that this program belongs to is dead: what it owns dies with it, and nothing comes back."""
+    own = ray.get_runtime_context().get_node_id()
+    return own not in {node["NodeID"] for node in ray.nodes() if node["Alive"]}
 
 
 def answers(timeout_s: float = _ANSWER_S) -> bool:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -41,6 +42,13 @@ class Ray:
         self.act = act
         self.results: dict[object, Any] = {}
         self.calls: list[tuple[str, int | None]] = []
+        self.alive = True
+
+    def get_runtime_context(self) -> Any:
+        return SimpleNamespace(get_node_id=lambda: "own")
+
+    def nodes(self) -> list[dict[str, Any]]:
+        return [{"NodeID": "own", "Alive": self.alive}, {"NodeID": "other", "Alive": True}]
 
     def wait(self, references: list[object], num_returns: int) -> tuple[list[object], list[object]]:
         return references[:1], references[1:]
@@ -70,12 +78,15 @@ class Ray:
         return Actor()
 
 
-def run(act: Callable[[str, int | None], Any], jobs: int, patch: pytest.MonkeyPatch, workers: int = 2) -> Any:
+def run(
+    act: Callable[[str, int | None], Any], jobs: int, patch: pytest.MonkeyPatch, workers: int = 2, alive: bool = True
+) -> Any:
     """What two workers make of so many jobs: results by number, and the calls."""
     passed = [0.0]
     patch.setattr(time, "sleep", lambda seconds: passed.__setitem__(0, passed[0] + seconds))
     patch.setattr(time, "monotonic", lambda: passed[0] + 1)
     ray = Ray(act)
+    ray.alive = alive
     pool = object.__new__(Pool)
     pool._ray, pool._busy = ray, set()
     pool._shared = Shared(load_spec(None, {"model": "digits-resnet", "data": "digits32"}))
@@ -120,6 +131,11 @@ def test_where_nobody_answers_no_candidate_is_to_blame(monkeypatch: pytest.Monke
     with pytest.raises(UserError, match=r"no worker has answered for 300 s, the last because died; .* same command"):
         results, _ = run(act, 3, monkeypatch)
     assert not results
+
+
+def test_where_the_node_of_the_search_itself_is_dead_it_does_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match=r"Ray's process on this machine has died.*give the same command again"):
+        run(lambda worker, number: RayActorError("its owner has died"), 3, monkeypatch, alive=False)
 
 
 def test_one_that_could_not_be_reached_costs_its_candidate_no_try(monkeypatch: pytest.MonkeyPatch) -> None:
