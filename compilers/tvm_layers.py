@@ -14,11 +14,12 @@ from math import ceil, prod
 
 from ..hwmodels.device import Device
 from ..hwmodels.workload import Workload
+from ..spaces.bit_widths import PAIRS
 from ..spaces.layer_shapes import LayerShape
 from .cpu.convspec import ConvSpec, Step
 from .cpu.dense import DenseSpec
-from .cpu.machine import Machine
-from .cpu.tiles import choices
+from .cpu.machine import Dot, Machine
+from .cpu.tiles import WinogradTile, choices
 from .tvm_build import cpu_machine
 from .tvm_lower_conv import PARALLEL_MACS
 from .tvm_workloads import workload_of
@@ -38,11 +39,20 @@ def layer_workloads(device: Device) -> Callable[[Sequence[LayerShape]], list[Wor
     def one(layer: LayerShape) -> Workload:
         return _dense(layer, machine) if layer.op == "linear" else _convolution(layer, machine)
 
-    return lambda layers: [one(replace(layer, entries=0, stored_bits=min(layer.bits, 32))) for layer in layers]
+    return lambda layers: [one(replace(layer, entries=0, stored_bits=_kind(layer))) for layer in layers]
+
+
+def _kind(layer: LayerShape) -> int:
+    """What of the stored bits a kernel of bytes may depend on."""
+    return layer.stored_bits if layer.bits == 8 else layer.bits
+
+
+def _dot(layer: LayerShape, machine: Machine) -> Dot | None:
+    return machine.dot_for(PAIRS[layer.stored_bits]) if layer.bits == 8 else None
 
 
 def _dense(layer: LayerShape, machine: Machine) -> Workload:
-    rows, dot = prod(layer.writes), machine.dot if layer.bits == 8 else None
+    rows, dot = prod(layer.writes), _dot(layer, machine)
     steps = (Step("scale"), Step("bias")) if dot else (Step("bias"),)
     threads = machine.threads if layer.macs >= PARALLEL_MACS else 1
     spec = DenseSpec(
@@ -56,8 +66,9 @@ def _dense(layer: LayerShape, machine: Machine) -> Workload:
 
 
 def _convolution(layer: LayerShape, machine: Machine) -> Workload:
-    lanes, dot = machine.lanes, machine.dot if layer.bits == 8 else None
+    lanes = machine.lanes
     depthwise = layer.groups == layer.inputs == layer.outputs and layer.groups > 1
+    dot = machine.dot if depthwise and layer.bits == 8 else _dot(layer, machine)
     groups = 1 if depthwise else _whole_groups(layer, lanes)
     plain = not depthwise and layer.inputs < lanes
     in_lanes = (dot.depth if dot else 1) if plain else lanes
@@ -71,6 +82,8 @@ def _convolution(layer: LayerShape, machine: Machine) -> Workload:
         spec = replace(spec, threads=machine.threads)
     bound = _USUAL_SUM * layer.inputs // groups * prod(layer.kernel) if dot else 0
     choice = choices(spec, machine, largest_sum=bound)[0]
+    if dot and isinstance(choice, WinogradTile):
+        spec = replace(spec, dot=machine.dot)
     size = 1 if dot else 4
     weights = layer.outputs * layer.inputs // groups * prod(layer.kernel) * size
     data = (ceil(layer.inputs / in_lanes) * in_lanes) * prod(layer.reads)

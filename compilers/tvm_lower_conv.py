@@ -10,7 +10,7 @@ from tvm import relax
 from .cpu.convspec import ConvSpec, Step
 from .cpu.epilogue import quantize_numbers
 from .cpu.kernels import conv_kernel, conv_weights
-from .cpu.packing import largest_sum, per_channel
+from .cpu.packing import largest_pair, largest_sum, per_channel
 from .cpu.tiles import Choice, WinogradTile, choices
 from .tvm_affine import leading_affine
 from .tvm_graph import Array, Chain, ChainStep, static_shape
@@ -51,7 +51,9 @@ def lower_convolution(values: Values, chain: Chain) -> None:
     if not int8:
         weight = weight * affine[0].reshape(-1, 1, 1, 1)
     plain = not depthwise and c < values.lanes and source not in values.blocked
-    dot = values.target.dot if int8 else None
+    dot = None
+    if int8:
+        dot = values.target.dot if depthwise else values.target.dot_for(largest_pair(weight))
     in_lanes = (dot.depth if dot else 1) if plain else values.lanes
     plain = in_lanes != values.lanes
     arrays = ([("scale", affine[0])] if int8 else []) + [("bias", affine[1])]
@@ -71,6 +73,8 @@ def lower_convolution(values: Values, chain: Chain) -> None:
         data, spec = values.quantized(data, *values.quantizer(head.args[0])), replace(spec, quantize=False)
     bound = largest_sum(weight, zero_point) if int8 else 0
     choice = choices(spec, values.target, values.graph.weight_count, bound)[0]
+    if int8 and isinstance(choice, WinogradTile):  # it multiplies words, and is one kernel whatever the weights are
+        spec = replace(spec, dot=values.target.dot)
     arguments = [data]
     if int8:
         # 1 / scale counts only where this kernel quantises.

@@ -8,7 +8,7 @@ from tvm import relax
 from .cpu.convspec import Step
 from .cpu.dense import DenseSpec, dense
 from .cpu.epilogue import quantize_numbers
-from .cpu.packing import dense_float, dense_int8, per_channel
+from .cpu.packing import dense_float, dense_int8, largest_pair, per_channel
 from .tvm_affine import leading_affine
 from .tvm_graph import Chain, ChainStep, static_shape
 from .tvm_lower_conv import PARALLEL_MACS
@@ -39,7 +39,7 @@ def lower_dense(values: Values, chain: Chain) -> None:
     if not int8:
         weight = weight * affine[0].reshape(-1, 1)
     arrays = ([("scale", affine[0])] if int8 else []) + [("bias", affine[1])]
-    m, dot = int(np.prod(shape[:-1])), values.target.dot if int8 else None
+    m, dot = int(np.prod(shape[:-1])), values.target.dot_for(largest_pair(weight)) if int8 else None
     spec = DenseSpec(
         m=m, k=k, o=o, lanes=values.lanes, dot=dot, quantize=quantize,
         steps=(*(Step(name) for name, _ in arrays), *(step.step for step in rest)),

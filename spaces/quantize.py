@@ -11,13 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .bit_widths import LEVELS, PAIRS
 from .cluster import SharedConv2d, SharedLinear, materialise, weight_of
 from .integer import IntegerConv2d, IntegerLinear, qconv2d, qlinear, quantize
 from .moments import batches, run, watching
 
-__all__ = ["Quantized", "Range", "deploy", "input_ranges", "qconv2d", "qlinear", "quantize"]
+__all__ = ["LEVELS", "PAIRS", "Quantized", "Range", "deploy", "input_ranges", "qconv2d", "qlinear", "quantize"]
 
-LEVELS = {8: 127, 4: 7}  # the largest weight of each width; symmetric, so that -128 and -8 are never used
 INPUT_LEVELS = 255
 MOMENTUM = 0.01  # of the input range in training
 SAMPLE = 32768  # values of a layer's input that choose its range
@@ -37,12 +37,15 @@ class Quantized(nn.Module):
     """A convolution or linear layer with integer weights and inputs, simulated in float32.
 
     The forward pass computes with integers: the input as q = clamp(round(x / s) + z, 0, 255) - z, the weight as
-    clamp(round(w / s_o), -L, L) with L = 127 (8 bits) or 7 (4 bits) and one scale an output channel, and
-    y = (q * w) s s_o + bias. The sum q * w of integers held in float32 is exact below 2^24; above, it may differ from
+    round(w / s_o), limited, with one scale an output channel, and y = (q * w) s s_o + bias. Weights of 4 bits are at
+    most 7. Of 8 bits the inputs 2i and 2i + 1 are limited together: their two weights, where the sum of their
+    magnitudes exceeds 127, are shortened to it in proportion before they are rounded, so that it is at most 128. The
+    sum q * w of integers held in float32 is exact below 2^24; above, it may differ from
     the exported integer operator by float32's rounding. Gradients pass the rounding unchanged (straight-through, Bengio
     et al. 2013) and are zero where the input is clipped.
 
-    The weight's scale follows the weight: `clip` (o,) is the part of a channel's largest magnitude that L stands for.
+    The weight's scale follows the weight: `clip` (o,) is the part of a channel's largest magnitude, or of its largest
+    sum of two, that the limit stands for.
     The input's range `low`, `high` (scalars, low <= 0 <= high) follows the inputs in training mode by a moving average
     of `shrink` times the range of the batch (Jacob et al. 2018), and stays in eval mode.
     """
@@ -58,7 +61,7 @@ class Quantized(nn.Module):
             raise ValueError(f"{bits} bits are not supported; known are {', '.join(map(str, sorted(LEVELS)))}")
         self.inner = inner
         self.bits = bits
-        self.register_buffer("clip", _best_clip(weight_of(inner).detach(), LEVELS[bits]))
+        self.register_buffer("clip", _best_clip(weight_of(inner).detach(), bits))
         self.register_buffer("low", torch.tensor(min(0.0, seen.low * seen.shrink), dtype=torch.float32))
         self.register_buffer("high", torch.tensor(max(0.0, seen.high * seen.shrink), dtype=torch.float32))
         self.register_buffer("shrink", torch.tensor(seen.shrink, dtype=torch.float32))
@@ -70,7 +73,7 @@ class Quantized(nn.Module):
         steps = torch.clamp(_round(x / scale) + zero_point, 0, INPUT_LEVELS) - zero_point
         weight = weight_of(self.inner)
         weight_scale = self.weight_scale(weight.detach())
-        whole = torch.clamp(_round(weight / _column(weight_scale, weight)), -LEVELS[self.bits], LEVELS[self.bits])
+        whole = _round(_limited(weight / _column(weight_scale, weight), self.bits))
         inner = self.inner
         bias = torch.zeros_like(weight_scale) if inner.bias is None else inner.bias
         if isinstance(inner, nn.Linear):
@@ -85,14 +88,13 @@ class Quantized(nn.Module):
 
     def weight_scale(self, weight: Tensor) -> Tensor:
         """The scale (o,) of each output channel."""
-        return (weight.flatten(1).abs().amax(1) * self.clip / LEVELS[self.bits]).clamp_min(1e-12)
+        return (_peak(weight, self.bits) * self.clip / LEVELS[self.bits]).clamp_min(1e-12)
 
     def integer(self) -> IntegerConv2d | IntegerLinear:
         """The same layer with int8 weights, calling the integer operators."""
         weight = weight_of(self.inner).detach()
         weight_scale = self.weight_scale(weight)
-        levels = LEVELS[self.bits]
-        whole = torch.clamp(torch.round(weight / _column(weight_scale, weight)), -levels, levels).to(torch.int8)
+        whole = torch.round(_limited(weight / _column(weight_scale, weight), self.bits)).to(torch.int8)
         scale, zero_point = self.input_scale()
         bias = torch.zeros_like(weight_scale) if self.inner.bias is None else self.inner.bias.detach().clone()
         values = (whole, scale * weight_scale, bias, float(scale), int(zero_point))
@@ -165,14 +167,36 @@ def _column(scale: Tensor, weight: Tensor) -> Tensor:
     return scale.reshape(-1, *[1] * (weight.ndim - 1))
 
 
-def _best_clip(weight: Tensor, levels: int) -> Tensor:
-    """For every output channel the part of its largest magnitude that gives the least squared error, (o,)."""
-    rows = weight.flatten(1)
-    peak = rows.abs().amax(1, keepdim=True).clamp_min(1e-12)
+def _sums_of_pairs(weight: Tensor) -> Tensor:
+    """For every weight (o, i, ...) the sum of magnitudes of the two that are limited together, itself and another."""
+    sizes = weight.abs()
+    sums = sizes.clone()
+    whole = weight.shape[1] // 2 * 2
+    sums[:, 0:whole:2] += sizes[:, 1:whole:2]
+    sums[:, 1:whole:2] += sizes[:, 0:whole:2]
+    return sums
+
+
+def _peak(weight: Tensor, bits: int) -> Tensor:
+    """The largest magnitude of every output channel, or for 8 bits the largest sum of two, (o,)."""
+    return (_sums_of_pairs(weight) if bits == 8 else weight.abs()).flatten(1).amax(1)
+
+
+def _limited(steps: Tensor, bits: int) -> Tensor:
+    """Weights in steps of their scale, so that rounded they keep to `LEVELS` and `PAIRS`."""
+    levels = LEVELS[bits]
+    if bits != 8:
+        return torch.clamp(steps, -levels, levels)
+    return steps * (levels / _sums_of_pairs(steps.detach())).clamp_max(1.0)
+
+
+def _best_clip(weight: Tensor, bits: int) -> Tensor:
+    """For every output channel the part of its peak that gives the least squared error, (o,)."""
+    peak = _peak(weight, bits).clamp_min(1e-12)
     errors = []
     for clip in CLIPS:
-        scale = peak * clip / levels
-        errors.append((torch.clamp(torch.round(rows / scale), -levels, levels) * scale - rows).square().sum(1))
+        scale = _column(peak * clip / LEVELS[bits], weight)
+        errors.append((torch.round(_limited(weight / scale, bits)) * scale - weight).square().flatten(1).sum(1))
     return CLIPS[torch.stack(errors).argmin(0)].clone()
 
 

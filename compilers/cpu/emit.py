@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from math import ceil
+from math import ceil, prod
 from typing import Any
 
 import tvm
@@ -141,6 +141,11 @@ def product(
 # LLVM's names of the instructions by the lanes of their int32 results.
 _QUADS = {16: "llvm.x86.avx512.vpdpbusd.512", 8: "llvm.x86.avx512.vpdpbusd.256"}
 _WORDS = {16: "llvm.x86.avx512.vpdpwssd.512", 8: "llvm.x86.avx512.vpdpwssd.256"}
+_MADD_BYTES = {
+    16: "llvm.x86.avx512.pmaddubs.w.512",
+    8: "llvm.x86.avx2.pmadd.ub.sw",
+    4: "llvm.x86.ssse3.pmadd.ub.sw.128",
+}
 _MADD = {16: "llvm.x86.avx512.pmaddw.d.512", 8: "llvm.x86.avx2.pmadd.wd", 4: "llvm.x86.sse2.pmadd.wd"}
 
 
@@ -161,31 +166,89 @@ def dot_product(
     """
     sums = local((rows, blocks, lanes), "int32")
     whole, kind = f"int32x{lanes}", f"x{lanes * dot.depth}"
-    for i in range(rows):
-        for j in range(blocks):
-            first = T.broadcast(T.int32(0), lanes) if start is None else start(i, j, T.ramp(0, 1, lanes))
-            T.buffer_store(sums, first, [i, j, T.ramp(0, 1, lanes)])
+    tile = [(i, j) for i in range(rows) for j in range(blocks)]
+    for i, j in tile:
+        first = T.broadcast(T.int32(0), lanes) if start is None else start(i, j, T.ramp(0, 1, lanes))
+        T.buffer_store(sums, first, [i, j, T.ramp(0, 1, lanes)])
 
-    def step(*r: Any) -> None:
+    def operands(*r: Any) -> tuple[list[Any], Callable[[int], Any]]:
+        """The weights of one step, and a function to its inputs."""
         weights = []
         for j in range(blocks):
             buffer, indices = right(j, *r)
             weight = buffer.vload([*indices, 0, 0], str(buffer.dtype) + kind)
             # Bytes are widened as they are read, which costs less than twice as much memory.
             weights.append(T.bind(T.cast(weight, "int16" + kind) if dot.data == "int16" else weight))
-        for i in range(rows):
+
+        def value(i: int) -> Any:
             buffer, indices = left(i, *r)
             if dot.depth == 1:
-                value = T.bind(T.broadcast(T.cast(buffer[tuple(indices)], "int32"), lanes))
-            else:
-                near = buffer.vload(list(indices), f"{dot.data}x{dot.depth}")
-                value = T.bind(T.reinterpret(dot.data + kind, T.broadcast(T.reinterpret("int32", near), lanes)))
-            for j in range(blocks):
-                total = sums.vload([i, j, 0], whole)
-                T.buffer_store(sums, dot_step(dot, lanes, total, value, weights[j]), [i, j, T.ramp(0, 1, lanes)])
+                return T.bind(T.broadcast(T.cast(buffer[tuple(indices)], "int32"), lanes))
+            near = buffer.vload(list(indices), f"{dot.data}x{dot.depth}")
+            return T.bind(T.reinterpret(dot.data + kind, T.broadcast(T.reinterpret("int32", near), lanes)))
 
-    _nest(depth, step)
+        return weights, value
+
+    def add(i: int, j: int, change: Callable[[Any], Any]) -> None:
+        T.buffer_store(sums, change(sums.vload([i, j, 0], whole)), [i, j, T.ramp(0, 1, lanes)])
+
+    def step(*r: Any) -> None:
+        weights, value = operands(*r)
+        for i in range(rows):
+            near = value(i)
+            for j in range(blocks):
+                add(i, j, lambda total, near=near, j=j: dot_step(dot, lanes, total, near, weights[j]))  # type: ignore[misc]
+
+    outer, inner = _together(depth, dot.together)
+    if not inner:
+        _nest(depth, step)
+        return lambda i, j, lane: sums[i, j, lane]
+    words = local((rows, blocks, 2 * lanes), "int16")
+    kind16 = f"int16x{2 * lanes}"
+
+    def words_step(*r: Any) -> None:
+        weights, value = operands(*r)
+        for i in range(rows):
+            near = value(i)
+            for j in range(blocks):
+                total = words.vload([i, j, 0], kind16) + _pairs(lanes, near, weights[j])
+                T.buffer_store(words, _fenced(total, kind16), [i, j, T.ramp(0, 1, 2 * lanes)])
+
+    def group(*r: Any) -> None:
+        for i, j in tile:
+            T.buffer_store(words, T.broadcast(T.int16(0), 2 * lanes), [i, j, T.ramp(0, 1, 2 * lanes)])
+        _nest(inner, lambda *s: words_step(*_joined(r, s, depth, inner)))
+        for i, j in tile:
+            found = words.vload([i, j, 0], kind16)
+            add(i, j, lambda total, found=found: _fenced(total + _widened(lanes, found), whole))  # type: ignore[misc]
+
+    _nest(outer, group)
     return lambda i, j, lane: sums[i, j, lane]
+
+
+def _together(depth: Sequence[int], steps: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The loops around, and the innermost ones of which all turns together are at most so many steps.
+
+    The last of the loops around and the first of the inner ones may be two parts of one.
+    """
+    outer, inner = list(depth), list[int]()
+    while outer and prod(inner) * outer[-1] <= steps:
+        inner.insert(0, outer.pop())
+    room = steps // prod(inner)
+    part = max((size for size in range(1, room + 1) if outer and outer[-1] % size == 0), default=1)
+    if prod(inner) * part == 1:
+        return tuple(depth), ()
+    if part > 1:
+        outer[-1] //= part
+        inner.insert(0, part)
+    return tuple(outer), tuple(inner)
+
+
+def _joined(outer: Sequence[Any], inner: Sequence[Any], depth: Sequence[int], sizes: Sequence[int]) -> tuple[Any, ...]:
+    """The indices of `depth` from those of the two parts that `_together` gives."""
+    if len(outer) + len(inner) == len(depth):
+        return (*outer, *inner)
+    return (*outer[:-1], outer[-1] * sizes[0] + inner[0], *inner[1:])
 
 
 def dot_step(dot: Dot, lanes: int, total: Any, value: Any, weight: Any) -> Any:
@@ -200,18 +263,34 @@ def dot_step(dot: Dot, lanes: int, total: Any, value: Any, weight: Any) -> Any:
         return T.call_llvm_pure_intrin(whole, T.llvm_lookup_intrinsic_id(_WORDS[lanes]), total, value, weight)
     if dot.name == "madd":
         number = T.llvm_lookup_intrinsic_id(_MADD[lanes])
-        return _fenced(total + T.call_llvm_pure_intrin(whole, number, value, weight), lanes)
+        return _fenced(total + T.call_llvm_pure_intrin(whole, number, value, weight), whole)
+    if dot.name == "bytes":
+        return _fenced(total + _widened(lanes, _pairs(lanes, value, weight)), whole)
     return total + value * T.cast(weight, whole)
 
 
-def _fenced(total: Any, lanes: int) -> Any:
-    """The same int32 vector, past which LLVM moves no additions; no instruction.
+def _pairs(lanes: int, value: Any, weight: Any) -> Any:
+    """The sums of two neighbouring products of bytes, in 16 bits."""
+    number = T.llvm_lookup_intrinsic_id(_MADD_BYTES[lanes])
+    return T.call_llvm_pure_intrin(f"int16x{2 * lanes}", number, value, weight)
+
+
+def _widened(lanes: int, words: Any) -> Any:
+    """The sums of two neighbouring 16-bit numbers, in 32 bits."""
+    one = T.broadcast(T.int16(1), 2 * lanes)
+    return T.call_llvm_pure_intrin(f"int32x{lanes}", T.llvm_lookup_intrinsic_id(_MADD[lanes]), words, one)
+
+
+def _fenced(total: Any, kind: str) -> Any:
+    """The same vector of integers, past which LLVM moves no additions; no instruction.
 
     It would add the products of several steps first, and keep so many that it runs out of registers (measured: 0.6 of
     the speed).
     """
-    number, kind = T.llvm_lookup_intrinsic_id("llvm.arithmetic.fence"), f"float32x{lanes}"
-    return T.reinterpret(f"int32x{lanes}", T.call_llvm_pure_intrin(kind, number, T.reinterpret(kind, total)))
+    number = T.llvm_lookup_intrinsic_id("llvm.arithmetic.fence")
+    bits, lanes = kind.removeprefix("int").split("x")
+    floats = f"float32x{int(lanes) * int(bits) // 32}"
+    return T.reinterpret(kind, T.call_llvm_pure_intrin(floats, number, T.reinterpret(floats, total)))
 
 
 def copied(sums: Sums, rows: int, blocks: int, lanes: int, dtype: str = "float32") -> Sums:

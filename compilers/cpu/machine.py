@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -14,27 +14,38 @@ class Dot:
         depth: Inputs that one step sums in each lane.
         data: Type of the activations that it reads: `uint8` as stored, `int8` less 128, `int16` less the zero point.
         sums: Vector steps that the CPU starts in a cycle (VPMADDWD: as measured, its additions take multiplier ports).
+        apart: The sums are added by an instruction of their own, so that no step waits for the multiplier.
+        together: Steps whose sums of pairs are added in 16 bits before they are widened.
     """
 
     name: str
     depth: int
     data: str
     sums: float
+    apart: bool = False
+    together: int = 1
 
     def remainder(self, zero_point: int) -> int:
         """What the zero point still is in the data that are multiplied."""
         return {"uint8": zero_point, "int8": zero_point - 128, "int16": 0}[self.data]
 
 
-# x86's VPDPBUSD and Arm's SDOT take four bytes a lane; VPDPWSSD and VPMADDWD pairs of 16 bits, because VPMADDUBSW, for
-# bytes, saturates at 16 bits and so is not exact; anything else multiplies 16 bits by 16 bits.
+# x86's VPDPBUSD and Arm's SDOT take four bytes a lane, VPDPWSSD and VPMADDWD pairs of 16 bits; anything else multiplies
+# 16 bits by 16 bits. VPMADDUBSW, for pairs of bytes, saturates at 16 bits: it is exact for small weights only
+# (`Machine.dot_for`).
 DOTS = {
     "vnni": Dot("vnni", 4, "uint8", 1),
     "sdot": Dot("sdot", 4, "int8", 2),
     "words": Dot("words", 2, "int16", 1),
-    "madd": Dot("madd", 2, "int16", 1.3),
-    "widen": Dot("widen", 1, "int16", 1),
+    "madd": Dot("madd", 2, "int16", 1.3, apart=True),
+    "widen": Dot("widen", 1, "int16", 1, apart=True),
+    "bytes": Dot("bytes", 4, "uint8", 0.8, apart=True),
 }
+# What a sum of two products of bytes with weights may reach, and how many steps are added before they are widened.
+_WORD = 2**15 - 1
+_TOGETHER = (8, 4, 2, 1)
+# Vector instructions that start in a cycle where every second or third multiplies (measured on Zen 3).
+_STARTED = 2.4
 
 
 # Which instructions need which feature of a device, for how many lanes of int32; the fastest first.
@@ -78,6 +89,13 @@ class Machine:
         """How it multiplies 16 bits: two products a lane where it can."""
         return DOTS["words"] if self.dot.name == "vnni" else DOTS["madd" if self.dot.name == "madd" else "widen"]
 
+    def dot_for(self, pair: int) -> Dot:
+        """How it multiplies bytes by weights of which no two neighbours have a larger sum of magnitudes than `pair`."""
+        if self.dot.name != "madd" or 255 * pair > _WORD:
+            return self.dot
+        steps = next(steps for steps in _TOGETHER if 255 * max(pair, 1) * steps <= _WORD)
+        return replace(DOTS["bytes"], together=steps, sums=_STARTED * steps / (2 * steps + 1))
+
     def macs_per_cycle(self, dot: Dot | None) -> float:
         """Multiply-accumulates in a cycle when nothing is waited for: of float32, or of bytes by `dot`."""
         return self.lanes * (dot.depth * dot.sums if dot else self.fmas)
@@ -96,5 +114,5 @@ class Machine:
         the multiplication is an instruction of its own, only the addition's single cycle is waited for.
         """
         loads, sums = (inputs + blocks) / 2, dot.sums if dot else self.fmas
-        waits = 1.0 if dot and dot.depth < 4 else float(self.latency) * (0.8 if dot else 1)
+        waits = 1.0 if dot and dot.apart else float(self.latency) * (0.8 if dot else 1)
         return max(inputs * blocks / sums, 2 * waits if self.fmas == 1 else waits, loads) + 0.1 * loads

@@ -54,6 +54,18 @@ def largest_sum(weight: Array, zero_point: int) -> int:
     return int(max((up * high + down * low).max(), (up * low + down * high).max(), 1))
 
 
+def largest_pair(weight: Array) -> int:
+    """The largest sum of magnitudes of two weights that a step multiplies with neighbouring bytes.
+
+    Args:
+        weight: int8 (o, c/groups, ...); neighbours are the inputs 2i and 2i + 1.
+    """
+    sizes = np.abs(weight.astype(np.int16))
+    even, odd = sizes[:, ::2], sizes[:, 1::2]
+    alone = even[:, odd.shape[1] :]
+    return int(max((even[:, : odd.shape[1]] + odd).max(initial=0), alone.max(initial=0)))
+
+
 def weight_depthwise(weight: Array, lanes: int) -> Array:
     """(c, 1, kh, kw) to (blocks, kh, kw, lanes) float32; int8 weights become whole floats."""
     channels = weight.shape[0]

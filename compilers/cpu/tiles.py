@@ -96,7 +96,7 @@ def fits(inputs: int, blocks: int, machine: Machine, dot: Dot | None) -> bool:
     """
     if machine.registers < 32 and inputs > 8:
         return False
-    spare = 1 + (machine.registers < 32) + (dot is not None and dot.depth < 4)
+    spare = 1 + (machine.registers < 32) + (dot is not None and dot.apart)
     return inputs * blocks + blocks + spare <= machine.registers
 
 

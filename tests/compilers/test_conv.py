@@ -17,11 +17,12 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from tests.compilers.byte_dots import HERE, largest_weight
 
 from planish.compilers.cpu.convspec import BUFFER_STEPS, EXPONENTIAL_STEPS, ConvSpec, Step
 from planish.compilers.cpu.epilogue import quantize_numbers
 from planish.compilers.cpu.machine import DOTS, Dot, Machine, usable_dots
-from planish.compilers.cpu.packing import largest_sum, per_channel, weight_int8
+from planish.compilers.cpu.packing import largest_pair, largest_sum, per_channel, weight_int8
 from planish.compilers.cpu.tiles import Choice, Tile, WinogradTile, choices, winograd_sizes
 from planish.hwmodels.device import host
 
@@ -31,8 +32,6 @@ Run = Callable[..., Array]
 pytestmark = pytest.mark.tvm
 
 WIDE = Machine(16, 32)
-# What multiplies bytes on this CPU, and the lanes that it takes.
-HERE = [(dot, lanes) for lanes in (4, 8, 16) for dot in usable_dots(host().features, lanes)]
 QUANTIZE = Step("quantize")  # to a scale of a quarter and a zero point of 7
 AFFINE = (Step("scale"), Step("bias"))
 EXACT = [*AFFINE, Step("add"), Step("mul"), Step("relu"), Step("clip", (-2.0, 6.0)), Step("hardswish"), QUANTIZE]
@@ -155,7 +154,10 @@ def check(spec: ConvSpec, layout: Any, run: Run, choice: Choice | None = None, s
     zero_point = int(rng.choice([0, 7, 128, 255])) if spec.int8 else 0
     groups = spec.c if spec.depthwise else spec.groups
     if spec.int8:
-        weight = rng.integers(-128, 128, (spec.o, spec.c // groups, *spec.kernel)).astype(np.int8)
+        assert spec.dot is not None
+        most = largest_weight(spec.dot)
+        numbers = rng.integers(-most, min(most, 127) + 1, (spec.o, spec.c // groups, *spec.kernel))
+        weight = np.where(rng.random(numbers.shape) < 0.5, -most, numbers).astype(np.int8)
         data = rng.choice([0, 1, zero_point, 254, 255], (spec.n, spec.c, spec.h, spec.w)).astype(np.uint8)
         if spec.quantize:  # eighths: every second one lies half way between two steps of a quarter
             data = (rng.integers(-300, 300, data.shape) / 8).astype(np.float32)
@@ -354,13 +356,27 @@ def test_every_step_is_what_torch_computes(layout: Any, run_kernel: Run, step: S
         check(replace(spec, steps=(*AFFINE, step, Step("relu"), QUANTIZE)), layout, run_kernel)
 
 
+@pytest.mark.parametrize("channels", [1, 2, 5, 6])
+def test_the_largest_pair_is_that_of_two_neighbouring_inputs(channels: int) -> None:
+    weight = np.random.default_rng(channels).integers(-128, 128, (3, channels, 2, 2)).astype(np.int8)
+    pairs = [
+        sum(abs(int(weight[o, i, y, x])) for i in range(first, min(first + 2, channels)))
+        for o in range(3)
+        for first in range(0, channels, 2)
+        for y in range(2)
+        for x in range(2)
+    ]
+    assert largest_pair(weight) == max(pairs)
+
+
 @pytest.mark.parametrize(("dot", "lanes"), HERE, ids=lambda value: getattr(value, "name", str(value)))
-@pytest.mark.parametrize("extreme", [127, -128])
+@pytest.mark.parametrize("sign", [1, -1])
 def test_the_largest_sums_of_bytes_do_not_overflow(
-    layout: Any, run_kernel: Run, dot: Dot, lanes: int, extreme: int
+    layout: Any, run_kernel: Run, dot: Dot, lanes: int, sign: int
 ) -> None:
     from planish.compilers.cpu.direct import convolution
 
+    extreme = max(-128, min(sign * largest_weight(dot), 127))
     spec = ConvSpec(
         1, 64, 3, 3, lanes, (3, 3), lanes=lanes, in_lanes=lanes, dot=dot, steps=(Step("scale"), Step("bias"))
     )

@@ -11,21 +11,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from tests.compilers.byte_dots import HERE, largest_weight
 
 from planish.compilers.cpu.convspec import Step
 from planish.compilers.cpu.dense import DenseSpec, dense
 from planish.compilers.cpu.epilogue import quantize_numbers
-from planish.compilers.cpu.machine import Machine, usable_dots
+from planish.compilers.cpu.machine import Machine
 from planish.compilers.cpu.packing import dense_float, dense_int8, per_channel
-from planish.hwmodels.device import host
 
 Array = NDArray[Any]
 Run = Callable[..., Array]
 
 pytestmark = pytest.mark.tvm
 
-# What multiplies bytes on this CPU, and the lanes that it takes.
-HERE = [(dot, lanes) for lanes in (4, 8, 16) for dot in usable_dots(host().features, lanes)]
 AFFINE = (Step("scale"), Step("bias"))
 TAILS = [(), (Step("relu"),), (Step("clip", (-1.0, 6.0)),), (Step("relu"), Step("quantize"))]
 
@@ -50,7 +48,9 @@ def check(spec: DenseSpec, run: Run, seed: int) -> None:
     rng = np.random.default_rng(seed)
     zero_point = int(rng.choice([0, 7, 255])) if spec.int8 else 0
     if spec.int8:
-        weight = rng.integers(-128, 128, (spec.o, spec.k)).astype(np.int8)
+        assert spec.dot is not None
+        most = largest_weight(spec.dot)
+        weight = rng.integers(-most, min(most, 127) + 1, (spec.o, spec.k)).astype(np.int8)
         data = rng.choice([0, 1, zero_point, 254, 255], (spec.m, spec.k)).astype(np.uint8)
         if spec.quantize:
             data = (rng.integers(-300, 300, data.shape) / 8).astype(np.float32)

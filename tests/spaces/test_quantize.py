@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from planish.spaces.cluster import share
 from planish.spaces.integer import qconv2d, qlinear, quantize
-from planish.spaces.quantize import LEVELS, Quantized, Range, deploy, input_ranges
+from planish.spaces.quantize import LEVELS, PAIRS, Quantized, Range, deploy, input_ranges
 
 LAYERS: list[tuple[nn.Conv2d | nn.Linear, tuple[int, ...]]] = [
     (nn.Conv2d(6, 8, 3, 2, 1), (6, 9, 9)),
@@ -41,6 +41,8 @@ def test_the_simulation_equals_the_integer_layer(
     whole = deployed.get_buffer("0.weight")
     assert whole.dtype == torch.int8
     assert int(whole.abs().max()) <= LEVELS[bits]
+    sizes = whole.abs().int()
+    assert all(int(sizes[:, i : i + 2].sum(1).max()) <= PAIRS[bits] for i in range(0, whole.shape[1], 2))
 
 
 @pytest.mark.parametrize("signed", [False, True])
@@ -54,9 +56,11 @@ def test_the_simulation_is_integer_arithmetic_on_scaled_values(signed: bool) -> 
     for n in range(2):
         for o in range(3):
             total = 0
+            weights = [float(weight) / float(weight_scale[o]) for weight in layer.weight.detach()[o]]
             for i in range(5):
                 step = min(max(round(float(x[n, i]) / scale) + int(zero_point), 0), 255) - int(zero_point)
-                total += step * min(max(round(float(layer.weight.detach()[o, i]) / float(weight_scale[o])), -127), 127)
+                pair = sum(abs(weight) for weight in weights[i // 2 * 2 : i // 2 * 2 + 2])
+                total += step * round(weights[i] * min(1.0, 127 / pair))
             expected = total * scale * float(weight_scale[o]) + float(layer.bias.detach()[o])
             assert abs(float(module(x).detach()[n, o]) - expected) < 1e-5
 
@@ -160,12 +164,15 @@ def test_clips_are_no_worse_than_the_full_range_for_any_channel(bits: int) -> No
         layer.weight[0, 0] = 3.0  # an outlier
     module = Quantized(layer, bits, Range(0, 1))
     weight, levels = layer.weight.detach(), LEVELS[bits]
+    pairs = weight.abs().reshape(6, 100, 2).sum(2)
 
     def error(scale: Tensor) -> Tensor:
-        steps = torch.clamp(torch.round(weight / scale[:, None]), -levels, levels)
-        return (steps * scale[:, None] - weight).square().sum(1)
+        steps = weight / scale[:, None]
+        if bits == 8:
+            steps = steps * (127 * scale[:, None] / pairs).clamp(max=1).repeat_interleave(2, 1)
+        return (torch.clamp(torch.round(steps), -levels, levels) * scale[:, None] - weight).square().sum(1)
 
-    full = weight.abs().amax(1) / levels
+    full = (pairs if bits == 8 else weight.abs()).amax(1) / levels
     assert (error(module.weight_scale(weight)) <= error(full) + 1e-9).all()
     assert bits == 8 or float(module.clip[1:].min()) < 1.0
 
