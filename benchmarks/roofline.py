@@ -32,6 +32,7 @@ def peaks() -> dict[str, float]:
     from planish.compilers.cpu.emit import argument, dot_step, kernel, local
     from planish.compilers.tvm_build import cpu_machine, tvm_target
     from planish.hwmodels.device import parse_device
+    from planish.spaces.bit_widths import PAIRS
 
     device = parse_device("cpu")
     cpu, target = cpu_machine(device), tvm_target(device)
@@ -62,7 +63,8 @@ def peaks() -> dict[str, float]:
     half, ones = np.full((2, lanes), 0.5, np.float32), np.ones((ways, lanes), np.float32)
     found = {"fp32_macs_per_s": number * ways * lanes / seconds(multiply.function, half, ones)}
 
-    dot, kind = cpu.dot, f"x{lanes * cpu.dot.depth}"
+    dot = cpu.dot_for(PAIRS[8])
+    kind = f"x{lanes * dot.depth}"
     with kernel() as (dots, body):
         weight_type = "int16" if dot.data == "int16" else "int8"
         weight = argument("weight", (lanes, dot.depth), weight_type)

@@ -52,9 +52,14 @@ def build_library(program: ExportedProgram, device: Device, library: Path, store
         module = finished(found.module)
         executable = tvm.compile(module, found.target, relax_pipeline=None)
         compiler = linker(device) or "c++"
-        packed = partial(pack_constants, compiler) if sys.platform == "linux" else None
+        linux = sys.platform == "linux"
         executable.mod.export_library(
-            str(library), addons=[str(file) for file in objects], fpack_imports=packed, cc=compiler
+            str(library),
+            addons=[str(file) for file in objects],
+            fpack_imports=partial(pack_constants, compiler) if linux else None,
+            cc=compiler,
+            # The identity that Linux's linkers add is a digest of the whole file, which takes longer than all the rest.
+            **({"options": ["-Wl,--build-id=none"]} if linux else {}),
         )
     return Built(planned_bytes(module), tuple(found.calls))
 

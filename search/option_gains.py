@@ -49,17 +49,15 @@ def option_gains(evaluator: Evaluator, label: str) -> list[dict[str, object]]:
                 "latency_ratio": ratio,
                 "size_ratio": float(sizes[row] / sizes[0]),
                 "pays": pays,
-                "why": "" if pays else _why(choice.kind, choice.options[level], seconds[row] - seconds[0]),
+                "why": "" if pays else _why(choice.kind, seconds[row] - seconds[0]),
             }
         )
     return rows
 
 
-def _why(kind: Kind, option: object, added_s: float) -> str:
+def _why(kind: Kind, added_s: float) -> str:
     if kind is Kind.CLUSTER:
         return "shared weights are written out to run: storage only"
-    if kind is Kind.BITS and option == 4:
-        return "4 bits run as 8 do, which gain nothing here: storage only"
     change = f"{added_s * 1e6:+.2f} us" if abs(added_s) >= 5e-9 else "nothing"
     if kind is Kind.BITS:
         return f"the layer's kernels are not bound by the width of its numbers: {change}"

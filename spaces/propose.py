@@ -44,8 +44,9 @@ def propose(traced: TracedModel, *, lanes: int = 16, families: Collection[Kind] 
 
     Options: BLOCK "grouped", "separable", "pointwise", "identity"; PRUNE the fraction of channels removed, such that
     what stays is a multiple of `lanes`; RANK "svd:R", "spatial:R", "tucker:RIxRO" with fewer MACs than the layer;
-    CLUSTER the number of codebook entries, for storage only; BITS 8 (weights and inputs) or 4 (weights on a 4-bit grid,
-    executed with 8). None leaves the layer as it is.
+    CLUSTER the number of codebook entries, for storage only; BITS 8 (weights and inputs) or 4 (weights on a 4-bit
+    grid, read as bytes: sums that fit into 16 bits, fewer instructions where a CPU has none for products of bytes).
+    None leaves the layer as it is.
 
     Every layer with parameters has a choice or a reason in `left_out`, under its name or, if it has choices of other
     kinds, under `name:kind`.

@@ -54,16 +54,18 @@ def winograd_weight(spec: ConvSpec, weight: NDArray[Any], m: int, pairs: Dot) ->
     Of int8 weights it is (..., lanes in / depth, lanes out, depth) int16, the depth that of `pairs`.
     """
     g, lanes = np.array(_G[m]), spec.lanes
-    filled = np.zeros((spec.out_blocks * lanes, spec.group_blocks * lanes, 3, 3))
-    filled[: weight.shape[0], : weight.shape[1]] = weight
     if spec.int8:
         g = np.rint(g * np.array(_SCALES[m])[:, None])
-    u = np.einsum("ai,ocij,bj->aboc", g, filled, g, optimize=True)
-    u = u.reshape((m + 2) ** 2, spec.out_blocks, lanes, spec.group_blocks, lanes)
-    if not spec.int8:
-        return np.ascontiguousarray(u.transpose(0, 1, 3, 4, 2).astype(np.float32))
-    u = u.reshape(*u.shape[:4], lanes // pairs.depth, pairs.depth)
-    return np.ascontiguousarray(u.transpose(0, 1, 3, 4, 2, 5).astype(np.int16))
+    filled = np.zeros((spec.out_blocks * lanes, spec.group_blocks * lanes, 9), np.float32)
+    filled[: weight.shape[0], : weight.shape[1]] = weight.reshape(*weight.shape[:2], 9)
+    # In the order of the result first, so that one product of matrices writes it.
+    depth = pairs.depth if spec.int8 else 1
+    parts = filled.reshape(spec.out_blocks, lanes, spec.group_blocks, lanes // depth, depth, 9)
+    ordered = np.ascontiguousarray(parts.transpose(5, 0, 2, 3, 1, 4))
+    u = np.kron(g, g).astype(np.float32) @ ordered.reshape(9, -1)  # whole numbers of bytes are exact in float32
+    inner = (lanes // depth, lanes, depth) if spec.int8 else (lanes, lanes)
+    u = u.reshape((m + 2) ** 2, spec.out_blocks, spec.group_blocks, *inner)
+    return u.astype(np.int16) if spec.int8 else u
 
 
 def winograd(spec: ConvSpec, tile: WinogradTile, pairs: Dot) -> tvm.tirx.PrimFunc:
