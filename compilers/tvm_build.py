@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -23,6 +22,7 @@ from .artifact import Built
 from .compiler import CompileError
 from .cpu.fallback import schedule_rest
 from .cpu.machine import Machine, usable_dots
+from .elf_object import can_hold, write_object
 from .kernel_store import KernelStore
 from .linker import linker
 from .tvm_frontend import import_program
@@ -52,14 +52,14 @@ def build_library(program: ExportedProgram, device: Device, library: Path, store
         module = finished(found.module)
         executable = tvm.compile(module, found.target, relax_pipeline=None)
         compiler = linker(device) or "c++"
-        linux = sys.platform == "linux"
+        like = objects[0].read_bytes()[:64] if objects else b""
         executable.mod.export_library(
             str(library),
             addons=[str(file) for file in objects],
-            fpack_imports=partial(pack_constants, compiler) if linux else None,
+            fpack_imports=partial(pack_constants, like) if can_hold(like) else None,
             cc=compiler,
             # The identity that Linux's linkers add is a digest of the whole file, which takes longer than all the rest.
-            **({"options": ["-Wl,--build-id=none"]} if linux else {}),
+            **({"options": ["-Wl,--build-id=none"]} if sys.platform == "linux" else {}),
         )
     return Built(planned_bytes(module), tuple(found.calls))
 
@@ -146,21 +146,14 @@ def _compiled(kernel: Kernel, target: Any, file: Path) -> bytes:
     return file.read_bytes()
 
 
-def pack_constants(compiler: str, module: Any, is_system_lib: bool, prefix: str, folder: str) -> str:
+def pack_constants(like: bytes, module: Any, is_system_lib: bool, prefix: str, folder: str) -> str:
     """The bytecode and constants of a module as an object file, for `export_library`; returns its path.
 
-    TVM's own way makes one LLVM constant of them, which takes ResNet-50 two seconds; an assembler only copies them.
+    TVM's own way makes one LLVM constant of them, which takes ResNet-50 two seconds.
     """
     data = tvm_ffi.get_global_func("runtime.ModulePackImportsToTensor")(module)
-    binary, source, file = (Path(folder, f"constants.{suffix}") for suffix in ("bin", "s", "o"))
-    data.numpy().tofile(binary)
-    symbol = prefix + tvm_ffi.get_global_func("runtime.ModuleImportsBlobName")()
-    source.write_text(
-        f".section .rodata\n.globl {symbol}\n.type {symbol}, %object\n.p2align 6\n{symbol}:\n"
-        f'.incbin "{binary}"\n.size {symbol}, . - {symbol}\n.section .note.GNU-stack,"",%progbits\n',
-        encoding="utf-8",
-    )
-    subprocess.run([compiler, "-c", str(source), "-o", str(file)], check=True, capture_output=True, text=True)
+    file = Path(folder, "constants.o")
+    write_object(file, prefix + tvm_ffi.get_global_func("runtime.ModuleImportsBlobName")(), data.numpy(), like)
     return str(file)
 
 
