@@ -113,6 +113,10 @@ class _Search:
             pool = Pool(self.shared, self.workers)
             try:
                 self._original(pool)
+                if len(self.ledger.records) == 1:
+                    from .forecast import forecast
+
+                    self.progress.note(forecast(self.evaluator, self.workers))
                 corners = self._reach(pool)
                 self._batches(pool, corners)
             finally:
