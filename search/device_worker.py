@@ -15,6 +15,7 @@ from ..compilers.compiler import RunError
 from ..compilers.pinned import pinned
 from ..compilers.remote import DeviceLost
 from ..hwmodels.device import Device, parse_device
+from ..hwmodels.fingerprint import fingerprint
 
 if TYPE_CHECKING:
     from ..compilers.compiler import Compiler
@@ -54,6 +55,8 @@ class DeviceWorker:
         import ray
 
         self._ray, self._name = ray, name
+        # Of the first node that answered: one that the worker is started again on must be of the same kind.
+        self._identity = ""
         actor = ray.remote(num_cpus=0, resources={resource(name): _SHARE}, max_restarts=-1, max_task_retries=0)(_Timing)
         self._actor = actor.remote(name)
 
@@ -64,6 +67,7 @@ class DeviceWorker:
             DeviceLost: the worker does not answer.
         """
         found: Device = self._call("device")
+        self._identity = found.identity
         return found
 
     def measure(self, artifacts: Mapping[str, Path], protocol: MeasureProtocol) -> Mapping[str, Measurement]:
@@ -82,7 +86,7 @@ class DeviceWorker:
 
     def _call(self, method: str, *arguments: object) -> Any:
         try:
-            result = self._ray.get(self._actor.call.remote(method, arguments))
+            result = self._ray.get(self._actor.call.remote(method, arguments, self._identity))
         except self._ray.exceptions.RayActorError as error:
             lines = str(error).strip().splitlines()
             raise DeviceLost(
@@ -99,8 +103,13 @@ class _Timing:
     def __init__(self, name: str) -> None:
         self._name = name
 
-    def call(self, method: str, arguments: tuple[Any, ...]) -> Any:
+    def call(self, method: str, arguments: tuple[Any, ...], identity: str) -> Any:
         device = parse_device(self._name)
+        if identity and fingerprint(device) != identity:
+            return DeviceLost(
+                f"the node that offers {resource(self._name)} now has another processor than the one that the search "
+                "has timed on; only one kind may offer it"
+            )
         try:
             if method == "device":
                 return pinned(device)

@@ -17,7 +17,7 @@ from planish.compilers.remote import DeviceLost
 from planish.hwmodels.device import parse_device
 from planish.hwmodels.fingerprint import fingerprint
 from planish.hwmodels.measurement import MeasureProtocol
-from planish.search.device_worker import DeviceWorker, offered
+from planish.search.device_worker import DeviceWorker, _Timing, offered
 
 pytestmark = [pytest.mark.ray, pytest.mark.tvm]
 
@@ -62,6 +62,14 @@ def test_it_times_names_what_fails_and_comes_back(models: SimpleNamespace, tmp_p
     else:
         pytest.fail("it never came back")
     worker.close()
+
+
+def test_a_node_with_another_processor_does_not_time_for_the_first() -> None:
+    here = _Timing("cpu").call("device", (), "")
+    assert isinstance(_Timing("cpu").call("device", (), here.identity), type(here))
+    lost = _Timing("cpu").call("measure", ({}, QUICK), "0123456789abcdef")
+    assert isinstance(lost, DeviceLost)
+    assert "device:cpu now has another processor" in str(lost)
 
 
 def _kill() -> None:
