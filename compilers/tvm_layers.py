@@ -14,12 +14,12 @@ from math import ceil, prod
 
 from ..hwmodels.device import Device
 from ..hwmodels.workload import Workload
-from ..spaces.bit_widths import PAIRS
+from ..spaces.bit_widths import LEVELS, PAIRS
 from ..spaces.layer_shapes import LayerShape
 from .cpu.convspec import ConvSpec, Step
 from .cpu.dense import DenseSpec
 from .cpu.machine import Dot, Machine
-from .cpu.tiles import WinogradTile, choices
+from .cpu.tiles import WinogradTile, choices, plain_form
 from .tvm_build import cpu_machine
 from .tvm_lower_conv import PARALLEL_MACS
 from .tvm_workloads import workload_of
@@ -68,10 +68,16 @@ def _dense(layer: LayerShape, machine: Machine) -> Workload:
 def _convolution(layer: LayerShape, machine: Machine) -> Workload:
     lanes = machine.lanes
     depthwise = layer.groups == layer.inputs == layer.outputs and layer.groups > 1
-    dot = machine.dot if depthwise and layer.bits == 8 else _dot(layer, machine)
     groups = 1 if depthwise else _whole_groups(layer, lanes)
     plain = not depthwise and layer.inputs < lanes
-    in_lanes = (dot.depth if dot else 1) if plain else lanes
+    dot, in_lanes = _dot(layer, machine), 1 if plain else lanes
+    if dot and plain:
+        channels, columns = PAIRS[layer.stored_bits], 2 * LEVELS[layer.stored_bits]
+        if layer.inputs == 1:  # whose columns are limited in pairs
+            channels, columns = LEVELS[layer.stored_bits], channels
+        dot, in_lanes = plain_form(layer.inputs, layer.kernel, layer.dilation, machine, channels, columns)
+    elif dot and depthwise:
+        dot = machine.dot
     top, left = layer.padding
     spec = ConvSpec(
         n=1, c=layer.inputs, h=layer.reads[0], w=layer.reads[1], o=layer.outputs, kernel=layer.kernel,

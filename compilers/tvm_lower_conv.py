@@ -10,8 +10,8 @@ from tvm import relax
 from .cpu.convspec import ConvSpec, Step
 from .cpu.epilogue import quantize_numbers
 from .cpu.kernels import conv_kernel, conv_weights
-from .cpu.packing import largest_pair, largest_sum, per_channel
-from .cpu.tiles import Choice, WinogradTile, choices
+from .cpu.packing import in_rows, largest_pair, largest_sum, per_channel
+from .cpu.tiles import Choice, WinogradTile, choices, plain_form
 from .tvm_affine import leading_affine
 from .tvm_graph import Array, Chain, ChainStep, static_shape
 from .tvm_numbers import frame, pair
@@ -51,10 +51,12 @@ def lower_convolution(values: Values, chain: Chain) -> None:
     if not int8:
         weight = weight * affine[0].reshape(-1, 1, 1, 1)
     plain = not depthwise and c < values.lanes and source not in values.blocked
-    dot = None
-    if int8:
+    dot, in_lanes = None, 1 if plain else values.lanes
+    if int8 and plain:
+        columns = largest_pair(in_rows(weight, 2)) if dilation[1] == 1 else 0
+        dot, in_lanes = plain_form(c, weight.shape[2:], dilation, values.target, largest_pair(weight), columns)
+    elif int8:
         dot = values.target.dot if depthwise else values.target.dot_for(largest_pair(weight))
-    in_lanes = (dot.depth if dot else 1) if plain else values.lanes
     plain = in_lanes != values.lanes
     arrays = ([("scale", affine[0])] if int8 else []) + [("bias", affine[1])]
     if not int8 and not affine[1].any():

@@ -38,7 +38,8 @@ class Quantized(nn.Module):
 
     The forward pass computes with integers: the input as q = clamp(round(x / s) + z, 0, 255) - z, the weight as
     round(w / s_o), limited, with one scale an output channel, and y = (q * w) s s_o + bias. Weights of 4 bits are at
-    most 7. Of 8 bits the inputs 2i and 2i + 1 are limited together: their two weights, where the sum of their
+    most 7. Of 8 bits the inputs 2i and 2i + 1 are limited together, or where a convolution has one input channel, the
+    columns 2i and 2i + 1 of its kernel: their two weights, where the sum of their
     magnitudes exceeds 127, are shortened to it in proportion before they are rounded, so that it is at most 128. The
     sum q * w of integers held in float32 is exact below 2^24; above, it may differ from
     the exported integer operator by float32's rounding. Gradients pass the rounding unchanged (straight-through, Bengio
@@ -61,7 +62,7 @@ class Quantized(nn.Module):
             raise ValueError(f"{bits} bits are not supported; known are {', '.join(map(str, sorted(LEVELS)))}")
         self.inner = inner
         self.bits = bits
-        self.register_buffer("clip", _best_clip(weight_of(inner).detach(), bits))
+        self.register_buffer("clip", _best_clip(weight_of(inner).detach(), bits, _axis(inner)))
         self.register_buffer("low", torch.tensor(min(0.0, seen.low * seen.shrink), dtype=torch.float32))
         self.register_buffer("high", torch.tensor(max(0.0, seen.high * seen.shrink), dtype=torch.float32))
         self.register_buffer("shrink", torch.tensor(seen.shrink, dtype=torch.float32))
@@ -73,7 +74,7 @@ class Quantized(nn.Module):
         steps = torch.clamp(_round(x / scale) + zero_point, 0, INPUT_LEVELS) - zero_point
         weight = weight_of(self.inner)
         weight_scale = self.weight_scale(weight.detach())
-        whole = _round(_limited(weight / _column(weight_scale, weight), self.bits))
+        whole = _round(_limited(weight / _column(weight_scale, weight), self.bits, _axis(self.inner)))
         inner = self.inner
         bias = torch.zeros_like(weight_scale) if inner.bias is None else inner.bias
         if isinstance(inner, nn.Linear):
@@ -88,13 +89,15 @@ class Quantized(nn.Module):
 
     def weight_scale(self, weight: Tensor) -> Tensor:
         """The scale (o,) of each output channel."""
-        return (_peak(weight, self.bits) * self.clip / LEVELS[self.bits]).clamp_min(1e-12)
+        return (_peak(weight, self.bits, _axis(self.inner)) * self.clip / LEVELS[self.bits]).clamp_min(1e-12)
 
     def integer(self) -> IntegerConv2d | IntegerLinear:
         """The same layer with int8 weights, calling the integer operators."""
         weight = weight_of(self.inner).detach()
         weight_scale = self.weight_scale(weight)
-        whole = torch.round(_limited(weight / _column(weight_scale, weight), self.bits)).to(torch.int8)
+        whole = torch.round(_limited(weight / _column(weight_scale, weight), self.bits, _axis(self.inner))).to(
+            torch.int8
+        )
         scale, zero_point = self.input_scale()
         bias = torch.zeros_like(weight_scale) if self.inner.bias is None else self.inner.bias.detach().clone()
         values = (whole, scale * weight_scale, bias, float(scale), int(zero_point))
@@ -167,36 +170,42 @@ def _column(scale: Tensor, weight: Tensor) -> Tensor:
     return scale.reshape(-1, *[1] * (weight.ndim - 1))
 
 
-def _sums_of_pairs(weight: Tensor) -> Tensor:
+def _axis(layer: nn.Module) -> int:
+    """The axis of a layer's weights along which neighbours are limited together."""
+    single = isinstance(layer, nn.Conv2d) and layer.in_channels == 1
+    return 3 if single else 1
+
+
+def _sums_of_pairs(weight: Tensor, axis: int) -> Tensor:
     """For every weight (o, i, ...) the sum of magnitudes of the two that are limited together, itself and another."""
-    sizes = weight.abs()
+    sizes = weight.abs().movedim(axis, -1)
     sums = sizes.clone()
-    whole = weight.shape[1] // 2 * 2
-    sums[:, 0:whole:2] += sizes[:, 1:whole:2]
-    sums[:, 1:whole:2] += sizes[:, 0:whole:2]
-    return sums
+    whole = sizes.shape[-1] // 2 * 2
+    sums[..., 0:whole:2] += sizes[..., 1:whole:2]
+    sums[..., 1:whole:2] += sizes[..., 0:whole:2]
+    return sums.movedim(-1, axis)
 
 
-def _peak(weight: Tensor, bits: int) -> Tensor:
+def _peak(weight: Tensor, bits: int, axis: int) -> Tensor:
     """The largest magnitude of every output channel, or for 8 bits the largest sum of two, (o,)."""
-    return (_sums_of_pairs(weight) if bits == 8 else weight.abs()).flatten(1).amax(1)
+    return (_sums_of_pairs(weight, axis) if bits == 8 else weight.abs()).flatten(1).amax(1)
 
 
-def _limited(steps: Tensor, bits: int) -> Tensor:
+def _limited(steps: Tensor, bits: int, axis: int) -> Tensor:
     """Weights in steps of their scale, so that rounded they keep to `LEVELS` and `PAIRS`."""
     levels = LEVELS[bits]
     if bits != 8:
         return torch.clamp(steps, -levels, levels)
-    return steps * (levels / _sums_of_pairs(steps.detach())).clamp_max(1.0)
+    return steps * (levels / _sums_of_pairs(steps.detach(), axis)).clamp_max(1.0)
 
 
-def _best_clip(weight: Tensor, bits: int) -> Tensor:
+def _best_clip(weight: Tensor, bits: int, axis: int) -> Tensor:
     """For every output channel the part of its peak that gives the least squared error, (o,)."""
-    peak = _peak(weight, bits).clamp_min(1e-12)
+    peak = _peak(weight, bits, axis).clamp_min(1e-12)
     errors = []
     for clip in CLIPS:
         scale = _column(peak * clip / LEVELS[bits], weight)
-        errors.append((torch.round(_limited(weight / scale, bits)) * scale - weight).square().flatten(1).sum(1))
+        errors.append((torch.round(_limited(weight / scale, bits, axis)) * scale - weight).square().flatten(1).sum(1))
     return CLIPS[torch.stack(errors).argmin(0)].clone()
 
 

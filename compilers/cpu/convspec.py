@@ -32,7 +32,8 @@ class ConvSpec:
     """A two-dimensional convolution on blocked tensors.
 
     Data have the shape (n, blocks, h, w, lanes). Where `in_lanes` differs from `lanes` they are plain NCHW: 1 for
-    float32, and for int8 the inputs that one step of `dot` sums. The result has the shape (n, blocks, oh, ow, lanes).
+    float32, and for int8 the inputs that one step of `dot` sums, or 1 where it sums pixels of a row (`in_rows`). The
+    result has the shape (n, blocks, oh, ow, lanes).
     `groups` divides both channel counts into whole blocks, except for a depthwise convolution (`depthwise`), whose
     filters are (blocks, kh, kw, lanes).
 
@@ -87,6 +88,18 @@ class ConvSpec:
         return (framed - reach) // self.stride[1] + 1
 
     @property
+    def in_rows(self) -> bool:
+        """Whether one step of `dot` sums neighbouring pixels of one channel and not channels of one pixel."""
+        return self.dot is not None and self.in_lanes == 1 and self.dot.depth > 1 and not self.depthwise
+
+    @property
+    def taps(self) -> tuple[int, int]:
+        """Rows and columns of the kernel as they are stepped through: `in_rows` several columns at once."""
+        if self.dot is None or not self.in_rows:
+            return self.kernel
+        return self.kernel[0], ceil(self.kernel[1] / self.dot.depth)
+
+    @property
     def in_blocks(self) -> int:
         """Blocks of input channels, of all groups."""
         return ceil(self.c / self.in_lanes)
@@ -94,6 +107,8 @@ class ConvSpec:
     @property
     def reduce_lanes(self) -> int:
         """Input lanes that are summed: a single block with few channels is not read to its end."""
+        if self.dot is not None and self.in_rows:
+            return self.dot.depth
         if self.in_blocks > 1 or self.c >= self.in_lanes:
             return self.in_lanes
         return ceil(self.c / self.dot.depth) * self.dot.depth if self.dot else self.c

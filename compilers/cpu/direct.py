@@ -53,7 +53,7 @@ class _Direct:
         self.source = Source(spec)
         depth = dot.depth if dot else 1
         inner = (lanes, depth) if dot else (lanes,)
-        shape = (blocks, spec.group_blocks, *spec.kernel, spec.reduce_lanes // depth, *inner)
+        shape = (blocks, spec.group_blocks, *spec.taps, spec.reduce_lanes // depth, *inner)
         self.weight = argument("weight", shape, "int8" if dot else "float32")
         self.correction = argument("correction", (blocks, lanes), "int32") if spec.corrected else None
         out_shape = (spec.n, blocks, spec.oh, spec.ow, lanes)
@@ -94,6 +94,8 @@ class _Direct:
             self.source.pick(frame, n, y, threads)
         elif self.source.framed:
             (sh, sw), (dh, dw), (kh, kw) = self.spec.stride, self.spec.dilation, self.spec.kernel
+            if self.spec.in_rows:  # the last step of a row reads on where the kernel has ended
+                kw = self.spec.taps[1] * self.spec.reduce_lanes
             high = (rows - 1) * sh + (kh - 1) * dh + 1
             wide = columns if self.spec.flat else (self.ow - 1) * sw + (kw - 1) * dw + 1
             frame = self.source.frame(1, high, wide)
@@ -152,6 +154,8 @@ class _Direct:
         """The sums of the tile at (y, x) of a strip over a chunk of the input blocks, from `start` on, in registers."""
         spec, lanes, dot, tile = self.spec, self.spec.lanes, self.spec.dot, self.tile
         (sh, sw), (dh, dw) = (1, 1) if self.source.picked else spec.stride, spec.dilation
+        if spec.in_rows:
+            dw = spec.reduce_lanes
 
         def left(i: int, rb: Any, ky: Any, kx: Any, ri: Any) -> Any:
             iy, ix = divmod(i, tile.ow)
@@ -163,7 +167,7 @@ class _Direct:
             indices = (image, first + chunk + rb, row * sh + ky * dh, place)
             return (source, indices) if dot else source[indices]
 
-        sizes = (depth, *spec.kernel, spec.reduce_lanes // (dot.depth if dot else 1))
+        sizes = (depth, *spec.taps, spec.reduce_lanes // (dot.depth if dot else 1))
         pixels = tile.oh * tile.ow
         if dot:
             return dot_product(

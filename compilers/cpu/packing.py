@@ -35,10 +35,19 @@ def weight_int8(spec: ConvSpec, weight: Array, zero_point: int) -> list[Array]:
     """
     assert spec.dot is not None
     depth, o, lanes = spec.dot.depth, spec.out_blocks, spec.lanes
-    filled = _filled(spec, weight, np.int8)
-    blocked = filled.reshape(o, lanes, spec.group_blocks, spec.reduce_lanes // depth, depth, *spec.kernel)
+    filled = _filled(spec, in_rows(weight, depth) if spec.in_rows else weight, np.int8)
+    blocked = filled.reshape(o, lanes, spec.group_blocks, spec.reduce_lanes // depth, depth, *spec.taps)
     packed = np.ascontiguousarray(blocked.transpose(0, 2, 5, 6, 3, 1, 4))
     return [packed, *_correction(filled, spec.dot, zero_point, o)] if spec.corrected else [packed]
+
+
+def in_rows(weight: Array, depth: int) -> Array:
+    """(o, c, kh, kw) to (o, c * depth, kh, kw / depth): so many neighbouring columns as if they were channels."""
+    o, c, kh, kw = weight.shape
+    steps = -(-kw // depth)
+    wide = np.zeros((o, c, kh, steps * depth), weight.dtype)
+    wide[..., :kw] = weight
+    return wide.reshape(o, c, kh, steps, depth).transpose(0, 1, 4, 2, 3).reshape(o, c * depth, kh, steps)
 
 
 def _correction(filled: Array, dot: Dot, zero_point: int, blocks: int) -> list[Array]:
@@ -97,7 +106,7 @@ def dense_int8(weight: Array, zero_point: int, lanes: int, dot: Dot) -> list[Arr
 
 def _filled(spec: ConvSpec, weight: Array, dtype: Any) -> Array:
     """The weights with zeros for the channels that only fill a block."""
-    shape = (spec.out_blocks * spec.lanes, spec.group_blocks * spec.reduce_lanes, *spec.kernel)
+    shape = (spec.out_blocks * spec.lanes, spec.group_blocks * spec.reduce_lanes, *spec.taps)
     filled = np.zeros(shape, dtype)
     filled[: weight.shape[0], : weight.shape[1]] = weight
     return filled

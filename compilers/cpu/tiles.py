@@ -123,7 +123,7 @@ def direct_cycles(spec: ConvSpec, tile: Tile, machine: Machine, model_weights: i
     dot = spec.dot
     oh, ow = (1, spec.oh * spec.ow) if spec.flat else (spec.oh, spec.ow)
     depth = 1 if spec.depthwise else spec.group_blocks * spec.reduce_lanes // (dot.depth if dot else 1)
-    taps = spec.kernel[0] * spec.kernel[1]
+    taps = spec.taps[0] * spec.taps[1]
     # The last tile of a row, column or group computes some outputs once more.
     tiles = ceil(oh / tile.oh) * ceil(ow / tile.ow) * ceil(spec.out_blocks // spec.groups / tile.blocks)
     step = machine.step(tile.oh * tile.ow, tile.blocks, dot)
@@ -187,7 +187,7 @@ def _direct(spec: ConvSpec, machine: Machine) -> Iterator[Tile]:
     group_out = 1 if spec.depthwise else spec.out_blocks // spec.groups
     oh_all, ow_all = (1, spec.oh * spec.ow) if spec.flat else (spec.oh, spec.ow)
     size = 1 if spec.dot else 4
-    row = spec.kernel[0] * spec.kernel[1] * spec.reduce_lanes * spec.lanes * size
+    row = spec.taps[0] * spec.taps[1] * spec.reduce_lanes * spec.lanes * size
     strip = 0 if spec.depthwise else _strip(spec, machine)
     split = _split_blocks(spec, machine)
     for blocks in range(1, min(group_out, 4) + 1):
@@ -236,3 +236,27 @@ def _winograd(spec: ConvSpec, machine: Machine, m: int) -> Iterator[WinogradTile
             for times in (1, 2, 3, 4, 5, 7, 8, 14):
                 if (times - 1) * tiles < count:
                     yield WinogradTile(m, times * tiles, tiles, blocks)
+
+
+def plain_form(
+    c: int, kernel: tuple[int, int], dilation: tuple[int, int], machine: Machine, channels: int, columns: int
+) -> tuple[Dot, int]:
+    """How bytes of few channels are multiplied: the instruction, and `in_lanes` of a `ConvSpec`.
+
+    Args:
+        c: Channels.
+        kernel: Rows and columns.
+        dilation: Likewise.
+        machine: The CPU.
+        channels: The largest sum of magnitudes of two weights, as `largest_pair` gives it, of neighbouring channels.
+        columns: Likewise of neighbouring columns.
+    """
+    dot = machine.dot_for(channels)
+    if dilation[1] != 1:
+        return dot, dot.depth
+    other = machine.dot_for(columns)
+
+    def rate(dot: Dot, extent: int) -> float:
+        return machine.macs_per_cycle(dot) * extent / (ceil(extent / dot.depth) * dot.depth)
+
+    return (other, 1) if rate(other, kernel[1]) > rate(dot, c) else (dot, dot.depth)

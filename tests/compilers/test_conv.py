@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from tests.compilers.byte_dots import HERE, largest_weight
@@ -77,9 +77,10 @@ def specs(draw: st.DrawFn, form: str, int8: bool = False) -> ConvSpec:
         max(1, dilation[i] * (kernel[i] - 1) + 1 - padding[i] - padding[i + 2]) + draw(st.integers(0, 6))
         for i in range(2)
     )
-    c, o, groups = draw(st.integers(1, 2 * lanes + 1)), draw(st.integers(1, 2 * lanes + 1)), 1
+    c, o, groups, in_lanes = draw(st.integers(1, 2 * lanes + 1)), draw(st.integers(1, 2 * lanes + 1)), 1, lanes
     if form == "plain":
         c = draw(st.integers(1, lanes - 1))
+        in_lanes = dot.depth if dot and (dilation[1] > 1 or draw(st.booleans())) else 1
     elif form == "grouped":
         groups = draw(st.integers(2, 3))
         c, o = groups * lanes, groups * lanes * draw(st.integers(1, 2))
@@ -97,7 +98,7 @@ def specs(draw: st.DrawFn, form: str, int8: bool = False) -> ConvSpec:
         dilation=dilation,
         groups=groups,
         lanes=lanes,
-        in_lanes=(dot.depth if dot else 1) if form == "plain" else lanes,
+        in_lanes=in_lanes,
         depthwise=form == "depthwise",
         dot=dot,
         quantize=int8 and form != "depthwise" and draw(st.booleans()),
@@ -225,6 +226,27 @@ def test_int8_convolutions_equal_integer_arithmetic(
     layout: Any, run_kernel: Run, form: str, data: st.DataObject, seed: int
 ) -> None:
     check(data.draw(specs(form, int8=True)), layout, run_kernel, seed=seed)
+
+
+@settings(max_examples=20, derandomize=True, deadline=None)
+@given(data=st.data(), seed=st.integers(0, 99))
+def test_sums_of_neighbouring_columns_equal_integer_arithmetic(
+    layout: Any, run_kernel: Run, data: st.DataObject, seed: int
+) -> None:
+    """One step of a sum takes pixels of a row, and the last one reads on where the kernel has ended."""
+    dot, lanes = data.draw(st.sampled_from([(dot, lanes) for dot, lanes in HERE if dot.depth > 1]))
+    small = st.integers(1, 3)
+    kernel = data.draw(st.tuples(small, st.integers(1, 10)))
+    spec = ConvSpec(
+        n=data.draw(st.integers(1, 2)), c=data.draw(small), h=kernel[0] + data.draw(st.integers(0, 4)),
+        w=kernel[1] + data.draw(st.integers(0, 6)), o=data.draw(st.integers(1, 2 * lanes + 1)), kernel=kernel,
+        stride=data.draw(st.tuples(small, small)), padding=data.draw(st.tuples(*[st.integers(0, 2)] * 4)),
+        dilation=(data.draw(small), 1), lanes=lanes, in_lanes=1, dot=dot, quantize=data.draw(st.booleans()),
+        steps=AFFINE, threads=data.draw(st.sampled_from([1, 2])),
+    )  # fmt: skip
+    assume(spec.h + spec.padding[0] + spec.padding[2] > spec.dilation[0] * (spec.kernel[0] - 1))
+    assert spec.in_rows
+    check(spec, layout, run_kernel, seed=seed)
 
 
 @st.composite
