@@ -106,6 +106,7 @@ def host() -> Device:
     features = tuple(f for f in known if f in flags)
     # One fused multiply-add of a whole vector in a cycle: what one core keeps up with certainty; more is a bonus.
     rate = hertz * lanes
+    bytes_gain = 4 if "avx512_vnni" in flags or "asimddp" in flags else 2 if "avx2" in flags else 1
     return Device(
         name="cpu",
         kind="cpu",
@@ -114,7 +115,7 @@ def host() -> Device:
         lanes=lanes,
         features=features,
         threads=1,
-        macs_per_s={32: rate, 8: rate * (4 if "avx512_vnni" in flags or "asimddp" in flags else 1)},
+        macs_per_s={32: rate, 8: rate * bytes_gain},
         bytes_per_s=1e10,
         memory_bytes=_memory_bytes(),
         here=True,

@@ -29,7 +29,7 @@ class _Train:
         return 100
 
     def batch(self, which: slice) -> torch.Tensor:
-        return torch.randn(100, 4)[which]
+        return torch.arange(400.0).reshape(100, 4)[which]
 
 
 def evaluator(teacher: nn.Module) -> Any:
@@ -39,9 +39,9 @@ def evaluator(teacher: nn.Module) -> Any:
 
 
 def test_the_line_says_who_is_trained_how_long_and_leaves_the_model_alone() -> None:
-    teacher = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)).eval()
+    teacher = nn.Sequential(nn.Linear(4, 3), nn.Dropout(), nn.BatchNorm1d(3)).eval()
     before = {name: value.clone() for name, value in teacher.state_dict().items()}
-    threads = torch.get_num_threads()
+    threads, state = torch.get_num_threads(), torch.get_rng_state()
     line = forecast(evaluator(teacher), 2)
     assert line.startswith("expected: 8 candidates to score, of which are trained 3 to epoch 2, 2 to epoch 6; up to ")
     assert "on 2 workers" in line
@@ -49,6 +49,7 @@ def test_the_line_says_who_is_trained_how_long_and_leaves_the_model_alone() -> N
     assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
     assert all(parameter.grad is None for parameter in teacher.parameters())
     assert torch.get_num_threads() == threads
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_a_model_that_cannot_be_trained_has_a_line_without_a_time() -> None:
