@@ -58,7 +58,9 @@ def run_rung(
                 failure = result.get("failure")
                 done(number, Failure(failure) if failure else dict(result["metrics"]))
 
-    with _interrupts() as pressed, tempfile.TemporaryDirectory(prefix="planish-tune-") as storage:
+    # Where a Ctrl-C ends the rung, Tune's processes may still write there while it is removed.
+    kept = tempfile.TemporaryDirectory(prefix="planish-tune-", ignore_cleanup_errors=True)
+    with _interrupts() as pressed, kept as storage:
         tuner = tune.Tuner(
             tune.with_resources(
                 tune.with_parameters(_trainable(), shared=shared),
