@@ -26,10 +26,9 @@ demo: $(STAMP)
 
 # Whoever only computes shares the cores; what measures, or runs searches of its own, comes after, alone. Where
 # PYTEST_ARGS select tests, one of the two may have none (5).
-SHARED := tests/compilers tests/spaces tests/test_architecture.py tests/test_packaging.py
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2 $(SHARED) $(PYTEST_ARGS) || [ $$? -eq 5 ]
-	$(BIN)/python -m pytest -m "not slow" tests/hwmodels tests/search tests/end_to_end $(PYTEST_ARGS) || [ $$? -eq 5 ]
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not alone" -n 2 $(PYTEST_ARGS) || [ $$? -eq 5 ]
+	$(BIN)/python -m pytest -m "not slow and alone" $(PYTEST_ARGS) || [ $$? -eq 5 ]
 
 check: $(STAMP)
 	$(BIN)/ruff check .

@@ -19,6 +19,15 @@ settings.register_profile("planish", deadline=None)
 settings.load_profile("planish")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks what measures, or runs a Ray or searches of its own: it may not share the machine with other tests."""
+    for item in items:
+        folder = item.path.relative_to(ROOT / "tests").parts[0]
+        measures = folder == "search" and (item.get_closest_marker("tvm") or item.get_closest_marker("ray"))
+        if folder in ("hwmodels", "end_to_end") or measures:
+            item.add_marker("alone")
+
+
 @pytest.fixture(scope="session")
 def data_folder() -> Path:
     """The folder of real data sets and weights: PLANISH_DATA, or shared/data beside the checkout."""
