@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -22,7 +23,6 @@ from .artifact import Built
 from .compiler import CompileError
 from .cpu.fallback import schedule_rest
 from .cpu.machine import Machine, usable_dots
-from .elf_object import can_hold, write_object
 from .kernel_store import KernelStore
 from .linker import linker
 from .tvm_frontend import import_program
@@ -52,14 +52,14 @@ def build_library(program: ExportedProgram, device: Device, library: Path, store
         module = finished(found.module)
         executable = tvm.compile(module, found.target, relax_pipeline=None)
         compiler = linker(device) or "c++"
-        like = objects[0].read_bytes()[:64] if objects else b""
+        linux = sys.platform == "linux"
         executable.mod.export_library(
             str(library),
             addons=[str(file) for file in objects],
-            fpack_imports=partial(pack_constants, like) if can_hold(like) else None,
+            fpack_imports=partial(pack_constants, compiler) if linux else None,
             cc=compiler,
             # The identity that Linux's linkers add is a digest of the whole file, which takes longer than all the rest.
-            **({"options": ["-Wl,--build-id=none"]} if sys.platform == "linux" else {}),
+            **({"options": ["-Wl,--build-id=none"]} if linux else {}),
         )
     return Built(planned_bytes(module), tuple(found.calls))
 
@@ -146,14 +146,21 @@ def _compiled(kernel: Kernel, target: Any, file: Path) -> bytes:
     return file.read_bytes()
 
 
-def pack_constants(like: bytes, module: Any, is_system_lib: bool, prefix: str, folder: str) -> str:
+def pack_constants(compiler: str, module: Any, is_system_lib: bool, prefix: str, folder: str) -> str:
     """The bytecode and constants of a module as an object file, for `export_library`; returns its path.
 
-    TVM's own way makes one LLVM constant of them, which takes ResNet-50 two seconds.
+    TVM's own way makes one LLVM constant of them, which takes ResNet-50 two seconds; an assembler only copies them.
     """
     data = tvm_ffi.get_global_func("runtime.ModulePackImportsToTensor")(module)
-    file = Path(folder, "constants.o")
-    write_object(file, prefix + tvm_ffi.get_global_func("runtime.ModuleImportsBlobName")(), data.numpy(), like)
+    binary, source, file = (Path(folder, f"constants.{suffix}") for suffix in ("bin", "s", "o"))
+    data.numpy().tofile(binary)
+    symbol = prefix + tvm_ffi.get_global_func("runtime.ModuleImportsBlobName")()
+    source.write_text(
+        f".section .rodata\n.globl {symbol}\n.type {symbol}, %object\n.p2align 6\n{symbol}:\n"
+        f'.incbin "{binary}"\n.size {symbol}, . - {symbol}\n.section .note.GNU-stack,"",%progbits\n',
+        encoding="utf-8",
+    )
+    subprocess.run([compiler, "-c", str(source), "-o", str(file)], check=True, capture_output=True, text=True)
     return str(file)
 
 
