@@ -95,9 +95,8 @@ class Quantized(nn.Module):
         """The same layer with int8 weights, calling the integer operators."""
         weight = weight_of(self.inner).detach()
         weight_scale = self.weight_scale(weight)
-        whole = torch.round(_limited(weight / _column(weight_scale, weight), self.bits, _axis(self.inner))).to(
-            torch.int8
-        )
+        steps = _limited(weight / _column(weight_scale, weight), self.bits, _axis(self.inner))
+        whole = torch.round(steps).to(torch.int8)
         scale, zero_point = self.input_scale()
         bias = torch.zeros_like(weight_scale) if self.inner.bias is None else self.inner.bias.detach().clone()
         values = (whole, scale * weight_scale, bias, float(scale), int(zero_point))
