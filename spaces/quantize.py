@@ -74,7 +74,7 @@ class Quantized(nn.Module):
         steps = torch.clamp(_round(x / scale) + zero_point, 0, INPUT_LEVELS) - zero_point
         weight = weight_of(self.inner)
         weight_scale = self.weight_scale(weight.detach())
-        whole = _round(_limited(weight / _column(weight_scale, weight), self.bits, _axis(self.inner)))
+        whole = _whole(weight / _column(weight_scale, weight), self.bits, _axis(self.inner))
         inner = self.inner
         bias = torch.zeros_like(weight_scale) if inner.bias is None else inner.bias
         if isinstance(inner, nn.Linear):
@@ -95,8 +95,7 @@ class Quantized(nn.Module):
         """The same layer with int8 weights, calling the integer operators."""
         weight = weight_of(self.inner).detach()
         weight_scale = self.weight_scale(weight)
-        steps = _limited(weight / _column(weight_scale, weight), self.bits, _axis(self.inner))
-        whole = torch.round(steps).to(torch.int8)
+        whole = _whole(weight / _column(weight_scale, weight), self.bits, _axis(self.inner)).to(torch.int8)
         scale, zero_point = self.input_scale()
         bias = torch.zeros_like(weight_scale) if self.inner.bias is None else self.inner.bias.detach().clone()
         values = (whole, scale * weight_scale, bias, float(scale), int(zero_point))
@@ -190,12 +189,13 @@ def _peak(weight: Tensor, bits: int, axis: int) -> Tensor:
     return (_sums_of_pairs(weight, axis) if bits == 8 else weight.abs()).flatten(1).amax(1)
 
 
-def _limited(steps: Tensor, bits: int, axis: int) -> Tensor:
-    """Weights in steps of their scale, so that rounded they keep to `LEVELS` and `PAIRS`."""
+def _whole(steps: Tensor, bits: int, axis: int) -> Tensor:
+    """Weights in steps of their scale as whole numbers that keep to `LEVELS` and `PAIRS`."""
     levels = LEVELS[bits]
-    if bits != 8:
-        return torch.clamp(steps, -levels, levels)
-    return steps * (levels / _sums_of_pairs(steps.detach(), axis)).clamp_max(1.0)
+    if bits == 8:
+        return _round(steps * (levels / _sums_of_pairs(steps.detach(), axis)).clamp_max(1.0))
+    # Rounded first: the largest weight lies at the limit, and one that is cut off there would learn no more.
+    return torch.clamp(_round(steps), -levels, levels)
 
 
 def _best_clip(weight: Tensor, bits: int, axis: int) -> Tensor:
@@ -204,7 +204,7 @@ def _best_clip(weight: Tensor, bits: int, axis: int) -> Tensor:
     errors = []
     for clip in CLIPS:
         scale = _column(peak * clip / LEVELS[bits], weight)
-        errors.append((torch.round(_limited(weight / scale, bits, axis)) * scale - weight).square().flatten(1).sum(1))
+        errors.append((_whole(weight / scale, bits, axis) * scale - weight).square().flatten(1).sum(1))
     return CLIPS[torch.stack(errors).argmin(0)].clone()
 
 

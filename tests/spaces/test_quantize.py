@@ -241,3 +241,16 @@ def test_an_input_that_is_always_zero_gives_the_bias() -> None:
 def test_other_widths_are_refused() -> None:
     with pytest.raises(ValueError, match="3 bits are not supported; known are 4, 8"):
         Quantized(nn.Linear(2, 2), 3, Range(0, 1))
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_the_largest_weights_keep_learning(bits: int) -> None:
+    """They lie at the limit, where rounding of their scale must not cut their gradient off."""
+    for seed in range(20):
+        torch.manual_seed(seed)
+        module = Quantized(nn.Linear(8, 3), bits, Range(0, 1))
+        module.clip.fill_(1.0)
+        module(torch.rand(4, 8)).sum().backward()
+        gradient = module.get_parameter("inner.weight").grad
+        assert gradient is not None
+        assert bool((gradient != 0).all())
