@@ -2,11 +2,13 @@
 
     python benchmarks/faults.py                  # 100 kills; 10 000 trials on 1 to 1000 simulated workers
     python benchmarks/faults.py --quick          # 1 kill; 10 000 trials of fewer choices on 1000 workers
+    python benchmarks/faults.py --kills 100 --kills-each 1 --beside 2 --no-nodes --workers   # 100 disturbed searches
 
 **Kills** (`--kills`): a short search (predicted latency, so that its front is a function of the seed) runs once
 undisturbed, then again and again while one of its processes is killed with SIGKILL at a random moment: the controller,
 one of its workers, Ray's raylet or Ray's head. Where that ends the search, it is resumed. A finished evaluation that a
-killed journal had and the last one has not counts as lost, one that was recorded twice as repeated.
+killed journal had and the last one has not counts as lost, one that was recorded twice as repeated. `--kills-each` is
+how many a search suffers, `--beside` how many searches run at once.
 
 **Nodes** (`--nodes`): the same search on a Ray cluster of three nodes on this machine; one leaves (its raylet is killed
 with all of its workers) and another joins, while candidates are scored and again within a rung. Then a search by
@@ -29,6 +31,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -49,7 +52,6 @@ ROLES = {
 }
 # From one kill to the next at most; a whole search takes about twice as long.
 _SPAN_S = 40.0
-_KILLS_A_SEARCH = 6
 _PATIENCE_S = 600.0
 
 SPEC = "own.toml"
@@ -61,6 +63,8 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="1 kill; 10 000 trials of fewer choices on 1000 workers")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--kills-each", type=int, default=6, help="at most so many in one search")
+    parser.add_argument("--beside", type=int, default=1, help="disturbed searches at once")
     parser.add_argument("--nodes", action=argparse.BooleanOptionalAction, default=True, help="not with --quick")
     parser.add_argument("--trials", type=int, default=10_000)
     parser.add_argument("--workers", type=int, nargs="*", default=[1, 8, 64, 1000])
@@ -82,7 +86,7 @@ def main() -> None:
         if args.kills or args.nodes:
             wanted = undisturbed_front(Path(folder))
         if args.kills:
-            found = kill_rows(Path(folder), wanted, args.kills, args.seed)
+            found = kill_rows(Path(folder), wanted, args)
             rows += found
             summary |= kill_summary(found)
         if args.nodes:
@@ -152,27 +156,31 @@ def undisturbed_front(folder: Path) -> bytes:
     return (undisturbed / "front.json").read_bytes()
 
 
-def kill_rows(folder: Path, wanted: bytes, kills: int, seed: int) -> list[Row]:
+def kill_rows(folder: Path, wanted: bytes, args: argparse.Namespace) -> list[Row]:
     """A row for every disturbed search, until so many processes were killed."""
-    rng = random.Random(seed)
     rows: list[Row] = []
-    done = 0
-    while done < kills:
-        row = disturbed(folder, folder / f"run{len(rows)}", rng, kills - done)
-        row["same_front"] = row.pop("front") == wanted
-        done += len(row["killed"])
-        rows.append(row)
-        show(row)
+    with ThreadPoolExecutor(args.beside) as pool:
+        while (left := args.kills - sum(len(row["killed"]) for row in rows)) > 0:
+            each = min(left, args.kills_each)
+            runs = range(len(rows), len(rows) + min(args.beside, left // each))
+            wave = [
+                pool.submit(disturbed, folder, folder / f"run{i}", random.Random(f"{args.seed} {i}"), each)
+                for i in runs
+            ]
+            for search in as_completed(wave):
+                row = search.result()
+                row["same_front"] = row.pop("front") == wanted
+                rows.append(row)
+                show(row)
     return rows
 
 
-def disturbed(folder: Path, run: Path, rng: random.Random, most: int) -> Row:
+def disturbed(folder: Path, run: Path, rng: random.Random, planned: int) -> Row:
     """A search to its end with some kills on the way; `hung`: sessions that had to be killed because they waited."""
     killed: list[str] = []
     sessions = hung = 0
     known: Counter[Any] = Counter()
     started = time.monotonic()
-    planned = min(most, _KILLS_A_SEARCH)
     while True:
         sessions += 1
         process = start(folder / SPEC, run)
