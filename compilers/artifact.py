@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from ..hwmodels.device import Device
 from .compiler import Artifact, CompileError, Compiler
-from .cpu_features import instruction_set
+from .cpu_features import described_instructions, instruction_set
 from .manifest import EXAMPLES, Manifest, Port, digest
 from .verify import store_examples
 
@@ -61,7 +61,7 @@ def write_artifact(
         compiler=compiler.name,
         library=library,
         device=device.name,
-        target={**device.target, **(device.instructions or (instruction_set() if device.here else {}))},
+        target={**device.target, **_instructions(device)},
         threads=device.threads,
         inputs=inputs,
         outputs=outputs,
@@ -73,6 +73,13 @@ def write_artifact(
     )
     manifest.write(folder)
     return Artifact(folder, manifest)
+
+
+def _instructions(device: Device) -> Mapping[str, str]:
+    """What the code may hold: known of this machine and of a device that is described, not of one behind RPC."""
+    if device.rpc:
+        return device.instructions
+    return device.instructions or (instruction_set() if device.here else described_instructions(device))
 
 
 def _port(program: ExportedProgram, label: str) -> Port:

@@ -48,7 +48,10 @@ class Compiler(Protocol):
     name: str
 
     def missing(self, device: Device) -> str | None:
-        """What keeps this compiler from compiling for and running on the device, None where nothing does."""
+        """What keeps this compiler from compiling for the device, None where nothing does.
+
+        Whether something can be timed there is the device's own `timed`.
+        """
         ...
 
     def compile(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Mapping
 
-from ..hwmodels.device import cpu_flags
+from ..hwmodels.device import Device, cpu_flags
 
 # Vectors, fused multiply-add, bit manipulation (`abm` is lzcnt).
 _X86 = """
@@ -24,6 +24,13 @@ _USED = frozenset(_X86.split()) | frozenset(_ARM.split())
 def instruction_set() -> dict[str, str]:
     """What code for this CPU may use, as a manifest's target records it: `machine` and `features`."""
     return {"machine": platform.machine(), "features": " ".join(sorted(cpu_flags() & _USED))}
+
+
+def described_instructions(device: Device) -> dict[str, str]:
+    """The same of a device that is only described, as far as its description says."""
+    machine = device.target.get("mtriple", "").partition("-")[0]
+    features = " ".join(sorted(_USED & set(device.features)))
+    return {**({"machine": machine} if machine else {}), **({"features": features} if features else {})}
 
 
 def lacking(target: Mapping[str, str]) -> str | None:

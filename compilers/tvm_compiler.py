@@ -27,8 +27,6 @@ class TvmCompiler:
         """See `Compiler.missing`."""
         if device.kind != "cpu":
             return f"Planish has no schedules for {device.kind} devices yet"
-        if not device.here and not device.rpc:
-            return f"it is only described ({device.title}); name its RPC server with rpc://host:port/{device.name}"
         from .linker import linker, missing_linker
 
         return None if linker(device) else missing_linker(device)

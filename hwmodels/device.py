@@ -60,6 +60,11 @@ class Device:
     instructions: Mapping[str, str] = field(default_factory=dict)
     identity: str = ""
 
+    @property
+    def timed(self) -> bool:
+        """Whether something can be timed on it from here; on one that is only described, nothing can."""
+        return self.here or bool(self.rpc)
+
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise DeviceError(f"device {self.name!r} has the kind {self.kind!r}; allowed are {', '.join(KINDS)}")

@@ -128,8 +128,11 @@ def devices(arguments: argparse.Namespace, command: str) -> Output:
         ]
         return Output(held, text_table(columns, rows) if rows else "no kernel was measured yet; see planish profile")
     found = list_devices()
-    rows = [[d.get("name"), d.get("kind"), "yes" if d.get("usable") else "no", d.get("missing") or ""] for d in found]
-    return Output(found, text_table(["device", "kind", "usable", "what is missing"], rows))
+    usable = ["yes" if d["timed"] else "predicted" if d["usable"] else "no" for d in found]
+    rows = [[d["name"], d["kind"], how, d["missing"]] for d, how in zip(found, usable, strict=True)]
+    table = text_table(["device", "kind", "usable", "what is missing"], rows)
+    note = "predicted: nothing can be timed there from here, but its latency be predicted (measure.latency)"
+    return Output(found, f"{table}\n{note}" if "predicted" in usable else table)
 
 
 def bench(arguments: argparse.Namespace, command: str) -> Output:

@@ -65,6 +65,7 @@ def _row(device: Device) -> dict[str, object]:
         "name": device.name,
         "kind": device.kind,
         "usable": lacking is None,
+        "timed": lacking is None and device.timed,
         "missing": lacking or "",
         "title": device.title,
         "threads": device.threads,

@@ -132,16 +132,16 @@ class Evaluator:
         module = self.build(job.candidate)
         metrics = self._one_shot(module)
         if self.spec.measure.latency == "predicted":
-            return metrics | self._predicted(module)
+            return metrics | self.predicted(module)
         return metrics | self.compile(module, job, "untrained")
 
     def foresee(self, job: Job) -> Metrics:
         """One-shot metrics like `score`'s, with latency predicted from the planned kernels instead of compiled code."""
         torch.manual_seed(job.seed)
         module = self.build(job.candidate)
-        return self._one_shot(module) | self._predicted(module)
+        return self._one_shot(module) | self.predicted(module)
 
-    def _predicted(self, module: nn.Module) -> Metrics:
+    def predicted(self, module: nn.Module) -> Metrics:
         """Latency, working memory and energy from the planned kernels; nothing is compiled."""
         program = torch.export.export(deploy(module), (self.traced.example,))
         return self.predictor.metrics(program, self._energy)
@@ -229,7 +229,7 @@ class Evaluator:
         write_json(job.folder / "recipe.json", {"recipe": recipe, "options": dict(job.candidate.options)})
         metrics = self._accuracy(module, None) | self.costs(module)
         metrics |= self.compile(module, job, "artifact")
-        return metrics | (self._predicted(module) if self.spec.measure.latency == "predicted" else {})
+        return metrics | (self.predicted(module) if self.spec.measure.latency == "predicted" else {})
 
     def test(self, job: Job, trained: bool) -> Metrics:
         """Accuracy on the test split: read once, for what is on the front at the end."""

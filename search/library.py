@@ -235,17 +235,20 @@ def latency_model(
 ) -> tuple[LatencyModel, Callable[[Sequence[LayerShape]], list[Workload]]]:
     """The best model of a device that costs no measuring, and what turns layers into its workloads.
 
-    The times that `planish profile` left in the database where there are enough; the compiler's counted cycles else;
-    the roofline where the compiler has no schedules to count.
+    The times that `planish profile` left in the database where there are enough; the compiler's counted cycles else,
+    and for a device that is only described; the roofline where the compiler has no schedules to count.
     """
     device = evaluator.devices[label]
     if evaluator.compilers[label].name != "tvm":
         return Roofline(device), _plain_workloads
     from ..compilers.kernel_times import database_of
+    from ..compilers.tvm_build import cpu_machine
     from ..compilers.tvm_layers import layer_workloads
     from ..hwmodels.kernel_database import DatabaseError
     from .latency_table import fitted
 
+    if not device.timed:
+        return CountedCycles.described(device, cpu_machine(device).macs_per_cycle(None)), layer_workloads(device)
     try:
         database = database_of(device, evaluator.times)
         times = database.times()

@@ -49,7 +49,7 @@ def measure_trials(
     final: bool,
     original_s: Mapping[str, float] | None = None,
 ) -> dict[int, Metrics | Failure]:
-    """Latency (median, 95 % interval) and its ratio to the original of every trial, on every device.
+    """Latency (median, 95 % interval) and its ratio to the original of every trial, on every device that can be timed.
 
     A machine's speed moves between measurements; the ratio within one does not. So the seconds are the ratio times what
     the original took when it was measured, and comparisons by seconds and by ratio agree.
@@ -75,7 +75,9 @@ def measure_trials(
         retries=1,
     )
     results: dict[int, Metrics | Failure] = {number: {} for number in folders}
-    for label in evaluator.devices:
+    for label, device in evaluator.devices.items():
+        if not device.timed:
+            continue
         reference = evaluator.artifact_folder(original, label, "artifact")
         paths = {number: evaluator.artifact_folder(folder, label, name) for number, folder in folders.items()}
         for number, measured in _on_device(

@@ -54,6 +54,14 @@ class Predictor:
             latencies[label] = self._latency(label, planned)
         return {"peak_memory_bytes": peak, "latency_s": latencies, **({"energy_j": joules} if energy else {})}
 
+    def error(self, label: str) -> float:
+        """The relative standard deviation of the original's predicted latency."""
+        from .latency_table import plan_of
+
+        space = self._evaluator.proposal.space
+        found = self.model(label).predict(plan_of(self._evaluator, label, space.original()).calls)
+        return found.std_s / found.latency_s
+
     def calls(self, candidate: Candidate, label: str) -> list[tuple[str, str, float]]:
         """(kernel, site, seconds) as a profile has them, one entry a site."""
         from .latency_table import plan_of

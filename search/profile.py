@@ -28,6 +28,9 @@ def profile(
 ) -> dict[str, object]:
     """Compiles and times the original and the cheapest corners of its space, and builds its latency table.
 
+    On a device that is only described nothing is timed: its figures are predicted, and `predicted_error` says how far
+    they may be off.
+
     Args:
         spec: Of the search that is to come.
         progress: Told of every step.
@@ -55,7 +58,8 @@ def profile(
     progress.begin("load and trace", 1)
     evaluator = Evaluator(spec)
     progress.advance()
-    check_answers(evaluator.devices.values())
+    check_answers(evaluator.devices.values(), predicted=True)
+    described = [label for label, device in evaluator.devices.items() if not device.timed]
     if table:  # what would refuse a table is told before anything is spent
         for device in evaluator.devices.values():
             database_of(device).times()
@@ -70,18 +74,23 @@ def profile(
         for job in jobs:
             module = evaluator.build(job.candidate)
             metrics[job.number] = evaluator.costs(module) | evaluator.compile(module, job, "artifact")
+            predicted = evaluator.predicted(module)["latency_s"] if described else {}
+            assert isinstance(predicted, dict)
+            metrics[job.number]["latency_s"] = {label: predicted[label] for label in described}
             progress.advance()
         progress.begin("time", 1)
         timed = measure_trials(
             evaluator, {job.number: job.folder for job in jobs}, jobs[0].folder, "artifact", final=True
         )
         for number, result in timed.items():
-            metrics[number] |= {} if isinstance(result, Failure) else result
+            if not isinstance(result, Failure):
+                latencies = {**_mapping(metrics[number]["latency_s"]), **_mapping(result.get("latency_s"))}
+                metrics[number] |= {**result, "latency_s": latencies}
         progress.advance()
         devices: dict[str, dict[str, object]] = {}
         tables: dict[str, LatencyTable] = {}
         for label, device in evaluator.devices.items():
-            if table and evaluator.compilers[label].name == "tvm":
+            if table and device.timed and evaluator.compilers[label].name == "tvm":
                 tables[label] = build_table(
                     evaluator, label, database_of(device), progress, seed=spec.seed, limits=limits, more=candidates
                 )
@@ -91,11 +100,13 @@ def profile(
                 calls = site_times({"original": artifact}, device, protocol)["original"]
             else:  # its kernels cannot be told from each other from here
                 calls = evaluator.predictor.calls(space.original(), label)
-            peaks = with_measured_peaks(device, evaluator.compilers[label])
+            peaks = with_measured_peaks(device, evaluator.compilers[label]) if device.timed else device
             rows = layer_costs(evaluator.traced, peaks, calls)
             devices[label] = _device(label, peaks, rows, calls, metrics)
             if label in tables:
                 devices[label]["latency_model"] = _table(tables[label])
+            if not device.timed:
+                devices[label]["predicted_error"] = evaluator.predictor.error(label)
     for label in evaluator.devices if space.choices else ():
         devices[label]["gains"] = option_gains(evaluator, label)
     return {
@@ -169,6 +180,9 @@ def _table(table: LatencyTable) -> dict[str, object]:
 
 
 def _value(metrics: Mapping[str, object], name: str, label: str) -> float:
-    by_device = metrics.get(name)
-    entry = by_device.get(label) if isinstance(by_device, Mapping) else None
+    entry = _mapping(metrics.get(name)).get(label)
     return float(entry["value"]) if isinstance(entry, Mapping) else float("nan")
+
+
+def _mapping(value: object) -> Mapping[str, object]:
+    return value if isinstance(value, Mapping) else {}

@@ -83,8 +83,8 @@ def _device(name: str, entry: Mapping[str, object]) -> str:
     error = _mapping(model.get("held_out"))
     parts = [
         f"<h2>{escape(name)}: {escape(str(entry.get('title', '')))}</h2>",
-        f"<p>The model takes {_number(entry.get('latency_s')) * 1e6:.1f} us. Light: the time of a layer; dark: the "
-        "part that arithmetic and memory traffic at their measured peaks would take.</p>",
+        f"<p>{_latency(entry)} Light: the time of a layer; dark: the part that arithmetic and memory traffic at their "
+        "peaks would take.</p>",
         layers_svg(layers, _number(entry.get("other_time_s"))),
         "<h3>Reachable</h3>",
         table(["cost", "least", "most"], reachable),
@@ -97,6 +97,17 @@ def _device(name: str, entry: Mapping[str, object]) -> str:
         rows = [[key, "" if value is None else f"{_number(value):.3g}"] for key, value in error.items()]
         parts += ["<h3>The latency model's own error, on networks left out</h3>", table(["", ""], rows)]
     return "\n".join(parts)
+
+
+def _latency(entry: Mapping[str, object]) -> str:
+    seconds = f"{_number(entry.get('latency_s')) * 1e6:.1f} us"
+    error = entry.get("predicted_error")
+    if error is None:
+        return f"The model takes {seconds}."
+    return (
+        f"The model is predicted to take {seconds}: the device is only described, so that the figure's standard "
+        f"deviation is {_number(error):.0%} of it; ratios between models are nearer."
+    )
 
 
 def _gain(row: Mapping[str, object]) -> list[object]:

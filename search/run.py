@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import isfinite, nan
 from pathlib import Path
 
 from .front import choose
-from .objective import parse_budget
+from .objective import number, parse_budget
 from .rundir import RunDirectory
 
 
@@ -65,7 +66,7 @@ class Run:
         miss = front.get("nearest_miss")
         predicted = folder.spec().measure.latency == "predicted"
         return {
-            **({"latency": "predicted by the device's latency model, not measured"} if predicted else {}),
+            **({"latency": _how_predicted(front)} if predicted else {}),
             "trials": ", ".join(f"{count} {state}" for state, count in sorted(states.items())),
             "hypervolume": front.get("hypervolume"),
             **({"nearest_miss": f"trial {miss['trial']}; no model keeps the budget"} if isinstance(miss, dict) else {}),
@@ -76,3 +77,20 @@ class Run:
         assert isinstance(metrics, Mapping)
         assert isinstance(options, Mapping)
         return Chosen(self.path, int(str(entry["trial"])), metrics, options)
+
+
+def _how_predicted(front: Mapping[str, object]) -> str:
+    """That latency is predicted, and how far the original's may be off on each device."""
+    latencies = _mapping(_mapping(_mapping(front.get("original")).get("metrics")).get("latency_s"))
+    spans = []
+    for label, entry in latencies.items():
+        value, interval = number(_mapping(entry).get("value")), _mapping(entry).get("ci95")
+        high = number(interval[1]) if isinstance(interval, list) and len(interval) == 2 else nan
+        if value and isfinite(high / value):
+            spans.append(f"{label} within {high / value - 1:.0%}")
+    text = f" ({', '.join(spans)}, with 95 % confidence)" if spans else ""
+    return f"predicted by the device's latency model, not measured{text}"
+
+
+def _mapping(value: object) -> Mapping[str, object]:
+    return value if isinstance(value, Mapping) else {}

@@ -7,7 +7,8 @@ import platform
 import pytest
 
 from planish.compilers import cpu_features
-from planish.compilers.cpu_features import instruction_set, lacking
+from planish.compilers.cpu_features import described_instructions, instruction_set, lacking
+from planish.hwmodels.device import parse_device
 
 
 @pytest.fixture
@@ -41,3 +42,12 @@ def test_a_target_without_a_record_lacks_nothing() -> None:
 def test_an_operating_system_that_lists_no_features_is_not_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu_features, "cpu_flags", frozenset)
     assert lacking({"machine": platform.machine(), "features": "avx2"}) is None
+
+
+@pytest.mark.usefixtures("flags")
+def test_a_description_says_what_its_code_needs() -> None:
+    described = described_instructions(parse_device("cpu/cascadelake"))
+    assert described == {"machine": "x86_64", "features": "avx2 avx512_vnni avx512f"}
+    if platform.machine() == "x86_64":
+        assert lacking(described) == "avx512_vnni, avx512f"
+    assert "aarch64" in str(lacking(described_instructions(parse_device("cpu/cortex-a76"))))

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from planish.hwmodels.corrector import Corrector
+from planish.hwmodels.cycles import CountedCycles
 from planish.hwmodels.device import Device, described, host
 from planish.hwmodels.held_out import held_out
 from planish.hwmodels.kernel_database import KernelTime
@@ -40,10 +41,11 @@ MODELS: dict[str, Callable[[Device], LatencyModel]] = {
     "roofline": lambda device: Roofline(device),
     "table": lambda device: replace(_TABLE(), device=device),
     "transfer": lambda device: TransferModel(device, _TABLE(), (1.0, 0.5, 1e-6), 0.1, held_out([1.0], [1.0])),
+    "described": lambda device: CountedCycles.described(device, 16),
     "scaled roofline": lambda device: Roofline(device, factor=2.5, launch_s=1e-5, error=0.3),
 }
 DEVICES = [host(), *described().values()]
-ROOFLINES = [MODELS[name] for name in ("roofline", "scaled roofline")]
+ROOFLINES = [MODELS[name] for name in ("roofline", "described", "scaled roofline")]
 # A table is of one device; what a roofline says depends on it.
 CASES = [(MODELS[name], host()) for name in ("table", "transfer")] + [(r, d) for r in ROOFLINES for d in DEVICES]
 

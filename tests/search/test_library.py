@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from planish.hwmodels.cycles import CountedCycles
+from planish.hwmodels.device import parse_device
 from planish.search import library
 from planish.search.config import load_spec
 from planish.search.data import Data, Split
 from planish.search.errors import UserError
-from planish.search.evaluate import Evaluator
+from planish.search.evaluate import Evaluator, Job
 from planish.search.latency_table import plan_of
 from planish.search.library import option_table
 from planish.search.library_file import library_key, read_library, write_library
@@ -79,6 +81,23 @@ def test_latencies_are_near_those_of_the_candidates_plans(evaluator: Evaluator, 
         got = table.cost("latency[cpu]", levels_of(table.space, [candidate]))[0]
         # Moves between float32 and bytes, and channels of elementwise operators, are not in the table.
         assert got == pytest.approx(wanted, rel=0.25)
+
+
+def test_a_device_that_is_only_described_is_predicted_at_its_peak_with_a_wide_error(
+    evaluator: Evaluator, tmp_path: Path
+) -> None:
+    device = parse_device("cpu/x86-64-v3")
+    spec = load_spec(None, {"model": "own", "data": "own", "device": device.name, "measure.latency": "predicted"})
+    elsewhere = Evaluator(spec, evaluator.task)
+    original = elsewhere.proposal.space.original()
+    found = elsewhere.foresee(Job(0, original, 0, tmp_path))
+    latency: Any = found["latency_s"]
+    entry = latency[device.name]
+    peak_s = count_macs(evaluator.task.model, evaluator.traced.example) / device.macs_per_s[32]
+    # No kernel is faster than the peak (Winograd's needs 4 multiplications for 9 or 16 for 36), and none ten times
+    # slower at these sizes.
+    assert peak_s / 4 < entry["value"] < 10 * peak_s + 1e-4
+    assert entry["ci95"][1] > 1.9 * entry["value"]
 
 
 def test_an_error_is_the_sum_of_the_options(table: OptionTable) -> None:

@@ -12,6 +12,7 @@ from planish.hwmodels.device import parse_device
 from planish.hwmodels.measurement import Measurement
 from planish.search import measuring
 from planish.search.errors import UserError
+from planish.search.reachable import check_answers
 
 BOARD = parse_device("rpc://board:9090/cpu")
 FOUND = {"original": Measurement(BOARD.name, (1.0,))}
@@ -43,3 +44,10 @@ def test_one_that_does_not_ends_the_search_with_a_line(monkeypatch: pytest.Monke
     with pytest.raises(UserError, match=r"Connection refused\), 20 times in a row; .* give the same command again"):
         measuring.waiting_for(BOARD.name, lost(20, waited, monkeypatch))
     assert len(waited) == 19
+
+
+def test_on_a_device_that_is_only_described_nothing_is_timed_but_latency_may_be_predicted() -> None:
+    described = parse_device("cpu/cascadelake")
+    with pytest.raises(UserError, match=r"'cpu/cascadelake' is only described .* --set measure.latency=predicted, or"):
+        check_answers([parse_device("cpu"), described], predicted=False)
+    check_answers([parse_device("cpu"), described], predicted=True)
