@@ -23,7 +23,7 @@ from ..spaces.apply import apply, rebuild, simplify, state
 from ..spaces.local_error import local_errors
 from ..spaces.propose import Proposal, propose
 from ..spaces.quantize import deploy
-from ..spaces.size import count_macs, stored_bytes
+from ..spaces.size import count_macs, entropy_coded_bytes, stored_bytes
 from ..spaces.space import Candidate, Kind
 from ..spaces.trace import TracedModel, trace
 from .artifact_path import artifact_path
@@ -228,6 +228,7 @@ class Evaluator:
         write_tensors(job.folder / WEIGHTS, state(module), {"options": dict(job.candidate.options)})
         write_json(job.folder / "recipe.json", {"recipe": recipe, "options": dict(job.candidate.options)})
         metrics = self._accuracy(module, None) | self.costs(module)
+        metrics["entropy_coded_bytes"] = entropy_coded_bytes(module)
         metrics |= self.compile(module, job, "artifact")
         return metrics | (self.predicted(module) if self.spec.measure.latency == "predicted" else {})
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from .errors import UserError
-from .objective import Budget, Objective, number
+from .objective import Budget, Objective, number, split_metric
 from .pareto import ParetoFront
 from .trial import State, Trial, finite
 
@@ -49,7 +49,8 @@ def front_document(
 
     `front` are the entries that keep every bound and that no other such entry beats. Where none keeps them, it is the
     front without bounds, and `nearest_miss` the entry that exceeds its worst bound by the smallest share. The original
-    stands on the front too where nothing beats it, and always under `original`.
+    stands on the front too where nothing beats it, and always under `original`. Of several devices `devices` has each
+    one's own front: the numbers of the entries that no other beats where the other devices do not count.
 
     Args:
         objectives: What is traded off, without bounds.
@@ -66,6 +67,7 @@ def front_document(
     front = ParetoFront(tuple(objectives), tuple(entry.trial for entry in competing))
     by_number = {entry.trial.number: entry for entry in competing}
     members = [by_number[trial.number] for trial in front.members()]
+    by_device = device_fronts(objectives, [entry.trial for entry in members])
     miss = (
         None
         if keeping or keeps(bounds, base)
@@ -76,8 +78,23 @@ def front_document(
         "budget": [{"metric": o.metric, "bound": o.bound} for o in bounds],
         "original": original.to_json(keeps(bounds, base)),
         "front": [entry.to_json(keeps(bounds, entry.trial.metrics)) for entry in members],
+        **({"devices": by_device} if len(by_device) > 1 else {}),
         "nearest_miss": miss.to_json(False) if miss else None,
         "hypervolume": front.hypervolume(base),
+    }
+
+
+def device_fronts(objectives: Sequence[Objective], trials: Sequence[Trial]) -> dict[str, list[int]]:
+    """By device the numbers of the trials on the front of its own latency and the objectives that are no latencies."""
+    labels = {o.metric: label for o in objectives if (label := split_metric(o.metric)[1]) is not None}
+    return {
+        label: [
+            trial.number
+            for trial in ParetoFront(
+                tuple(o for o in objectives if o.metric == metric or o.metric not in labels), tuple(trials)
+            ).members()
+        ]
+        for metric, label in labels.items()
     }
 
 

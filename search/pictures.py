@@ -14,8 +14,8 @@ _FRONT, _BORDER, _ORIGINAL, _OTHER, _BUDGET = "#0b6bcb", "#a9cdf0", "#c43d00", "
 _ACCURACY = Objective("accuracy", "maximize")
 
 
-def front_svg(front: Mapping[str, object], trials: Sequence[Trial] = ()) -> str:
-    """Accuracy against the first cost relative to the original, as an SVG document that stands alone.
+def front_svg(front: Mapping[str, object], trials: Sequence[Trial] = (), cost: Objective | None = None) -> str:
+    """Accuracy against a cost relative to the original, as an SVG document that stands alone.
 
     The original is a square, the front blue with 95 % intervals, other trials grey, a budget on the cost dashed. The
     axes show the front well; how many other trials lie outside is told.
@@ -23,8 +23,9 @@ def front_svg(front: Mapping[str, object], trials: Sequence[Trial] = ()) -> str:
     Args:
         front: front.json.
         trials: Drawn in grey where they have both metrics and are not on the front; empty: the front alone.
+        cost: By default the first of the front's objectives that is one.
     """
-    cost = first_cost(front)
+    cost = cost or costs_of(front)[0]
     original = _metrics(front.get("original"))
     listed = front.get("front")
     entries = [entry for entry in listed if isinstance(entry, Mapping)] if isinstance(listed, list) else []
@@ -70,12 +71,12 @@ def history_svg(hypervolumes: Sequence[tuple[int, float]]) -> str:
     return drawing(picture, lines, "Search history", "trials", name, lambda x: f"{x:.4g}", lambda y: f"{y:.3g}")
 
 
-def first_cost(front: Mapping[str, object]) -> Objective:
-    """The first objective of front.json that is a cost; MACs where there is none."""
+def costs_of(front: Mapping[str, object]) -> list[Objective]:
+    """The objectives of front.json that are costs, in their order; MACs where there is none."""
     objectives = front.get("objectives")
     names = [str(o.get("metric")) for o in objectives if isinstance(o, Mapping)] if isinstance(objectives, list) else []
     costs = [name for name in names if split_metric(name)[0] in METRIC_KEYS and goal_of(name) == "minimize"]
-    return Objective(costs[0] if costs else "macs", "minimize")
+    return [Objective(name, "minimize") for name in costs or ["macs"]]
 
 
 Point = tuple[float, float]

@@ -17,6 +17,8 @@ _COSTS = (
     ("memory", "peak_memory_bytes", "B"),
     ("energy", "energy_j", "J"),
 )
+# What only a whole page has room for.
+_MORE_COSTS = (("size, entropy-coded", "entropy_coded_bytes", "B"),)
 
 
 def quantity(value: object, unit: str) -> str:
@@ -31,17 +33,18 @@ def quantity(value: object, unit: str) -> str:
     return f"{value / scale:.3g} {name}".rstrip()
 
 
-def metric_names(metrics: Sequence[Mapping[str, object]]) -> list[str]:
-    """The columns that at least one of the metrics fills."""
+def metric_names(metrics: Sequence[Mapping[str, object]], *, every: bool = False) -> list[str]:
+    """The columns that at least one of the metrics fills; `every`: those for a page, too."""
     devices = list(dict.fromkeys(name for entry in metrics for name in _mapping(entry.get("latency_s"))))
-    costs = [name for name, key, _ in _COSTS if any(entry.get(key) is not None for entry in metrics)]
+    columns = (*_COSTS, *_MORE_COSTS) if every else _COSTS
+    costs = [name for name, key, _ in columns if any(entry.get(key) is not None for entry in metrics)]
     tested = ["test accuracy"] if any(entry.get("test_accuracy") is not None for entry in metrics) else []
     return ["accuracy", *tested, *(f"latency {device}" for device in devices), *costs]
 
 
 def metric_cells(metrics: Mapping[str, object], original: Mapping[str, object], names: Sequence[str]) -> list[str]:
     """One text per name: `91.20 % (-0.31)` in points against the original, `1.23 ms (0.41x)`."""
-    keys = {name: (key, unit) for name, key, unit in _COSTS}
+    keys = {name: (key, unit) for name, key, unit in (*_COSTS, *_MORE_COSTS)}
     cells = []
     for name in names:
         if name.endswith("accuracy"):

@@ -18,8 +18,8 @@ def check_answers(devices: Iterable[Device], *, predicted: bool) -> None:
     for device in devices:
         if not device.timed and not predicted:
             raise UserError(
-                f"device {device.name!r} is only described ({device.title}), so that nothing can be timed on it: predict "
-                "its latency with --set measure.latency=predicted, or name the RPC server that runs on it with "
+                f"device {device.name!r} is only described ({device.title}), so that nothing can be timed on it: "
+                "predict its latency with --set measure.latency=predicted, or name the RPC server that runs on it with "
                 f"rpc://host:port/{device.name}"
             )
         reason = unanswered(device) if device.rpc else None

@@ -9,10 +9,10 @@ from pathlib import Path
 
 from .atomic import write_text
 from .errors import UserError
-from .objective import Objective
+from .objective import Objective, split_metric
 from .page import page
 from .pareto import ParetoFront
-from .pictures import front_svg, history_svg
+from .pictures import costs_of, front_svg, history_svg
 from .quantities import metric_cells, metric_names
 from .replay import History
 from .rundir import RunDirectory
@@ -49,7 +49,7 @@ def report_html(run: RunDirectory) -> str:
             f"{_short(spec.model)} on {', '.join(spec.labels())}, data {_short(spec.data)}, seed {spec.seed}"
         ),
         "notice": _notice(front),
-        "front_picture": front_svg(front, [trial for trial in history.trials() if trial.state is not State.FAILED]),
+        "front_picture": _front_pictures(front, history.trials()),
         "front_table": _front_table(front),
         "choices_table": _choices_table(front),
         "slow_table": _slow_table(front),
@@ -112,19 +112,31 @@ def _notice(front: Mapping[str, object]) -> str:
     return f'<p class="warn">{escape(text)}</p>'
 
 
+def _front_pictures(front: Mapping[str, object], trials: Sequence[Trial]) -> str:
+    """Accuracy against the latency of every device, or against the first cost where there are not several."""
+    latencies = [cost for cost in costs_of(front) if split_metric(cost.metric)[1] is not None]
+    drawn = [trial for trial in trials if trial.state is not State.FAILED]
+    if len(latencies) < 2:
+        return front_svg(front, drawn)
+    return "\n".join(front_svg(front, drawn, cost) for cost in latencies)
+
+
 def _front_table(front: Mapping[str, object]) -> str:
     original = front.get("original")
     base = original if isinstance(original, Mapping) else {}
     entries = [base, *(entry for entry in _entries(front, "front") if entry.get("trial") != base.get("trial"))]
-    names = metric_names([_mapping(entry.get("metrics")) for entry in entries])
-    header = ["trial", *names, "measured", "keeps budget", "artifact"]
+    names = metric_names([_mapping(entry.get("metrics")) for entry in entries], every=True)
+    devices = _mapping(front.get("devices"))
+    by_device = {name: numbers for name, numbers in devices.items() if isinstance(numbers, list)}
+    header = ["trial", *names, "measured", "keeps budget", *(["on the front of"] if by_device else []), "artifact"]
     rows, classes = [], []
     for entry in entries:
         cells = metric_cells(_mapping(entry.get("metrics")), _mapping(base.get("metrics")), names)
         label = "original" if entry is base else str(entry.get("trial"))
-        ending = [_measured(entry), _yes(entry.get("meets_budget")), entry.get("artifact") or ""]
-        rows.append([label, *cells, *ending])
-        classes.append(["", *("number" for _ in cells), "", "", ""])
+        own = [", ".join(device for device, numbers in by_device.items() if entry.get("trial") in numbers)]
+        ending = [_measured(entry), _yes(entry.get("meets_budget")), *(own if by_device else [])]
+        rows.append([label, *cells, *ending, entry.get("artifact") or ""])
+        classes.append(["", *("number" for _ in cells), *("" for _ in ending), ""])
     return table(header, rows, classes)
 
 

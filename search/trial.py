@@ -26,7 +26,7 @@ class Trial:
 
     `metrics` is a JSON object; what is not known yet is absent or None:
     `accuracy` and `accuracy_ci95` (low, high) as fractions, `latency_s` by device as {"value", "ci95"},
-    `latency_ratio` by device, `size_bytes`, `macs`, `peak_memory_bytes`, `energy_j`, `measured`.
+    `latency_ratio` by device, `size_bytes`, `entropy_coded_bytes`, `macs`, `peak_memory_bytes`, `energy_j`, `measured`.
     """
 
     number: int

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from heapq import heapify, heappop, heappush
+
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -23,6 +25,20 @@ def stored_bytes(module: nn.Module) -> int:
     only training needs (batch counters, clips, the momentum of ranges) is not stored, and a tensor that two modules
     hold is stored once.
     """
+    return _total(module, coded=False)
+
+
+def entropy_coded_bytes(module: nn.Module) -> int:
+    """Bytes that the module takes when whole weights and indices are coded by how often each occurs.
+
+    Huffman's code (Huffman 1952; on top of weight sharing Han, Mao and Dally 2016), one for every tensor, canonical: a
+    byte for the length of every symbol between the least and the greatest that occur, and one for each of these two. A
+    tensor that it does not make smaller is stored packed, and everything else, as `stored_bytes` counts it.
+    """
+    return _total(module, coded=True)
+
+
+def _total(module: nn.Module, coded: bool) -> int:
     total = 0
     counted: set[int] = set()
     covered: set[nn.Module] = set()
@@ -31,9 +47,9 @@ def stored_bytes(module: nn.Module) -> int:
             continue
         if isinstance(layer, Quantized):
             covered.update(layer.inner.modules())
-            total += _quantized_bytes(layer, counted)
+            total += _quantized_bytes(layer, counted, coded)
         elif isinstance(layer, SharedWeight):
-            total += _shared_bytes(layer)
+            total += _shared_bytes(layer, coded)
         else:
             for name, tensor in [*layer.named_parameters(recurse=False), *layer.named_buffers(recurse=False)]:
                 if name != "num_batches_tracked":
@@ -59,19 +75,36 @@ def count_macs(module: nn.Module, example: Tensor) -> int:
     return counter.get_total_flops() // 2
 
 
-def _quantized_bytes(layer: Quantized, counted: set[int]) -> int:
+def _quantized_bytes(layer: Quantized, counted: set[int], coded: bool) -> int:
     inner = layer.inner
     constants = len(layer.clip) * SCALE_BYTES + SCALE_BYTES + ZERO_POINT_BYTES
     if inner.bias is not None:
         constants += _plain_bytes(inner.bias, counted)
-    if isinstance(inner, SharedConv2d | SharedLinear):
-        return constants + min(_shared_bytes(inner.shared), _packed(inner.shared.indices.numel(), layer.bits))
-    return constants + _packed(inner.weight.numel(), layer.bits)
+    shared = inner.shared if isinstance(inner, SharedConv2d | SharedLinear) else None
+    own = _packed((inner.weight if shared is None else shared.indices).numel(), layer.bits)
+    if coded:
+        own = min(own, huffman_bytes(layer.integer().weight))
+    return constants + (own if shared is None else min(_shared_bytes(shared, coded), own))
 
 
-def _shared_bytes(shared: SharedWeight) -> int:
+def _shared_bytes(shared: SharedWeight, coded: bool) -> int:
     entries = len(shared.codebook)
-    return entries * 4 + _packed(shared.indices.numel(), index_bits(entries))
+    own = _packed(shared.indices.numel(), index_bits(entries))
+    return entries * 4 + (min(own, huffman_bytes(shared.indices)) if coded else own)
+
+
+def huffman_bytes(symbols: Tensor) -> int:
+    """The bytes of whole numbers in Huffman's code, its table included (see `entropy_coded_bytes`)."""
+    low, high = int(symbols.min()), int(symbols.max())
+    heap = [int(count) for count in torch.unique(symbols, return_counts=True)[1]]
+    heapify(heap)
+    bits = symbols.numel() if len(heap) == 1 else 0  # a single symbol has a code of one bit
+    while len(heap) > 1:
+        # Everything below a node gets a bit longer when it is made, so the sum of all nodes is the length.
+        node = heappop(heap) + heappop(heap)
+        bits += node
+        heappush(heap, node)
+    return (bits + 7) // 8 + high - low + 1 + 2
 
 
 def _packed(values: int, bits: int) -> int:

@@ -143,3 +143,20 @@ def test_csv_quotes_what_would_break_it(tmp_path: Path) -> None:
     rows = list(csv.reader(io.StringIO(front_csv(front_document(OBJECTIVES, [], entry, [])))))
     assert [len(row) for row in rows] == [len(rows[0])] * 2
     assert rows[1][rows[0].index('option a",\n')] == "x,y"
+
+
+def test_of_several_devices_each_has_a_front_of_its_own() -> None:
+    def entry(number: int, accuracy: float, fast: float, slow: float) -> Entry:
+        base = _entry(number, accuracy, fast)
+        latency = {"cpu": {"value": fast}, "board": {"value": slow}}
+        metrics = {**base.trial.metrics, "latency_s": latency}
+        return Entry(Trial(number, base.trial.candidate, State.COMPLETE, metrics, None, 0), measured=True)
+
+    objectives = objectives_of(["accuracy", "latency"], ["cpu", "board"])
+    original = entry(0, 0.95, 1.0, 10.0)
+    # 1 is for the cpu, 2 for the board, 3 is beaten on either, 4 by nothing on both.
+    entries = [entry(1, 0.9, 0.2, 9.0), entry(2, 0.9, 0.8, 2.0), entry(3, 0.85, 0.9, 9.5), entry(4, 0.8, 0.1, 1.0)]
+    document = front_document(objectives, [], original, entries)
+    assert sorted(map(int, map(str, _numbers(document)))) == [0, 1, 2, 4]
+    assert document["devices"] == {"cpu": [0, 1, 4], "board": [0, 2, 4]}
+    assert "devices" not in front_document(OBJECTIVES, [], ORIGINAL, [])

@@ -175,6 +175,32 @@ def test_a_picture_of_nothing_is_still_a_picture(front: dict[str, object]) -> No
     assert _marks(history_svg([]), "path")
 
 
+def test_of_several_devices_each_has_a_picture_and_a_column_says_whose_front_a_model_is_on(tmp_path: Path) -> None:
+    def trial(number: int, accuracy: float, *seconds: float) -> Trial:
+        latency = {name: {"value": value} for name, value in zip(("cpu", "cpu?threads=2"), seconds, strict=True)}
+        metrics = {"accuracy": accuracy, "accuracy_ci95": [0.5, 1.0], "latency_s": latency}
+        return Trial(number, SPACE.decode([number % 2, number // 2 % 2]), State.COMPLETE, metrics, None, 0)
+
+    spec = load_spec(None, {"model": "m", "data": "d", "device": ["cpu", "cpu?threads=2"]})
+    trials = [trial(0, 0.95, 1.0, 1.0), trial(1, 0.9, 0.5, 0.9), trial(2, 0.9, 0.9, 0.5)]
+    front = front_document(
+        spec.targets(), [], Entry(trials[0], measured=True), [Entry(t, True, None, None, {}) for t in trials[1:]]
+    )
+    with RunDirectory.create(tmp_path / "r", spec, {}) as run:
+        run.write_space(SPACE)
+        for one in trials:
+            run.append(one)
+        run.write_front(front)
+    html = write_report(tmp_path / "r").read_text(encoding="utf-8")
+    assert html.count("latency on cpu, relative to the original") == 1
+    assert html.count("latency on cpu?threads=2, relative to the original") == 1
+    own = [row.partition("</tr>")[0] for row in html.split("<tr>") if row.startswith('<td class="">')]
+    cells = {row.partition(">")[2].partition("<")[0]: row for row in own if "(" in row or "original" in row}
+    assert ">cpu, cpu?threads=2<" in cells["original"]
+    assert ">cpu<" in cells["1"]
+    assert ">cpu?threads=2<" in cells["2"]
+
+
 def test_history_never_falls_and_ends_at_the_hypervolume_of_all(run: Path) -> None:
     history = hypervolume_history(OBJECTIVES, RunDirectory.open(run).history(), TRIALS[0].metrics)
     counts, volumes = zip(*history, strict=True)

@@ -14,7 +14,7 @@ from planish.spaces.apply import apply
 from planish.spaces.cluster import SharedConv2d, SharedLinear, share
 from planish.spaces.integer import IntegerConv2d, IntegerLinear
 from planish.spaces.quantize import Quantized, Range, deploy
-from planish.spaces.size import count_macs, stored_bytes
+from planish.spaces.size import count_macs, entropy_coded_bytes, huffman_bytes, stored_bytes
 
 if TYPE_CHECKING:
     from tests.spaces.conftest import Net
@@ -94,3 +94,42 @@ def test_attention_is_counted_by_its_products() -> None:
             return nn.functional.scaled_dot_product_attention(x, x, x)
 
     assert count_macs(Attention(), torch.randn(1, 2, 5, 8)) == 2 * (2 * 5 * 5 * 8)
+
+
+def test_a_huffman_code_is_as_short_as_one_can_be_by_hand() -> None:
+    # 8 of one symbol, 4, 2, 1 and 1 of others: lengths 1, 2, 3, 4, 4 and so 8 + 8 + 6 + 8 bits, in 4 bytes; a table of
+    # the five symbols from -2 to 2, and their range.
+    symbols = torch.tensor([0] * 8 + [1] * 4 + [-1] * 2 + [2, -2], dtype=torch.int8)
+    assert huffman_bytes(symbols[torch.randperm(16)]) == 4 + 5 + 2
+    assert huffman_bytes(torch.full((17,), 3, dtype=torch.uint8)) == 3 + 1 + 2
+    # No prefix code is shorter than the entropy, and Huffman's by less than a bit a symbol longer.
+    drawn = torch.randn(4000, generator=torch.Generator().manual_seed(0)).mul(20).round().clamp(-127, 127)
+    shares = torch.unique(drawn, return_counts=True)[1].double() / len(drawn)
+    entropy = float(-(shares * shares.log2()).sum()) * len(drawn) / 8
+    table = int(drawn.max() - drawn.min()) + 1 + 2
+    assert entropy <= huffman_bytes(drawn.to(torch.int8)) - table < entropy + len(drawn) / 8
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_coding_never_takes_more_and_is_of_the_weights_that_are_deployed(net: Net, seed: int) -> None:
+    candidate = net.proposal.space.sample(np.random.default_rng(seed))
+    module = apply(candidate, net.traced, net.proposal, net.calibration)
+    saved = stored_bytes(module) - entropy_coded_bytes(module)
+    assert saved >= 0
+    plain, deployed, expected = {}, deploy(module), 0
+    for name, layer in module.named_modules():
+        inner = layer.inner if isinstance(layer, Quantized) else layer
+        shared = isinstance(inner, SharedConv2d | SharedLinear)
+        ways = []
+        if isinstance(layer, Quantized):
+            weight = deployed.get_submodule(name).get_buffer("weight")
+            ways.append((math.ceil(weight.numel() * layer.bits / 8), huffman_bytes(weight)))
+            plain[f"{name}.inner"] = True
+        if shared and name not in plain:
+            assert isinstance(inner, SharedConv2d | SharedLinear)
+            indices, entries = inner.shared.indices, len(inner.shared.codebook)
+            packed = math.ceil(indices.numel() * math.ceil(math.log2(entries)) / 8)
+            ways.append((packed + 4 * entries, huffman_bytes(indices) + 4 * entries))
+        if ways:
+            expected += min(way[0] for way in ways) - min(min(way) for way in ways)
+    assert saved == expected
