@@ -25,9 +25,10 @@ from .cpu.fallback import schedule_rest
 from .cpu.machine import Machine, usable_dots
 from .kernel_store import KernelStore
 from .linker import linker
+from .tvm_batch import split
 from .tvm_frontend import import_program
 from .tvm_graph import Graph
-from .tvm_lower import lower
+from .tvm_lower import lower, lower_split
 from .tvm_values import Kernel
 
 if TYPE_CHECKING:
@@ -90,7 +91,10 @@ def fused(program: ExportedProgram, device: Device) -> Fused:
     cpu = cpu_machine(device)
     context = (str(target), cpu, version("apache-tvm"))
     with _told(device), target:
-        lowered = lower(Graph(import_program(program)), cpu, context)
+        imported = import_program(program)
+        graph = Graph(imported)
+        found = split(imported, graph, cpu)
+        lowered = lower_split(found, cpu, context) if found else lower(graph, cpu, context)
         module = lowered.module
         for step in _FUSION:
             module = step(module)
@@ -196,7 +200,7 @@ def cpu_machine(device: Device) -> Machine:
 
 
 def planned_bytes(module: tvm.IRModule) -> int:
-    """The storage that `main` allocates once and reuses: the peak of its intermediate values."""
+    """The storage that a module's functions allocate once and reuse: the peak of the intermediate values."""
     total = 0
 
     def visit(expr: Any) -> None:
@@ -204,7 +208,9 @@ def planned_bytes(module: tvm.IRModule) -> int:
         if isinstance(expr, relax.Call) and getattr(expr.op, "name", "") == "relax.vm.alloc_storage":
             total += math.prod(int(dim) for dim in expr.args[0].values)
 
-    relax.analysis.post_order_visit(module["main"], visit)
+    for function in module.functions.values():
+        if isinstance(function, relax.Function):
+            relax.analysis.post_order_visit(function, visit)
     return total
 
 

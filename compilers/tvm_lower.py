@@ -6,19 +6,18 @@ reader needs it, once. So a chain of convolutions, additions and activations sta
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from math import ceil
 from typing import Any
 
 import tvm
 from tvm import relax
-from tvm.relax.expr_functor import PyExprMutator, mutator
 
 from .cpu.convspec import EXPONENTIAL_STEPS, Step
 from .cpu.epilogue import activation
 from .cpu.machine import Machine
 from .cpu.packing import per_channel
+from .tvm_batch import Split, substituted
 from .tvm_graph import UNARY, Array, Graph, Node, chains, range_of, static_shape
 from .tvm_lower_conv import lower_convolution
 from .tvm_lower_dense import lower_dense
@@ -47,31 +46,57 @@ class Lowered:
 
 def lower(graph: Graph, target: Machine, context: object = None) -> Lowered:
     """A graph in kernels; `context` as in `Values`."""
-    lowering = _Lowering(graph, target, context)
-    return Lowered(lowering.run(), lowering.values.kernels, lowering.values.calls)
+    values = Values(graph, target, context)
+    _Lowering(values).function("main")
+    return Lowered(values.builder.get(), values.kernels, values.calls)
+
+
+def lower_split(found: Split, target: Machine, context: object = None) -> Lowered:
+    """A split program in kernels: `main` calls one function for every part of the batch, and one for the rest.
+
+    What goes from one to the other stays blocked.
+    """
+    first = Values(Graph(found.first), target, context)
+    rest = Values(Graph(found.rest), target, context, beside=first)
+    part = _Lowering(first).function("part", blocked_result=True)
+    end = _Lowering(rest).function("rest", blocked_input=True)
+    builder, (old,) = first.builder, first.graph.params
+    images, *shape = static_shape(old)
+    param = relax.Var(old.name, relax.TensorType((found.parts * images, *shape), str(old.ty.dtype)))
+    with builder.function("main", [param]):
+        with builder.dataflow():
+            starts = range(0, found.parts * images, images)
+            inputs = [builder.emit(relax.op.strided_slice(param, [0], [i], [i + images])) for i in starts]
+            results = [builder.emit(relax.Call(part, [value])) for value in inputs]
+            joined = builder.emit(relax.op.concat(results, axis=0))
+            result = builder.emit_output(relax.Call(end, [joined]))
+        builder.emit_func_output(result)
+    return Lowered(builder.get(), first.kernels, first.calls * found.parts + rest.calls)
 
 
 class _Lowering:
-    def __init__(self, graph: Graph, target: Machine, context: object) -> None:
-        self.graph = graph
-        self.values = Values(graph, target, context)
-        self.lanes = target.lanes
+    def __init__(self, values: Values) -> None:
+        self.graph = graph = values.graph
+        self.values = values
+        self.lanes = values.lanes
         self.builder = self.values.builder
         self.plain, self.blocked = self.values.plain, self.values.blocked
         self.chains = chains(graph)
         self.inside = {i: chain for chain in self.chains.values() for i in range_of(graph, chain)}
 
-    def run(self) -> tvm.IRModule:
-        params = [relax.Var(p.name, p.ty) for p in self.graph.params]
-        with self.builder.function("main", params):
-            for old, new in zip(self.graph.params, params, strict=True):
-                self.plain[old] = new
+    def function(self, name: str, *, blocked_input: bool = False, blocked_result: bool = False) -> Any:
+        """Adds the graph to the module as a function that takes and returns plain tensors, or blocked ones."""
+        forms = self.blocked if blocked_input else self.plain
+        kinds = [self.values.blocked_type(p) if blocked_input else p.ty for p in self.graph.params]
+        params = [relax.Var(p.name, kind) for p, kind in zip(self.graph.params, kinds, strict=True)]
+        with self.builder.function(name, params, private=name != "main"):
+            forms |= dict(zip(self.graph.params, params, strict=True))
             with self.builder.dataflow():
                 for node in self.graph.nodes:
                     self._node(node)
-                result = self.builder.emit_output(self.values.as_plain(self.graph.output))
-            self.builder.emit_func_output(result)
-        return self.builder.get()
+                form = self.values.as_blocked if blocked_result else self.values.as_plain
+                result = self.builder.emit_output(form(self.graph.output))
+            return self.builder.emit_func_output(result)
 
     def _node(self, node: Node) -> None:
         chain = self.chains.get(node.index) or self.inside.get(node.index)
@@ -135,24 +160,8 @@ class _Lowering:
         return relax.const(per_channel(array.reshape(-1), blocks, self.lanes).reshape(1, blocks, 1, 1, self.lanes))
 
     def _plain_node(self, node: Node) -> None:
-        rewritten = _Substitute(self.values.as_plain, self.graph).visit_expr(node.expr)
-        self.plain[node.var] = self.builder.emit(rewritten)
-
-
-@mutator
-class _Substitute(PyExprMutator):  # type: ignore[misc]
-    """Replaces variables by their plain forms and folded constants by their values."""
-
-    def __init__(self, plain: Callable[[Any], Any], graph: Graph) -> None:
-        super().__init__()
-        self.plain = plain
-        self.graph = graph
-
-    def visit_var_(self, op: Any) -> Any:
-        return self.plain(self.graph.resolve(op))
-
-    def visit_dataflow_var_(self, op: Any) -> Any:
-        return self.plain(self.graph.resolve(op))
+        value = substituted(node.expr, lambda var: self.values.as_plain(self.graph.resolve(var)))
+        self.plain[node.var] = self.builder.emit(value)
 
 
 def _channels(var: Any) -> int | None:

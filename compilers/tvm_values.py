@@ -55,22 +55,23 @@ class Values:
         calls: (kernel, site) of every call of a kernel, in order.
     """
 
-    def __init__(self, graph: Graph, target: Machine, context: object = None) -> None:
+    def __init__(self, graph: Graph, target: Machine, context: object = None, beside: Values | None = None) -> None:
         """Starts with no values; the caller adds the parameters to `plain`.
 
         Args:
             graph: What is lowered.
             target: The CPU.
             context: What beside its key decides about a kernel's code: target and versions.
+            beside: Another function's, in whose module this one's is, with the same kernels.
         """
         self.graph = graph
         self.target = target
         self.lanes = target.lanes
-        self.builder = relax.BlockBuilder()
+        self.builder: Any = beside.builder if beside else relax.BlockBuilder()
         self.plain: dict[Any, Any] = {}
         self.blocked: dict[Any, Any] = {}
         self.calls: list[tuple[str, str]] = []
-        self._kernels: dict[object, Kernel] = {}
+        self._kernels: dict[object, Kernel] = beside._kernels if beside else {}
         self._context = context
 
     def as_plain(self, var: Any) -> Any:
@@ -112,6 +113,11 @@ class Values:
             primfunc_name_hint="pack",
         )
         return self.blocked[var]
+
+    def blocked_type(self, var: Any) -> Any:
+        """The type of the blocked form of an (n, c, h, w) variable."""
+        n, c, h, w = static_shape(var)
+        return relax.TensorType((n, ceil(c / self.lanes), h, w, self.lanes), str(var.ty.dtype))
 
     def elementwise(self, value: Any, function: Callable[[Any], Any], name: str, *, fuse: bool = True) -> Any:
         """Emits a function of every element of a value, which fuses with its neighbours unless it must not."""

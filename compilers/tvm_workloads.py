@@ -87,17 +87,20 @@ def plan(program: ExportedProgram, device: Device) -> Plan:
         calls.append(replace(work, site=site))
         kernels.setdefault(work.key(), KernelWork(work, kernel, tuple(arguments)))
 
-    _calls(found.module["main"], visit)
+    _calls(found.module, found.module["main"], visit)
     with found.target:
         working_bytes = planned_bytes(finished(found.module))
     return Plan(tuple(calls), kernels, working_bytes)
 
 
-def _calls(main: Any, visit: Callable[[str, list[tuple[tuple[int, ...], str]], int], None]) -> None:
-    """Visits every kernel call of a fused main, in order."""
-    for block in main.body.blocks:
+def _calls(module: Any, function: Any, visit: Callable[[str, list[tuple[tuple[int, ...], str]], int], None]) -> None:
+    """Visits every kernel call of a fused function, in order."""
+    for block in function.body.blocks:
         for binding in block.bindings:
             call = binding.value
+            if isinstance(call, relax.Call) and isinstance(call.op, tvm.ir.GlobalVar):
+                _calls(module, module[call.op], visit)
+                continue
             name = getattr(call.op, "name", "") if isinstance(call, relax.Call) else ""
             if name not in ("relax.call_tir", "relax.call_dps_packed"):
                 continue

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -12,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn import Conv2d, Linear
 
+from planish.compilers import tvm_batch
+from planish.compilers.cpu.sub_batch import SubBatch
 from planish.compilers.verify import INT8_TOLERANCE
 from planish.hwmodels.device import host
 from planish.spaces import Candidate, Kind
@@ -393,4 +396,85 @@ def test_convolutions_of_three_by_three_take_winograds_form(
 ) -> None:
     artifact = compile_model(nn.Conv2d(32, 32, 3, padding=1).eval(), (1, 32, 24, 24))
     assert artifact.manifest.kernels[0][0].startswith("winograd")
+    assert difference(artifact) <= artifact.manifest.tolerance
+
+
+SPLIT = [
+    "residual blocks with identities",
+    "residual block with zeros in its shortcut",
+    "concatenated blocks",
+    "concatenated parts of blocks",
+    "inverted block",
+    "gate of sigmoid",
+    "gate of one channel",
+    "mean with its axes kept",
+    "one layer called twice",
+    "frame of one side",
+    "times a map of constants",
+    "what has no kernel of ours",
+]
+
+
+@pytest.fixture
+def cut_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """Lets the next models be split at a cut, given as a share of the way to the last, two images at a time."""
+
+    def choose(share: float) -> None:
+        def forced(layers: Any, cuts: set[int], batch: int, machine: Any) -> SubBatch | None:
+            ordered = sorted(cuts)
+            return SubBatch(ordered[round(share * (len(ordered) - 1))], 2) if ordered else None
+
+        monkeypatch.setattr(tvm_batch, "sub_batch", forced)
+
+    return choose
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("name", SPLIT)
+def test_a_batch_in_parts_gives_the_same(
+    name: str, share: float, cut_at: Callable[[float], None], compile_model: Compile, difference: Compile
+) -> None:
+    make, shape = NETS[name]
+    cut_at(share)
+    artifact = compile_model(made(make), (6, *shape[1:]))
+    assert difference(artifact) <= artifact.manifest.tolerance
+    assert max(Counter(kernel for kernel, _ in artifact.manifest.kernels).values()) >= 3
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("name", [*QUANTISED[:3], "odd groups"])
+def test_an_int8_batch_in_parts_gives_the_same(
+    name: str, share: float, cut_at: Callable[[float], None], compile_model: Compile, difference: Compile
+) -> None:
+    make, shape = NETS[name]
+    model = quantised(made(make), (1, *shape[1:]), bits=8)
+    cut_at(share)
+    artifact = compile_model(model, (4, *shape[1:]), tolerance=INT8_TOLERANCE)
+    assert difference(artifact) <= INT8_TOLERANCE
+    assert max(Counter(kernel for kernel, _ in artifact.manifest.kernels).values()) >= 2
+
+
+MIXED: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "mean of all images": lambda net, x: net.a(x) - net.a(x).mean(0, keepdim=True),
+    "mean of all": lambda net, x: net.a(x) * net.a(x).mean(),
+    "turned round": lambda net, x: net.a(x) + net.a(x.flip(0)),
+    "first image": lambda net, x: net.a(x) + net.a(x)[:1],
+    "softmax along the batch": lambda net, x: net.a(x).softmax(0),
+    "joined along the batch": lambda net, x: torch.cat([net.a(x), x[:, :1].expand(-1, 16, -1, -1)]),
+    "another factor for every image": lambda net, x: net.a(x) * net.factors + net.a(x).relu(),
+    "images in rows": lambda net, x: net.a(x).reshape(2, 2, 16, 9, 9).sum(1),
+    "images as channels": lambda net, x: net.a(x).transpose(0, 1).relu(),
+    "framed by images": lambda net, x: F.pad(net.a(x), (0, 0, 0, 0, 0, 0, 1, 0)).relu(),
+}
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+@pytest.mark.parametrize("name", MIXED)
+def test_what_mixes_images_is_in_no_part(
+    name: str, share: float, cut_at: Callable[[float], None], compile_model: Compile, difference: Compile
+) -> None:
+    model = made(lambda: Net(MIXED[name], a=wide(3, 16)))
+    model.register_buffer("factors", torch.randn(4, 1, 1, 1))
+    cut_at(share)
+    artifact = compile_model(model, (4, 3, 9, 9))
     assert difference(artifact) <= artifact.manifest.tolerance

@@ -12,7 +12,9 @@ import pytest
 import torch
 from torch import nn
 
+from planish.compilers import tvm_batch
 from planish.compilers.compiler import RunError
+from planish.compilers.cpu.sub_batch import SubBatch
 from planish.compilers.kernel_store import KernelStore
 from planish.compilers.kernel_timer import KernelProtocol, time_kernels
 from planish.compilers.network_timer import time_networks
@@ -63,6 +65,17 @@ def test_the_plan_calls_what_the_artifact_calls(planned: Plan, tmp_path: Path) -
     assert sites == [site for _, site in ours if site]
     assert {kernel for kernel, _ in ours} <= {work.kernel.symbol for work in planned.kernels.values()}
     assert planned.working_bytes == artifact.manifest.working_bytes > 0
+
+
+def test_of_a_batch_in_parts_every_call_is_planned(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(tvm_batch, "sub_batch", lambda layers, cuts, batch, machine: SubBatch(min(cuts), 1))
+    images = torch.zeros(3, 3, 12, 12)
+    found = plan(program(Net(), images), host())
+    artifact = TvmCompiler().compile(program(Net(), images), host(), tmp_path / "a", images[None], tolerance=1e-3)
+    sites = [work.site for work in found.calls if work.site]
+    assert sites == [site for _, site in artifact.manifest.kernels if site]
+    assert sites == ["stem"] * 3 + ["deep", "point", "fc"]
+    assert found.working_bytes == artifact.manifest.working_bytes > 0
 
 
 def test_a_plan_counts_what_the_layers_define(planned: Plan) -> None:
