@@ -409,7 +409,7 @@ SPLIT = [
     "gate of one channel",
     "mean with its axes kept",
     "one layer called twice",
-    "frame of one side",
+    "different across and down",
     "times a map of constants",
     "what has no kernel of ours",
 ]
