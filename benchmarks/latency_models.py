@@ -71,7 +71,6 @@ def measure(
     evaluator: Any, label: str, candidates: Sequence[Any], database: Any, limit_s: float
 ) -> tuple[list[Any], list[Any], list[int]]:
     """(plan, settled time, stored bytes' difference) of every candidate that can be built and timed."""
-    import torch
 
     from planish.compilers.manifest import read
     from planish.compilers.network_timer import time_networks
@@ -92,10 +91,7 @@ def measure(
                 print(f"left out: {str(error).splitlines()[0]}", file=sys.stderr)
                 continue
             differences.append(abs(plans[key].working_bytes - read(artifacts[key]).working_bytes))
-        reference = evaluator.compilers[label].compile(
-            tables.reference_program(), device, Path(folder, "reference"), torch.zeros(1, *tables.REFERENCE_INPUT),
-            tolerance=1e-3,
-        )  # fmt: skip
+        reference = tables.compiled_reference(evaluator, label, Path(folder, "reference"))
         known = database.reference_s(f"network {reference.manifest.kernels[0][0]}")
         timed = time_networks(
             artifacts, reference.path, device, known_reference_s=known, rounds=1000, limit_s=limit_s

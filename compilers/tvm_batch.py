@@ -72,7 +72,9 @@ def _alone(graph: Graph, batch: int) -> list[Node]:
         variables = [graph.resolve(arg) for arg in node.args if isinstance(arg, relax.Var)]
         images = [var for var in variables if var in carrying]
         known = all(var in carrying or var in graph.constants for var in variables)
-        if not (images and known and node.shape[:1] == (batch,) and _keeps_images_apart(graph, node, images)):
+        if not (images and known and _is_tensor(node.var) and node.shape[:1] == (batch,)):
+            break
+        if not _keeps_images_apart(graph, node, images):
             break
         carrying.add(node.var)
         found.append(node)
@@ -88,8 +90,10 @@ def _keeps_images_apart(graph: Graph, node: Node, images: list[Any]) -> bool:
         # What is done to every image alike has one row for all of them.
         others = [graph.array(arg) for arg in node.args if not any(same(arg, image) for image in images)]
         return all(array is None or array.ndim < rank or array.shape[0] == 1 for array in others)
-    if node.op in ("relax.concat", "relax.nn.softmax"):
+    if node.op == "relax.nn.softmax":
         return int(attributes.axis) % rank != 0
+    if node.op == "relax.concat":  # a constant among them would have a row for every image
+        return len(images) == len(node.args) and attributes.axis is not None and int(attributes.axis) % rank != 0
     if node.op in ("relax.mean", "relax.sum", "relax.max", "relax.nn.layer_norm"):
         axes = attributes.axes if node.op == "relax.nn.layer_norm" else attributes.axis
         return axes is not None and all(int(axis) % rank for axis in axes)
@@ -100,7 +104,8 @@ def _keeps_images_apart(graph: Graph, node: Node, images: list[Any]) -> bool:
     if node.op == "relax.permute_dims":
         return attributes.axes is not None and int(attributes.axes[0]) == 0
     if node.op == "relax.matmul":
-        return same(node.args[0], images[0]) and len(images) == 1
+        weight = graph.array(node.args[1])
+        return same(node.args[0], images[0]) and weight is not None and weight.ndim <= 2
     return node.op == "relax.reshape" and static_shape(images[0])[0] == node.shape[0]
 
 
@@ -131,9 +136,9 @@ def _layers(graph: Graph, batch: int) -> list[Layer]:
             found.append(Layer(0, 0, 0))
             continue
         chain = kernels.get(node.index)
-        values = [arg for arg in node.args if isinstance(arg, relax.Var) and graph.array(arg) is None]
+        values = [arg for arg in node.args if _is_tensor(arg) and graph.array(arg) is None]
         values += [step.operand for step in chain.steps if step.operand is not None] if chain else []
-        moved = sum(_bytes(var) for var in [*values, chain.last.var if chain else node.var])
+        moved = sum(_bytes(var) for var in [*values, chain.last.var if chain else node.var] if _is_tensor(var))
         # A quantisation that no kernel ends with is done by those that read it, where they copy.
         apart = node.op != "quantize"
         found.append(Layer(moved // batch if apart else 0, *_weights(graph, node)))
@@ -152,6 +157,10 @@ def _weights(graph: Graph, node: Node) -> tuple[int, int]:
     square = weight.ndim == 4 and weight.shape[2:] == (3, 3) and weight.shape[1] > 1 and node.mark is None
     macs = prod(node.shape[1:]) * (weight.size // outputs)
     return int(weight.nbytes * (_WINOGRAD if square else 1)), macs
+
+
+def _is_tensor(arg: Any) -> bool:
+    return isinstance(arg, relax.Var) and isinstance(arg.ty, relax.TensorType)
 
 
 def _bytes(var: Any) -> int:

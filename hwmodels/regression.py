@@ -71,6 +71,13 @@ class KernelRegression:
         x = np.array([_features(work, self.ops) for work in workloads])
         return np.exp(_predicted(self.line, self.forest, x, len(self.ops)))
 
+    def spread(self, workloads: Sequence[Workload]) -> NDArray[np.float64]:
+        """How far the trees disagree about each, shape (n,): the standard deviation of log seconds."""
+        if not workloads:
+            return np.empty(0)
+        x = np.array([_features(work, self.ops) for work in workloads])[:, _COUNTS:]
+        return np.asarray(np.std([tree.predict(x) for tree in self.forest.estimators_], axis=0), np.float64)
+
 
 def _features(work: Workload, ops: Sequence[str]) -> list[float]:
     counts = [work.cycles, work.macs, work.moved_bytes, work.weight_bytes]

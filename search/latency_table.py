@@ -20,15 +20,7 @@ from ..hwmodels.table import TableModel
 from ..spaces.apply import skeleton
 from ..spaces.quantize import deploy
 from .sampler import strongest, uniform_policies
-from .table_measuring import (
-    TableLimits,
-    by_weight,
-    measure_kernels,
-    measure_networks,
-    quiet_s,
-    reference_program,
-    spread,
-)
+from .table_measuring import TableLimits, TableMeasuring, by_error, by_weight, quiet_s, reference_program, spread
 
 if TYPE_CHECKING:
     from ..compilers.tvm_workloads import Plan
@@ -147,14 +139,19 @@ def build_table(
     reference = plan(reference_program(), device)
     works |= reference.kernels
     first = [*reference.kernels, *plans[original.key()].kernels]
-    wanted = [key for key in by_weight(plans.values(), works, first) if key not in known][: limits.kernels]
+    measuring = TableMeasuring(device, database, limits, progress, known, notes=notes)
     if not device.rpc:
         wait_for_quiet(device.threads)
     before = set(known)
-    failed = measure_kernels(wanted, works, reference, device, database, known, limits, progress, notes)
-    networks = measure_networks(
-        evaluator, label, plans, candidates, quiet_s(reference, known), database, limits, progress, failed, notes
-    )
+    # Half by the time that goes to them, half by how uncertain what the first half tells of them is.
+    wanted = [key for key in by_weight(plans.values(), works, first) if key not in known]
+    half = limits.kernels // 2 if len(known) + limits.kernels // 2 >= LEAST_KERNELS else limits.kernels
+    measuring.kernels(wanted[:half], works, reference, limits.kernel_s * half / limits.kernels)
+    left = [key for key in wanted[half:] if key not in known]
+    if left and len(known) >= LEAST_KERNELS:
+        left = by_error(plans.values(), left, KernelRegression.fit(list(known.values()), seed))
+    measuring.kernels(left[: limits.kernels - half], works, reference, limits.kernel_s / 2)
+    networks = measuring.networks(evaluator, label, plans, candidates, quiet_s(reference, known))
     model = fitted(device, known, networks, seed)
     times = [*(t.time for t in known.values()), *(n.time for n in networks)]
     return LatencyTable(
@@ -164,7 +161,7 @@ def build_table(
         known=len(before),
         left=sum(key not in known for key in works),
         quiet=float(np.mean([time.quiet for time in times])) if times else 0.0,
-        failed=failed,
+        failed=measuring.failed,
         notes=tuple(dict.fromkeys(notes)),
         seconds=time.monotonic() - start,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -18,8 +18,10 @@ from ..spaces.quantize import deploy
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
+    from ..compilers.compiler import Artifact
     from ..compilers.tvm_workloads import KernelWork, Plan
     from ..hwmodels.device import Device
+    from ..hwmodels.regression import KernelRegression
     from ..spaces.space import Candidate
     from .evaluate import Evaluator
     from .progress import Progress
@@ -41,91 +43,94 @@ class TableLimits:
     network_s: float
 
 
-def measure_kernels(
-    wanted: Sequence[str],
-    works: Mapping[str, KernelWork],
-    reference_plan: Plan,
-    device: Device,
-    database: KernelDatabase,
-    known: dict[str, KernelTime],
-    limits: TableLimits,
-    progress: Progress,
-    notes: list[str],
-) -> dict[str, str]:
-    """Times kernels, adds them to `known` and to the database; why some could not be timed, by their key."""
-    from ..compilers.kernel_timer import time_kernels
+@dataclass
+class TableMeasuring:
+    """Measures for one device's table, and remembers what is known and what went wrong.
 
-    if not wanted:
-        return {}
-    progress.begin(f"time kernels on {device.name}", len(wanted))
-    reference = max(reference_plan.kernels.values(), key=lambda work: work.workload.macs)
-    name = f"kernel {reference.workload.key()}"
-    with LoadWatch() as watch:
-        timed = time_kernels(
-            {key: works[key] for key in wanted}, reference, device, known_reference_s=database.reference_s(name),
-            limit_s=limits.kernel_s, advance=_advancer(progress),
-        )  # fmt: skip
-    _refuse(watch, device)
-    new = [KernelTime(works[key].workload, settled(s, timed.reference_s)) for key, s in timed.samples.items()]
-    known |= {time.workload.key(): time for time in new}
-    if new:
-        _kept(notes, lambda: database.add(new, {name: timed.reference_s}))
-    return dict(timed.failed)
+    Attributes:
+        known: Kernel times by key; those that are measured join them.
+        failed: Why kernels and networks could not be timed.
+        notes: What went wrong and did not stop it.
+    """
 
+    device: Device
+    database: KernelDatabase
+    limits: TableLimits
+    progress: Progress
+    known: dict[str, KernelTime]
+    failed: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
-def measure_networks(
-    evaluator: Evaluator,
-    label: str,
-    plans: Mapping[str, Plan],
-    candidates: Mapping[str, Candidate],
-    quiet_reference_s: float | None,
-    database: KernelDatabase,
-    limits: TableLimits,
-    progress: Progress,
-    failed: dict[str, str],
-    notes: list[str],
-) -> list[NetworkTime]:
-    """Compiles and times some of the planned candidates; all networks that are known of the device."""
-    from ..compilers.network_timer import time_networks
+    def kernels(
+        self, wanted: Sequence[str], works: Mapping[str, KernelWork], reference_plan: Plan, limit_s: float
+    ) -> None:
+        """Times kernels for so many seconds, and keeps them in the database."""
+        from ..compilers.kernel_timer import time_kernels
 
-    device = evaluator.devices[label]
-    found = {network.key(): network for network in database.networks()}
-    keys = list(plans)
-    estimates = {key: sum(work.cycles for work in plans[key].calls) for key in keys}
-    # The original, and the rest spread over the range of latencies.
-    chosen = [keys[0], *spread(sorted(keys[1:], key=estimates.__getitem__), limits.networks - 1)]
-    chosen = list(dict.fromkeys(chosen))
-    progress.begin(f"compile networks for {device.name}", len(chosen))
-    with tempfile.TemporaryDirectory(prefix="planish-networks-") as folder:
-        artifacts: dict[str, Path] = {}
-        for key in chosen:
-            try:
-                artifacts[key] = compiled_skeleton(evaluator, label, candidates[key], Path(folder, key))
-            except CompileError as error:
-                if key == keys[0]:
-                    raise
-                failed[f"network {key}"] = str(error)
-            progress.advance()
-        import torch
-
-        inputs = torch.zeros(1, *REFERENCE_INPUT)
-        reference = evaluator.compilers[label].compile(
-            reference_program(), device, Path(folder, "reference"), inputs, tolerance=1e-3
-        )
-        name = f"network {reference.manifest.kernels[0][0]}"
-        progress.begin(f"time networks on {device.name}", len(artifacts))
+        if not wanted:
+            return
+        self.progress.begin(f"time kernels on {self.device.name}", len(wanted))
+        reference = max(reference_plan.kernels.values(), key=lambda work: work.workload.macs)
+        name = f"kernel {reference.workload.key()}"
         with LoadWatch() as watch:
-            timed = time_networks(
-                artifacts, reference.path, device, known_reference_s=database.reference_s(name) or quiet_reference_s,
-                limit_s=limits.network_s, advance=_advancer(progress),
+            timed = time_kernels(
+                {key: works[key] for key in wanted}, reference, self.device,
+                known_reference_s=self.database.reference_s(name), limit_s=limit_s, advance=_advancer(self.progress),
             )  # fmt: skip
-    _refuse(watch, device)
-    failed |= {f"network {key}": reason for key, reason in timed.failed.items()}
-    new = [NetworkTime(plans[key].calls, settled(s, timed.reference_s)) for key, s in timed.samples.items()]
-    found |= {network.key(): network for network in new}
-    if new:
-        _kept(notes, lambda: database.add(new, {name: timed.reference_s}))
-    return list(found.values())
+        _refuse(watch, self.device)
+        new = [KernelTime(works[key].workload, settled(s, timed.reference_s)) for key, s in timed.samples.items()]
+        self.known |= {time.workload.key(): time for time in new}
+        if new:
+            self._keep(new, name, timed.reference_s)
+        self.failed |= timed.failed
+
+    def networks(
+        self, evaluator: Evaluator, label: str, plans: Mapping[str, Plan], candidates: Mapping[str, Candidate],
+        quiet_reference_s: float | None,
+    ) -> list[NetworkTime]:  # fmt: skip
+        """Compiles and times some of the planned candidates; all networks that are known of the device."""
+        from ..compilers.network_timer import time_networks
+
+        found = {network.key(): network for network in self.database.networks()}
+        keys = list(plans)
+        estimates = {key: sum(work.cycles for work in plans[key].calls) for key in keys}
+        # The original, and the rest spread over the range of latencies.
+        chosen = [keys[0], *spread(sorted(keys[1:], key=estimates.__getitem__), self.limits.networks - 1)]
+        chosen = list(dict.fromkeys(chosen))
+        self.progress.begin(f"compile networks for {self.device.name}", len(chosen))
+        with tempfile.TemporaryDirectory(prefix="planish-networks-") as folder:
+            artifacts: dict[str, Path] = {}
+            for key in chosen:
+                try:
+                    artifacts[key] = compiled_skeleton(evaluator, label, candidates[key], Path(folder, key))
+                except CompileError as error:
+                    if key == keys[0]:
+                        raise
+                    self.failed[f"network {key}"] = str(error)
+                self.progress.advance()
+            reference = compiled_reference(evaluator, label, Path(folder, "reference"))
+            name = f"network {reference.manifest.kernels[0][0]}"
+            known_s = self.database.reference_s(name) or quiet_reference_s
+            self.progress.begin(f"time networks on {self.device.name}", len(artifacts))
+            with LoadWatch() as watch:
+                timed = time_networks(
+                    artifacts, reference.path, self.device, known_reference_s=known_s,
+                    limit_s=self.limits.network_s, advance=_advancer(self.progress),
+                )  # fmt: skip
+        _refuse(watch, self.device)
+        self.failed |= {f"network {key}": reason for key, reason in timed.failed.items()}
+        new = [NetworkTime(plans[key].calls, settled(s, timed.reference_s)) for key, s in timed.samples.items()]
+        found |= {network.key(): network for network in new}
+        if new:
+            self._keep(new, name, timed.reference_s)
+        return list(found.values())
+
+    def _keep(self, new: Sequence[KernelTime | NetworkTime], reference: str, reference_s: float) -> None:
+        """What was measured counts even where it cannot be kept."""
+        try:
+            self.database.add(new, {reference: reference_s})
+        except DatabaseError as error:
+            self.notes.append(f"times are not kept: {error}")
 
 
 def quiet_s(reference: Plan, known: Mapping[str, KernelTime]) -> float | None:
@@ -146,6 +151,16 @@ def reference_program() -> ExportedProgram:
     return torch.export.export(conv, (torch.zeros(REFERENCE_INPUT),))
 
 
+def compiled_reference(evaluator: Evaluator, label: str, folder: Path) -> Artifact:
+    """The artifact of `reference_program` for a device."""
+    import torch
+
+    inputs = torch.zeros(1, *REFERENCE_INPUT)
+    return evaluator.compilers[label].compile(
+        reference_program(), evaluator.devices[label], folder, inputs, tolerance=1e-3
+    )
+
+
 def compiled_skeleton(evaluator: Evaluator, label: str, candidate: Candidate, folder: Path) -> Path:
     """The artifact of a candidate's structure, whose weights nothing was fitted to.
 
@@ -161,6 +176,22 @@ def compiled_skeleton(evaluator: Evaluator, label: str, candidate: Candidate, fo
     inputs = evaluator.task.data.validation.batch(slice(0, 1)).unsqueeze(1)
     compiler, device = evaluator.compilers[label], evaluator.devices[label]
     return compiler.compile(program, device, folder, inputs, tolerance=INT8_TOLERANCE).path
+
+
+def by_error(plans: Iterable[Plan], keys: Iterable[str], model: KernelRegression) -> list[str]:
+    """Keys of kernels, those first of which the trees of the regression disagree by the most time of the plans."""
+    wanted = set(keys)
+    errors = dict.fromkeys(wanted, 0.0)
+    for plan in plans:
+        calls = [work for work in plan.calls if work.key() in wanted]
+        if not calls:
+            continue
+        seconds, spreads = model.predict(calls), model.spread(calls)
+        total = sum(work.cycles for work in plan.calls)
+        scale = sum(work.cycles for work in calls) / total / float(seconds.sum())
+        for work, one, spread_of in zip(calls, seconds, spreads, strict=True):
+            errors[work.key()] += float(one * spread_of) * scale
+    return sorted(wanted, key=lambda key: (-errors[key], key))
 
 
 def by_weight(plans: Iterable[Plan], works: Mapping[str, KernelWork], first: Sequence[str]) -> list[str]:
@@ -199,11 +230,3 @@ def _refuse(watch: LoadWatch, device: Device) -> None:
     reason = watch.refusal(device.threads)
     if reason and not device.rpc:
         raise BusyMachine(f"{reason}; what was measured meanwhile is not kept")
-
-
-def _kept(notes: list[str], keep: Callable[[], None]) -> None:
-    """What was measured counts even where it cannot be kept."""
-    try:
-        keep()
-    except DatabaseError as error:
-        notes.append(f"times are not kept: {error}")

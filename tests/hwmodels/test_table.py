@@ -84,6 +84,13 @@ def test_more_work_of_the_same_shapes_never_takes_less() -> None:
             assert model.predict([more]).latency_s >= now
 
 
+def test_trees_agree_on_what_they_saw_and_not_between() -> None:
+    regression = KernelRegression.fit(list(TIMES.values()))
+    assert regression.spread(GRID) == pytest.approx(np.zeros(len(GRID)), abs=1e-9)
+    assert (regression.spread([_work(24, 24, 128), _work(48, 24, 96)]) > 1e-2).all()
+    assert len(regression.spread([])) == 0
+
+
 def test_too_few_kernels_are_no_ground_for_a_regression() -> None:
     with pytest.raises(ValueError, match="19 measured kernels are too few"):
         KernelRegression.fit(list(TIMES.values())[:19])

@@ -8,7 +8,8 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -18,13 +19,15 @@ from torch import nn
 from planish.compilers.kernel_times import database_of
 from planish.hwmodels.kernel_database import KernelDatabase
 from planish.hwmodels.load import BusyMachine
+from planish.hwmodels.regression import KernelRegression
+from planish.hwmodels.workload import Workload
 from planish.search import latency_table, table_measuring
 from planish.search.config import load_spec
 from planish.search.data import Data, Split
 from planish.search.evaluate import Evaluator, Job
 from planish.search.latency_table import LatencyTable, build_table, plan_of, predict
 from planish.search.progress import Progress
-from planish.search.table_measuring import TableLimits
+from planish.search.table_measuring import TableLimits, TableMeasuring, by_error
 from planish.search.tasks import Task
 
 pytestmark = pytest.mark.tvm
@@ -89,17 +92,37 @@ def test_a_second_table_measures_nothing_twice(
 ) -> None:
     before = database.times()
     asked: list[set[str]] = []
-    real = table_measuring.measure_kernels
+    real = TableMeasuring.kernels
 
-    def noted(wanted: list[str], *rest: Any) -> dict[str, str]:
+    def noted(self: TableMeasuring, wanted: list[str], *rest: Any) -> None:
         asked.append(set(wanted))
-        return real(wanted, *rest)
+        real(self, wanted, *rest)
 
-    monkeypatch.setattr(latency_table, "measure_kernels", noted)
+    monkeypatch.setattr(TableMeasuring, "kernels", noted)
     again = build_table(evaluator, "cpu", database, Progress(None), limits=SMALL)
-    assert not asked[0] & set(before)
+    assert asked
+    assert not any(wanted & set(before) for wanted in asked)
     assert again.known == len(before)
     assert {key: time for key, time in database.times().items() if key in before} == before
+
+
+def test_what_is_uncertain_and_takes_time_is_measured_next() -> None:
+    def work(o: int) -> Workload:
+        return Workload("", "conv2d", {"o": o}, 1000 * o, 100, 32, 10, 1, str(o), 1000.0 * o)
+
+    class Regression:
+        def predict(self, works: list[Workload]) -> Any:
+            return np.array([w.cycles * 1e-9 for w in works])
+
+        def spread(self, works: list[Workload]) -> Any:
+            return np.array([{1: 0.5, 2: 0.1, 5: 0.2}[w.shapes["o"]] for w in works])
+
+    plans: Any = [SimpleNamespace(calls=(work(1), work(2), work(5), work(9)))]
+    keys = [work(o).key() for o in (2, 1, 5)]
+    # 1 x 0.5, 2 x 0.1 and 5 x 0.2; once in one plan, thrice in another.
+    assert by_error(plans, keys, cast("KernelRegression", Regression())) == [keys[2], keys[1], keys[0]]
+    plans.append(SimpleNamespace(calls=(work(1),) * 3))
+    assert by_error(plans, keys, cast("KernelRegression", Regression())) == [keys[1], keys[2], keys[0]]
 
 
 def test_times_that_cannot_be_kept_are_used_all_the_same(evaluator: Evaluator, tmp_path: Path) -> None:
