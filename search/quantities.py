@@ -15,7 +15,7 @@ _COSTS = (
     ("size", "size_bytes", "B"),
     ("MACs", "macs", ""),
     ("memory", "peak_memory_bytes", "B"),
-    ("energy", "energy_j", "J"),
+    ("energy (modelled)", "energy_j", "J"),
 )
 # What only a whole page has room for.
 _MORE_COSTS = (("size, entropy-coded", "entropy_coded_bytes", "B"),)
