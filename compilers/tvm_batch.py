@@ -87,6 +87,8 @@ def _keeps_images_apart(graph: Graph, node: Node, images: list[Any]) -> bool:
     if node.op in _ALONE:
         return True
     if node.op in _BINARY:
+        if any(len(static_shape(image)) != len(node.shape) for image in images):
+            return False  # the images of the smaller one would lie along another axis
         # What is done to every image alike has one row for all of them.
         others = [graph.array(arg) for arg in node.args if not any(same(arg, image) for image in images)]
         return all(array is None or array.ndim < rank or array.shape[0] == 1 for array in others)
