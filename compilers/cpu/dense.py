@@ -13,7 +13,7 @@ from .convspec import Step
 from .emit import argument, copied, dot_product, kernel, local, loop, parts, product
 from .epilogue import epilogue_buffers, finish, quantized_steps
 from .machine import Dot, Machine
-from .tiles import row_strips, row_tile
+from .tiles import row_tile
 
 
 @dataclass(frozen=True)
@@ -65,16 +65,6 @@ def dense(spec: DenseSpec, machine: Machine) -> tvm.tirx.PrimFunc:
     return emitted.function
 
 
-def dense_strips(spec: DenseSpec, machine: Machine) -> int:
-    """Into how many strips the rows are cut, see `row_strips`."""
-    dot = spec.dot
-    reduced = ceil(spec.k / dot.depth) * dot.depth if dot else spec.k
-    row = reduced * ({"int16": 2}.get(dot.data, 1) if dot else 4)
-    weights = spec.out_blocks * spec.lanes * reduced * (1 if dot else 4)
-    _, blocks = row_tile(spec.m, spec.o // spec.lanes or 1, replace(machine, threads=spec.threads), dot)
-    return row_strips(spec.m * row, weights, ceil(spec.out_blocks / blocks), machine)
-
-
 class _Dense:
     def __init__(self, spec: DenseSpec, machine: Machine) -> None:
         self.spec = spec
@@ -92,27 +82,21 @@ class _Dense:
         # The last block is a piece of its own where only some of its lanes exist.
         self.whole = spec.o // lanes
         self.rows, self.blocks = row_tile(spec.m, self.whole or 1, replace(machine, threads=spec.threads), dot)
-        self.strips = dense_strips(spec, machine)
 
     def body(self) -> None:
         spec, dot = self.spec, self.spec.dot
         copy = dot and (spec.quantize or spec.k % dot.depth or dot.data != "uint8")
         self.data = self._copied() if copy else self.source
         rows, tiles = self.rows, ceil(spec.m / self.rows)
-        near = ceil(tiles / self.strips)
         # The last block alone where only some of its lanes exist.
         panels = [(0, self.whole, self.blocks)] if self.whole else []
         panels += [(self.whole, 1, 1)] if spec.o % spec.lanes else []
         for start, extent, blocks in panels:
-            count = ceil(extent / blocks)
-            with loop(self.strips * count * near, spec.threads) as place:
-                # Rows are the inner loop: a panel of weights is read once a strip and stays near. The last tile of
-                # rows, and the last panel, begin early enough, as in `cover`.
-                tile, panel = place % near, place // near
-                if self.strips > 1:
-                    tile, panel = tile + panel // count * near, panel % count
-                row = T.bind(T.min(tile * rows, spec.m - rows))
-                block = T.bind(start + T.min(panel * blocks, extent - blocks))
+            with loop(tiles * ceil(extent / blocks), spec.threads) as place:
+                # Rows are the inner loop: a panel of weights is read once and stays near. The last tile of rows, and
+                # the last panel, begin early enough, as in `cover`.
+                row = T.bind(T.min(place % tiles * rows, spec.m - rows))
+                block = T.bind(start + T.min(place // tiles * blocks, extent - blocks))
                 self._tile(row, rows, block, blocks, start == self.whole)
 
     def _tile(self, row: Any, rows: int, block: Any, blocks: int, partial: bool) -> None:

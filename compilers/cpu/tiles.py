@@ -87,25 +87,6 @@ def row_tile(rows: int, blocks: int, machine: Machine, dot: Dot | None = None) -
     return min(tiles, key=cycles)
 
 
-def row_strips(data: int, weights: int, panels: int, machine: Machine) -> int:
-    """Into how many strips the rows of a matrix product are cut, each multiplied by all weights before the next.
-
-    Every panel of weights passes over the data of a strip: near ones where the second level holds them. For that the
-    weights are read once a strip.
-
-    Args:
-        data: Bytes of all rows.
-        weights: Bytes of all weights.
-        panels: Of weights that stay near while the rows pass.
-        machine: The CPU.
-    """
-
-    def cycles(strips: int) -> float:
-        return (panels * data * machine.line(data / strips) + strips * weights * machine.line(weights)) / 64
-
-    return min((1, ceil(data / (machine.caches[1] // 2))), key=cycles)
-
-
 def fits(inputs: int, blocks: int, machine: Machine, dot: Dot | None) -> bool:
     """Whether the sums stay in registers beside a weight vector for each block and one broadcast input.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,11 +14,10 @@ from numpy.typing import NDArray
 from tests.compilers.byte_dots import HERE, largest_weight
 
 from planish.compilers.cpu.convspec import Step
-from planish.compilers.cpu.dense import DenseSpec, dense, dense_strips
+from planish.compilers.cpu.dense import DenseSpec, dense
 from planish.compilers.cpu.epilogue import quantize_numbers
 from planish.compilers.cpu.machine import Machine
 from planish.compilers.cpu.packing import dense_float, dense_int8, per_channel
-from planish.compilers.cpu.tiles import row_strips
 
 Array = NDArray[Any]
 Run = Callable[..., Array]
@@ -45,9 +43,8 @@ def specs(draw: st.DrawFn, int8: bool = False) -> DenseSpec:
     )
 
 
-def check(spec: DenseSpec, run: Run, seed: int, machine: Machine | None = None) -> None:
+def check(spec: DenseSpec, run: Run, seed: int) -> None:
     """Runs the kernel of a spec on random data and compares it with torch."""
-    machine = machine or Machine(spec.lanes, 32)
     rng = np.random.default_rng(seed)
     zero_point = int(rng.choice([0, 7, 255])) if spec.int8 else 0
     if spec.int8:
@@ -80,7 +77,7 @@ def check(spec: DenseSpec, run: Run, seed: int, machine: Machine | None = None) 
     packed = dense_int8(weight, zero_point, spec.lanes, spec.dot) if spec.dot else [dense_float(weight, spec.lanes)]
     numbers = [quantize_numbers(0.25, zero_point)] if spec.int8 else []
     dtype = "uint8" if spec.steps and spec.steps[-1].op == "quantize" else "float32"
-    output = run(dense(spec, machine), [data, *numbers, *packed, *arguments], (spec.m, spec.o), dtype)
+    output = run(dense(spec, Machine(spec.lanes, 32)), [data, *numbers, *packed, *arguments], (spec.m, spec.o), dtype)
     np.testing.assert_array_equal(output, value.numpy())
 
 
@@ -94,27 +91,6 @@ def test_float_products_equal_torch(run_kernel: Run, spec: DenseSpec, seed: int)
 @given(spec=specs(int8=True), seed=st.integers(0, 99))
 def test_int8_products_equal_integer_arithmetic(run_kernel: Run, spec: DenseSpec, seed: int) -> None:
     check(spec, run_kernel, seed)
-
-
-@settings(max_examples=40, derandomize=True, deadline=None)
-@given(
-    spec=st.one_of(specs(), specs(int8=True)), rows=st.integers(40, 70), k=st.integers(24, 40), seed=st.integers(0, 99)
-)
-def test_rows_in_strips_give_the_same(run_kernel: Run, spec: DenseSpec, rows: int, k: int, seed: int) -> None:
-    # A second level that holds the weights and some of the rows, and a third that is far.
-    machine = Machine(spec.lanes, 32, caches=(64, 3 << 10, 1 << 20), line_cycles=(1.0, 500.0, 600.0))
-    large = replace(spec, m=rows, k=k if spec.dot is None else 4 * k, o=min(spec.o, 16))
-    assert dense_strips(large, machine) > 1
-    check(large, run_kernel, seed, machine)
-
-
-def test_strips_are_worth_it_where_rows_are_many_and_weights_few() -> None:
-    machine = Machine(8, 16, fmas=2, caches=(32 << 10, 512 << 10, 12 << 20), line_cycles=(1.0, 2.0, 15.0))
-    mb = 1 << 20
-    assert row_strips(200 << 10, mb, 50, machine) == 1
-    assert row_strips(5 * mb, mb // 2, 24, machine) == 20
-    # Weights from memory are not read again.
-    assert row_strips(2 * mb, 64 * mb, 256, machine) == 1
 
 
 def test_macs_are_one_for_each_weight_and_row() -> None:
