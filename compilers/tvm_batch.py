@@ -84,6 +84,12 @@ def _alone(graph: Graph, batch: int) -> list[Node]:
 def _keeps_images_apart(graph: Graph, node: Node, images: list[Any]) -> bool:
     """Whether a node computes every image of its result from that image of its inputs `images` alone."""
     rank, attributes = len(static_shape(images[0])), cast("Any", node.expr).attrs
+    if (
+        node.op not in _BINARY
+        and node.op != "relax.concat"
+        and not (len(images) == 1 and same(node.args[0], images[0]))
+    ):
+        return False  # an image's own values as weights
     if node.op in _ALONE:
         return True
     if node.op in _BINARY:
@@ -107,7 +113,7 @@ def _keeps_images_apart(graph: Graph, node: Node, images: list[Any]) -> bool:
         return attributes.axes is not None and int(attributes.axes[0]) == 0
     if node.op == "relax.matmul":
         weight = graph.array(node.args[1])
-        return same(node.args[0], images[0]) and weight is not None and weight.ndim <= 2
+        return weight is not None and weight.ndim <= 2
     return node.op == "relax.reshape" and static_shape(images[0])[0] == node.shape[0]
 
 

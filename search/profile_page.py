@@ -106,7 +106,7 @@ def _latency(entry: Mapping[str, object]) -> str:
         return f"The model takes {seconds}."
     return (
         f"The model is predicted to take {seconds}: the device is only described, so that the figure's standard "
-        f"deviation is {_number(error):.0%} of it; ratios between models are nearer."
+        f"deviation is {_number(error):.0%} of it; a wrong clock cancels in ratios between models."
     )
 
 

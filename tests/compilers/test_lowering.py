@@ -466,6 +466,7 @@ MIXED: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "halves of the channels": lambda net, x: torch.cat([part.relu() for part in net.a(x).chunk(2, 1)], 1),
     "joined with constants": lambda net, x: torch.cat([net.a(x), net.factors.expand(-1, 2, 9, 9)], 1).relu(),
     "images along the width": lambda net, x: net.a(x)[..., :4].relu() + net.a(x).mean((1, 2, 3)),
+    "images as weights": lambda net, x: F.conv2d(net.a(x), net.a(x)[:, :, :3, :3]),
     "images as channels": lambda net, x: net.a(x).transpose(0, 1).relu(),
     "framed by images": lambda net, x: F.pad(net.a(x), (0, 0, 0, 0, 0, 0, 1, 0)).relu(),
 }
