@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .errors import UserError
+from .json_text import mapping
 from .progress import Progress, duration
 from .spec_defaults import KEYS
 from .text_table import text_of, text_table
@@ -62,15 +63,15 @@ def status(arguments: argparse.Namespace, command: str) -> Output:
         lines += [f"about {duration(left)} left in this phase"] if isinstance(left, float) else []
     elif state["phase"] != "done":
         lines.append(f"nothing works on it; carry on with: planish resume {state['run']}")
-    trials, best = _mapping(state["trials"]), _mapping(state["best"])
+    trials, best = mapping(state["trials"]), mapping(state["best"])
     lines += ["trials: " + ", ".join(f"{count} {name}" for name, count in trials.items())] if trials else []
     if best:
-        metrics = _mapping(best["metrics"])
+        metrics = mapping(best["metrics"])
         names = metric_names([metrics])
         cells = ", ".join(f"{name} {cell}" for name, cell in zip(names, metric_cells(metrics, {}, names), strict=True))
         lines.append(f"best so far{'' if best['final'] else ' (before fine-tuning)'}: trial {best['trial']}, {cells}")
     if state["nearest_miss"]:
-        lines.append(f"no candidate keeps the budget; nearest: trial {_mapping(state['nearest_miss']).get('trial')}")
+        lines.append(f"no candidate keeps the budget; nearest: trial {mapping(state['nearest_miss']).get('trial')}")
     return Output(state, "\n".join(lines))
 
 
@@ -188,9 +189,9 @@ def _toml_value(text: str) -> object:
 def _run_output(path: Path, front: Sequence[Mapping[str, object]], summary: Mapping[str, object]) -> Output:
     from .quantities import metric_cells, metric_names
 
-    names = metric_names([_mapping(entry.get("metrics")) for entry in front])
+    names = metric_names([mapping(entry.get("metrics")) for entry in front])
     rows = [
-        [entry.get("trial"), *metric_cells(_mapping(entry.get("metrics")), {}, names), bool(entry.get("meets_budget"))]
+        [entry.get("trial"), *metric_cells(mapping(entry.get("metrics")), {}, names), bool(entry.get("meets_budget"))]
         for entry in front
     ]
     parts = [text_table(["trial", *names, "keeps budget"], rows)] if rows else ["the front is empty"]
@@ -207,7 +208,3 @@ def _progress() -> Iterator[Progress]:
         yield progress
     finally:
         progress.close()
-
-
-def _mapping(value: object) -> Mapping[str, object]:
-    return value if isinstance(value, Mapping) else {}

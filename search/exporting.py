@@ -18,6 +18,7 @@ from .artifact_path import artifact_path, path_name
 from .errors import UserError
 from .export_cpp import example_bytes, model_header
 from .front import choose
+from .json_text import mapping
 from .new_folder import new_folder
 from .objective import parse_budget
 from .rundir import RunDirectory
@@ -78,7 +79,7 @@ def export_run(run: Path, pick: str | None, trial: int | None, out: Path) -> dic
         "run": str(run),
         "trial": number,
         "keeps_budget": entry.get("meets_budget"),
-        "metrics": finite(_mapping(entry["metrics"])),
+        "metrics": finite(mapping(entry["metrics"])),
         "models": models,
     }
 
@@ -109,7 +110,7 @@ def _listed(folder: RunDirectory) -> list[Mapping[str, object]]:
         return []
     front = folder.front()
     listed = front.get("front")
-    return [_mapping(entry) for entry in [front.get("original"), *(listed if isinstance(listed, list) else [])]]
+    return [mapping(entry) for entry in [front.get("original"), *(listed if isinstance(listed, list) else [])]]
 
 
 def _source(folder: RunDirectory, number: int, label: str, labels: Sequence[str]) -> _Source:
@@ -160,9 +161,9 @@ def _write(place: Path, source: _Source, weights: Path, entry: Mapping[str, obje
             "metric": note.metric,
             "device": source.label,
             "trial": entry["trial"],
-            "options": dict(_mapping(entry["options"])),
-            "metrics": finite(_mapping(entry["metrics"])),
-            "recipe": finite(_mapping(entry.get("recipe"))) or None,
+            "options": dict(mapping(entry["options"])),
+            "metrics": finite(mapping(entry["metrics"])),
+            "recipe": finite(mapping(entry.get("recipe"))) or None,
             "preprocessing": dict(note.preprocessing),
             "classes": list(note.classes),
         },
@@ -209,7 +210,3 @@ def _check(place: Path, manifest: Manifest) -> dict[str, object]:
         raise UserError(
             f"the model does not run as it did when it was compiled: {error}; nothing was exported"
         ) from None
-
-
-def _mapping(value: object) -> Mapping[str, object]:
-    return value if isinstance(value, Mapping) else {}

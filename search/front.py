@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from .errors import UserError
+from .json_text import mapping
 from .objective import Budget, Objective, number, split_metric
 from .pareto import ParetoFront
 from .trial import State, Trial, finite
@@ -127,10 +128,10 @@ def choose(front: Mapping[str, object], budgets: Sequence[Budget]) -> Mapping[st
     Raises:
         UserError: no entry keeps them; the nearest value of each budget is named.
     """
-    original = _metrics(_mapping(front.get("original")))
-    base_trial = _mapping(front.get("original")).get("trial")
+    original = _metrics(mapping(front.get("original")))
+    base_trial = mapping(front.get("original")).get("trial")
     listed = front.get("front")
-    entries = [_mapping(entry) for entry in listed] if isinstance(listed, list) else []
+    entries = [mapping(entry) for entry in listed] if isinstance(listed, list) else []
     entries = [entry for entry in entries if entry.get("trial") != base_trial]
     bounds = [budget.resolve(original) for budget in budgets]
     fitting = [entry for entry in entries if keeps(bounds, _metrics(entry))]
@@ -148,10 +149,8 @@ def choose(front: Mapping[str, object], budgets: Sequence[Budget]) -> Mapping[st
 def front_csv(front: Mapping[str, object]) -> str:
     """The front as a table: one row an entry, the original first; metrics by device get a column each."""
     listed = front.get("front")
-    original = _mapping(front.get("original"))
-    others = (
-        [_mapping(e) for e in listed if e.get("trial") != original.get("trial")] if isinstance(listed, list) else []
-    )
+    original = mapping(front.get("original"))
+    others = [mapping(e) for e in listed if e.get("trial") != original.get("trial")] if isinstance(listed, list) else []
     rows = [_row(entry) for entry in [original, *others]]
     columns = list(dict.fromkeys(name for row in rows for name in row))
     # Options last, in the order of the space, so that the numbers stand side by side.
@@ -205,7 +204,7 @@ def _row(entry: Mapping[str, object]) -> dict[str, object]:
         else:
             row[name] = value
     row["artifact"] = entry.get("artifact")
-    return row | {f"option {name}": option for name, option in _mapping(entry.get("options")).items()}
+    return row | {f"option {name}": option for name, option in mapping(entry.get("options")).items()}
 
 
 def _interval(name: str, value: object) -> dict[str, object]:
@@ -213,8 +212,4 @@ def _interval(name: str, value: object) -> dict[str, object]:
 
 
 def _metrics(entry: Mapping[str, object]) -> Mapping[str, object]:
-    return _mapping(entry.get("metrics"))
-
-
-def _mapping(value: object) -> Mapping[str, object]:
-    return value if isinstance(value, Mapping) else {}
+    return mapping(entry.get("metrics"))

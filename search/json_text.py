@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 # The largest float has 309 digits.
@@ -21,3 +22,8 @@ def parsed(text: str | bytes) -> Any:
 
 def _whole(digits: str) -> int | float:
     return int(digits) if len(digits) <= _DIGITS else float(digits)
+
+
+def mapping(value: object) -> Mapping[str, object]:
+    """A value of a document where it is an object, else an empty one."""
+    return value if isinstance(value, Mapping) else {}

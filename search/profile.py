@@ -12,6 +12,7 @@ from ..compilers.kernel_times import database_of
 from ..hwmodels.device import Device
 from ..hwmodels.load import wait_for_quiet
 from .config import Spec
+from .json_text import mapping
 from .latency_table import LatencyTable, build_table
 from .measuring import measure_trials
 from .option_gains import option_gains
@@ -84,7 +85,7 @@ def profile(
         )
         for number, result in timed.items():
             if not isinstance(result, Failure):
-                latencies = {**_mapping(metrics[number]["latency_s"]), **_mapping(result.get("latency_s"))}
+                latencies = {**mapping(metrics[number]["latency_s"]), **mapping(result.get("latency_s"))}
                 metrics[number] |= {**result, "latency_s": latencies}
         progress.advance()
         devices: dict[str, dict[str, object]] = {}
@@ -180,9 +181,5 @@ def _table(table: LatencyTable) -> dict[str, object]:
 
 
 def _value(metrics: Mapping[str, object], name: str, label: str) -> float:
-    entry = _mapping(metrics.get(name)).get(label)
+    entry = mapping(metrics.get(name)).get(label)
     return float(entry["value"]) if isinstance(entry, Mapping) else float("nan")
-
-
-def _mapping(value: object) -> Mapping[str, object]:
-    return value if isinstance(value, Mapping) else {}

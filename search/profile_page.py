@@ -8,6 +8,7 @@ from pathlib import Path
 
 from .atomic import write_text
 from .errors import UserError
+from .json_text import mapping
 from .page import page
 from .report import table
 
@@ -39,10 +40,10 @@ def check_place(path: Path) -> None:
 
 def profile_html(profile: Mapping[str, object]) -> str:
     """The page as text; every text from the profile is escaped."""
-    devices = _mapping(profile.get("devices"))
+    devices = mapping(profile.get("devices"))
     parts = {
-        "devices": "\n".join(_device(str(name), _mapping(entry)) for name, entry in devices.items()),
-        "left_out": _left_out(_mapping(profile.get("left_out"))),
+        "devices": "\n".join(_device(str(name), mapping(entry)) for name, entry in devices.items()),
+        "left_out": _left_out(mapping(profile.get("left_out"))),
     }
     return page("profile.html", f"Planish: profile of {profile.get('model')}", parts)
 
@@ -71,16 +72,16 @@ def layers_svg(layers: Sequence[Mapping[str, object]], other_s: float) -> str:
 
 
 def _device(name: str, entry: Mapping[str, object]) -> str:
-    layers = [_mapping(row) for row in _list(entry.get("layers"))]
-    gains = [_mapping(row) for row in _list(entry.get("gains"))]
+    layers = [mapping(row) for row in _list(entry.get("layers"))]
+    gains = [mapping(row) for row in _list(entry.get("gains"))]
     paying = sorted((g for g in gains if g.get("pays")), key=lambda g: _number(g.get("latency_ratio")))
     idle = [g for g in gains if not g.get("pays")]
     reachable = [
         [key, *(f"{_number(value):.4g}" for value in _list(span))]
-        for key, span in _mapping(entry.get("reachable")).items()
+        for key, span in mapping(entry.get("reachable")).items()
     ]
-    model = _mapping(entry.get("latency_model"))
-    error = _mapping(model.get("held_out"))
+    model = mapping(entry.get("latency_model"))
+    error = mapping(model.get("held_out"))
     parts = [
         f"<h2>{escape(name)}: {escape(str(entry.get('title', '')))}</h2>",
         f"<p>{_latency(entry)} Light: the time of a layer; dark: the part that arithmetic and memory traffic at their "
@@ -131,10 +132,6 @@ def _left_out(left_out: Mapping[str, object]) -> str:
         by_reason.setdefault(str(reason), []).append(layer)
     rows = [[", ".join(names), reason] for reason, names in by_reason.items()]
     return table(["layers", "reason"], rows) if rows else "<p>Nothing is left alone.</p>"
-
-
-def _mapping(value: object) -> Mapping[str, object]:
-    return value if isinstance(value, Mapping) else {}
 
 
 def _list(value: object) -> list[object]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from .json_text import mapping
+
 _UNITS = {
     "s": (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)),
     "B": (("MB", 1e6), ("KB", 1e3), ("B", 1.0)),
@@ -35,7 +37,7 @@ def quantity(value: object, unit: str) -> str:
 
 def metric_names(metrics: Sequence[Mapping[str, object]], *, every: bool = False) -> list[str]:
     """The columns that at least one of the metrics fills; `every`: those for a page, too."""
-    devices = list(dict.fromkeys(name for entry in metrics for name in _mapping(entry.get("latency_s"))))
+    devices = list(dict.fromkeys(name for entry in metrics for name in mapping(entry.get("latency_s"))))
     columns = (*_COSTS, *_MORE_COSTS) if every else _COSTS
     costs = [name for name, key, _ in columns if any(entry.get(key) is not None for entry in metrics)]
     tested = ["test accuracy"] if any(entry.get("test_accuracy") is not None for entry in metrics) else []
@@ -56,7 +58,7 @@ def metric_cells(metrics: Mapping[str, object], original: Mapping[str, object], 
         else:
             device = name.removeprefix("latency ")
             value, base = _latency(metrics, device), _latency(original, device)
-            ratio = _mapping(metrics.get("latency_ratio")).get(device)
+            ratio = mapping(metrics.get("latency_ratio")).get(device)
             # Measured in turns with the original, the ratio is more exact than the quotient of two medians.
             cells.append(quantity(value, "s") + (_ratio(value, base) if ratio is None else _ratio(ratio, 1.0)))
     return cells
@@ -76,8 +78,4 @@ def _ratio(value: object, base: object) -> str:
 
 
 def _latency(metrics: Mapping[str, object], device: str) -> object:
-    return _mapping(_mapping(metrics.get("latency_s")).get(device)).get("value")
-
-
-def _mapping(value: object) -> Mapping[str, object]:
-    return value if isinstance(value, Mapping) else {}
+    return mapping(mapping(metrics.get("latency_s")).get(device)).get("value")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from .atomic import write_text
 from .errors import UserError
+from .json_text import mapping
 from .objective import Objective, split_metric
 from .page import page
 from .pareto import ParetoFront
@@ -125,13 +126,13 @@ def _front_table(front: Mapping[str, object]) -> str:
     original = front.get("original")
     base = original if isinstance(original, Mapping) else {}
     entries = [base, *(entry for entry in _entries(front, "front") if entry.get("trial") != base.get("trial"))]
-    names = metric_names([_mapping(entry.get("metrics")) for entry in entries], every=True)
-    devices = _mapping(front.get("devices"))
+    names = metric_names([mapping(entry.get("metrics")) for entry in entries], every=True)
+    devices = mapping(front.get("devices"))
     by_device = {name: numbers for name, numbers in devices.items() if isinstance(numbers, list)}
     header = ["trial", *names, "measured", "keeps budget", *(["on the front of"] if by_device else []), "artifact"]
     rows, classes = [], []
     for entry in entries:
-        cells = metric_cells(_mapping(entry.get("metrics")), _mapping(base.get("metrics")), names)
+        cells = metric_cells(mapping(entry.get("metrics")), mapping(base.get("metrics")), names)
         label = "original" if entry is base else str(entry.get("trial"))
         own = [", ".join(device for device, numbers in by_device.items() if entry.get("trial") in numbers)]
         ending = [_measured(entry), _yes(entry.get("meets_budget")), *(own if by_device else [])]
@@ -144,13 +145,13 @@ def _choices_table(front: Mapping[str, object]) -> str:
     original = front.get("original")
     base = original if isinstance(original, Mapping) else {}
     entries = [entry for entry in _entries(front, "front") if entry.get("trial") != base.get("trial")]
-    unchanged = _mapping(base.get("options"))
+    unchanged = mapping(base.get("options"))
     names_by_site: dict[str, list[str]] = {}
     for name in unchanged:
         names_by_site.setdefault(name.rpartition(":")[0], []).append(name)
     rows, classes = [], []
     for site, names in names_by_site.items():
-        cells = [_changes(_mapping(entry.get("options")), unchanged, names) for entry in entries]
+        cells = [_changes(mapping(entry.get("options")), unchanged, names) for entry in entries]
         rows.append([site, *(cell or "as it is" for cell in cells)])
         classes.append(["", *("" if cell else "same" for cell in cells)])
     return table(["site", *(f"trial {entry.get('trial')}" for entry in entries)], rows, classes)
@@ -166,7 +167,7 @@ def _slow_table(front: Mapping[str, object]) -> str:
     rows = [
         [f"trial {entry.get('trial')}", site, reason]
         for entry in _entries(front, "front")
-        for site, reason in _mapping(entry.get("slow_sites")).items()
+        for site, reason in mapping(entry.get("slow_sites")).items()
     ]
     return table(["", "site", "reason"], rows) if rows else "<p>None.</p>"
 
@@ -202,12 +203,8 @@ def _entries(front: Mapping[str, object], key: str) -> list[Mapping[str, object]
     return [entry for entry in listed if isinstance(entry, Mapping)] if isinstance(listed, list) else []
 
 
-def _mapping(value: object) -> Mapping[str, object]:
-    return value if isinstance(value, Mapping) else {}
-
-
 def _measured(entry: Mapping[str, object]) -> str:
-    drifted = _mapping(entry.get("metrics")).get("drifted")
+    drifted = mapping(entry.get("metrics")).get("drifted")
     return _yes(entry.get("measured")) + (", the machine was not quiet" if drifted else "")
 
 

@@ -9,6 +9,7 @@ from math import isfinite, nan
 from pathlib import Path
 
 from .front import choose
+from .json_text import mapping
 from .objective import number, parse_budget
 from .rundir import RunDirectory
 
@@ -81,16 +82,12 @@ class Run:
 
 def _how_predicted(front: Mapping[str, object]) -> str:
     """That latency is predicted, and how far the original's may be off on each device."""
-    latencies = _mapping(_mapping(_mapping(front.get("original")).get("metrics")).get("latency_s"))
+    latencies = mapping(mapping(mapping(front.get("original")).get("metrics")).get("latency_s"))
     spans = []
     for label, entry in latencies.items():
-        value, interval = number(_mapping(entry).get("value")), _mapping(entry).get("ci95")
+        value, interval = number(mapping(entry).get("value")), mapping(entry).get("ci95")
         high = number(interval[1]) if isinstance(interval, list) and len(interval) == 2 else nan
         if value and isfinite(high / value):
             spans.append(f"{label} within {high / value - 1:.0%}")
     text = f" ({', '.join(spans)}, with 95 % confidence)" if spans else ""
     return f"predicted by the device's latency model, not measured{text}"
-
-
-def _mapping(value: object) -> Mapping[str, object]:
-    return value if isinstance(value, Mapping) else {}
