@@ -43,6 +43,7 @@ class DistillKeys:
     temperature: float
     alpha: float
     attention: float
+    hints: float
     batch_size: int
     train_limit: int
 
@@ -204,6 +205,7 @@ def _spec(values: Mapping[str, Value]) -> Spec:
             temperature=number("distill.temperature"),
             alpha=number("distill.alpha"),
             attention=number("distill.attention"),
+            hints=number("distill.hints"),
             batch_size=integer("distill.batch_size"),
             train_limit=integer("distill.train_limit"),
         ),

@@ -31,7 +31,7 @@ from .provenance import provenance
 from .reach import check_reach
 from .reachable import check_answers
 from .run import Run
-from .rundir import RunDirectory
+from .rundir import LESSONS, RunDirectory
 from .rungs import run_rung
 from .sampler import OPENS, WITH_TABLE, Proposer, opening, strongest
 from .shipping import stored
@@ -241,6 +241,8 @@ class _Search:
 
             if missing:
                 run_rung(self.shared, [ledger.job(n) for n in missing], until, epochs[-1], self.workers, done)
+            # The next rung's epochs are others.
+            shutil.rmtree(self.folder.path / LESSONS, ignore_errors=True)
             alive = [n for n in entering if ledger.state(n) is not State.FAILED]
         return alive
 

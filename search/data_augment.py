@@ -11,6 +11,18 @@ from torch.nn import functional
 from .task_error import TaskError
 
 
+@dataclass(frozen=True, eq=False)
+class Moves:
+    """How n images move: the first row and column of the padded image, shape (2, n), and whether mirrored, (n,)."""
+
+    offsets: Tensor
+    mirrored: Tensor
+
+    def take(self, indices: Tensor) -> Moves:
+        """Those of some images."""
+        return Moves(self.offsets[:, indices], self.mirrored[indices])
+
+
 @dataclass(frozen=True)
 class Augment:
     """How training may move an image.
@@ -37,16 +49,23 @@ class Augment:
 
     def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
         """Moved copies of images (n, c, h, w), every image on its own."""
+        return self.move(images, self.draw(len(images), generator))
+
+    def draw(self, count: int, generator: torch.Generator) -> Moves:
+        """How so many images are to move."""
+        offsets = torch.randint(0, 2 * self.shift + 1, (2, count), generator=generator)
+        return Moves(offsets, torch.randint(0, 2, (count,), generator=generator) == 1)
+
+    def move(self, images: Tensor, moves: Moves) -> Tensor:
+        """Copies of images (n, c, h, w), moved so."""
         if not self:
             return images
         n, _, height, width = images.shape
-        offsets = torch.randint(0, 2 * self.shift + 1, (2, n), generator=generator)
-        mirrored = torch.randint(0, 2, (n,), generator=generator) == 1
-        rows = offsets[0, :, None] + torch.arange(height)
+        rows = moves.offsets[0, :, None] + torch.arange(height)
         columns = torch.arange(width).expand(n, width)
         if self.flip:
-            columns = torch.where(mirrored[:, None], columns.flip(1), columns)
-        columns = offsets[1, :, None] + columns
+            columns = torch.where(moves.mirrored[:, None], columns.flip(1), columns)
+        columns = moves.offsets[1, :, None] + columns
         padded = functional.pad(images, (self.shift,) * 4, value=self.fill)
         # Channels last, so that one gather takes every image's own rows and columns.
         images_index = torch.arange(n)[:, None, None]

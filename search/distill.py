@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import math
 from collections.abc import Callable
@@ -14,7 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from .data import Split
-from .distill_attention import AttentionTap, stage_ends
+from .distill_attention import FeatureTap, stage_ends
+from .distill_layout import channels_last, contiguous
+from .distill_lessons import Lessons, generator
 from .distill_loss import losses
 from .distill_recipe import Recipe as Recipe
 from .distill_recipe import build_optimiser, learning_rate
@@ -35,7 +36,7 @@ class Epoch:
 
     Attributes:
         number: 1 is the first.
-        loss: The weighted sum; `ce`, `kl` (with T^2) and `attention` its parts, 0 where their weight is 0.
+        loss: The weighted sum; `ce`, `kl` (with T^2), `attention` and `hints` its parts, 0 where their weight is 0.
         learning_rate: That of the last step.
     """
 
@@ -44,6 +45,7 @@ class Epoch:
     ce: float
     kl: float
     attention: float
+    hints: float
     learning_rate: float
 
 
@@ -66,22 +68,26 @@ def distill(
     recipe: Recipe | None = None,
     checkpoint: Path | None = None,
     on_epoch: Callable[[Epoch], None] | None = None,
+    augment_seed: int | None = None,
+    lessons: Path | None = None,
 ) -> History:
     """Trains the student in place from one epoch to another, on the device it is on; it ends in eval mode.
 
-    All that is random in an epoch comes from (seed, epoch). Training to epoch 3, ending the process and training
-    on to epoch 10 from the checkpoint therefore gives bit for bit the student of one training to epoch 10 (on the
-    CPU with the same number of threads).
+    All that is random in an epoch comes from (seed, epoch), and how inputs are moved from (augment_seed, epoch).
+    Training to epoch 3, ending the process and training on to epoch 10 from the checkpoint therefore gives bit for bit
+    the student of one training to epoch 10 (on the CPU with the same number of threads).
 
     Args:
         student: Trained in place, fake quantisation included; parameters without gradient stay as they are.
-        teacher: Not changed, on the student's device. None trains on labels (alpha and attention have to be 0).
+        teacher: Not changed, on the student's device. None trains on labels (alpha, attention and hints have to be 0).
         from_epoch: What the caller knows to be done. The checkpoint may be ahead of it (the process was killed), then
             training carries on from there.
         to_epoch: Where to stop now.
         total_epochs: What the learning rate is planned for.
         checkpoint: Read at the start if it is there, written after every epoch.
         on_epoch: Called after every epoch, the checkpoint written; what it raises ends the training.
+        augment_seed: The seed where it is None. Students that share one and a teacher can share `lessons`.
+        lessons: The folder where the teacher's logits are kept from epoch to epoch and from student to student.
 
     Raises:
         DistillError: a loss or a gradient is NaN or infinite.
@@ -91,12 +97,16 @@ def distill(
     recipe = recipe or Recipe()
     if not 0 <= from_epoch <= to_epoch <= total_epochs or total_epochs < 1:
         raise ValueError(f"epochs {from_epoch} to {to_epoch} of {total_epochs} are out of order")
-    if teacher is None and (recipe.alpha > 0 or recipe.attention > 0):
-        raise ValueError(f"alpha {recipe.alpha} and attention {recipe.attention} need a teacher; set both to 0")
+    if teacher is None and (recipe.alpha > 0 or recipe.attention > 0 or recipe.hints > 0):
+        raise ValueError(
+            f"alpha {recipe.alpha}, attention {recipe.attention} and hints {recipe.hints} need a teacher; set all to 0"
+        )
     if student is teacher:
         raise ValueError("the student is the teacher itself; train a copy")
     training = _Training(student, teacher, train, total_epochs, seed, recipe)
+    training.share(seed if augment_seed is None else augment_seed, lessons)
     done = training.resume(checkpoint, from_epoch, to_epoch)
+    channels_last(student, training.example())
     try:
         for epoch in range(done, to_epoch):
             record = training.run(epoch)
@@ -106,6 +116,7 @@ def distill(
             if on_epoch is not None:
                 on_epoch(record)
     finally:
+        contiguous(student)
         student.eval()
     return History(tuple(training.epochs))
 
@@ -122,12 +133,26 @@ class _Training:
         self.total_steps = self.steps_per_epoch * total_epochs
         self.optimiser = build_optimiser(student, recipe)
         self.epochs: list[Epoch] = []
-        self.identity = {"seed": seed, "total_epochs": total_epochs, "samples": len(train), "recipe": asdict(recipe)}
-        self.moves = recipe.augment and bool(train.augment)
+        self.identity: dict[str, object] = {
+            "seed": seed,
+            "total_epochs": total_epochs,
+            "samples": len(train),
+            "recipe": asdict(recipe),
+        }
         self.stages: tuple[str, ...] = ()
-        self.teacher: Teacher | None = None
-        if teacher is not None:
-            self.teacher = self._prepare(teacher)
+        self.hints: tuple[str, ...] = ()
+        self.teacher = None if teacher is None else self._prepare(teacher)
+
+    def share(self, augment_seed: int, folder: Path | None) -> None:
+        """How inputs are moved, and where the teacher's logits are kept; before anything else."""
+        self.identity["augment_seed"] = augment_seed
+        self.lessons = Lessons(
+            self.train, self.teacher, moves=self.recipe.augment, seed=augment_seed, first=self.seed, folder=folder
+        )
+
+    def example(self) -> Tensor:
+        """Two normalised inputs on the student's device."""
+        return self.train.batch(slice(0, 2)).to(self.device)
 
     def resume(self, path: Path | None, from_epoch: int, to_epoch: int) -> int:
         """Restores the checkpoint and returns the number of epochs that are done."""
@@ -160,33 +185,32 @@ class _Training:
 
     def run(self, epoch: int) -> Epoch:
         """Trains one epoch; 0 is the first."""
-        seed = _epoch_seed(self.seed, epoch)
-        generator = torch.Generator().manual_seed(seed)
-        order = torch.randperm(len(self.train), generator=generator)
-        sums = torch.zeros(4, dtype=torch.float64)
+        draws = generator(self.seed, epoch)
+        self.lessons.begin(epoch)
+        order = torch.randperm(len(self.train), generator=draws)
+        sums = torch.zeros(5, dtype=torch.float64)
         devices = [self.device] if self.device.type == "cuda" else []
         self.student.train()
-        tap = AttentionTap(self.student, self.stages) if self.stages else nullcontext()
+        names = (*self.stages, *self.hints)
+        tap = FeatureTap(self.student, names) if names else nullcontext()
         with torch.random.fork_rng(devices), tap:
-            torch.manual_seed(seed)  # for dropout, and whatever else draws without a generator
+            torch.manual_seed(draws.initial_seed())  # for dropout, and whatever else draws without a generator
             for step, indices in enumerate(order.tensor_split(self.steps_per_epoch)):
                 number = epoch * self.steps_per_epoch + step
-                parts = self._step(indices, generator, tap if isinstance(tap, AttentionTap) else None, number)
+                parts = self._step(indices, tap if isinstance(tap, FeatureTap) else None, number)
                 sums += parts * len(indices)
-        means = (sums / len(self.train)).tolist()
-        loss, ce, kl, attention = means
-        self.epochs.append(Epoch(epoch + 1, loss, ce, kl, attention, self.optimiser.param_groups[0]["lr"]))
+        loss, ce, kl, attention, hints = (sums / len(self.train)).tolist()
+        self.epochs.append(Epoch(epoch + 1, loss, ce, kl, attention, hints, self.optimiser.param_groups[0]["lr"]))
         return self.epochs[-1]
 
-    def _step(self, indices: Tensor, generator: torch.Generator, tap: AttentionTap | None, number: int) -> Tensor:
+    def _step(self, indices: Tensor, tap: FeatureTap | None, number: int) -> Tensor:
         for group in self.optimiser.param_groups:
             group["lr"] = learning_rate(self.recipe, number, self.total_steps)
-        raw = self.train.training_batch(indices, generator) if self.moves else self.train.batch(indices)
-        inputs = raw.to(self.device)
-        wanted = self.teacher.targets(inputs, indices) if self.teacher is not None else None
+        inputs, wanted = self.lessons.batch(indices, self.device)
         logits = self.student(inputs)
-        maps = tap.maps if tap is not None else ()
-        parts = losses(self.recipe, logits, maps, self.train.targets[indices].to(self.device), wanted)
+        found = tap.features if tap is not None else ()
+        features = found[: len(self.stages)], found[len(self.stages) :]
+        parts = losses(self.recipe, logits, features, self.train.targets[indices].to(self.device), wanted)
         loss = parts[0]
         self._check("loss", loss.detach(), number)
         self.optimiser.zero_grad(set_to_none=True)
@@ -205,17 +229,13 @@ class _Training:
             )
 
     def _prepare(self, teacher: nn.Module) -> Teacher:
-        example = self.train.batch(slice(0, 2)).to(self.device)
+        example = self.example()
         if self.recipe.attention > 0:
             self.stages = stage_ends(self.student, teacher, example)
             if not self.stages:
                 _log.info("student and teacher share no image-shaped module; attention is not transferred")
-        prepared = Teacher(teacher, self.stages, self.device)
-        if not self.moves:
-            prepared.remember(self.train, max(self.recipe.batch, 256))
-        return prepared
-
-
-def _epoch_seed(seed: int, epoch: int) -> int:
-    digest = hashlib.sha256(f"{seed}:{epoch}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
+        if self.recipe.hints > 0:
+            self.hints = stage_ends(self.student, teacher, example, channels=True)
+            if not self.hints:
+                _log.info("student and teacher share no image-shaped module of as many channels; no hints are given")
+        return Teacher(teacher, self.device, self.stages, self.hints)

@@ -1,6 +1,6 @@
-"""Attention transfer: where in an image a network looks, compared between student and teacher at stage ends.
+"""What a network sees at the ends of its stages, compared between student and teacher: attention maps and features.
 
-Source: Zagoruyko and Komodakis, "Paying More Attention to Attention", 2017, equation 2 (p = 2).
+Source of attention transfer: Zagoruyko and Komodakis, "Paying More Attention to Attention", 2017, equation 2 (p = 2).
 """
 
 from __future__ import annotations
@@ -26,43 +26,59 @@ def attention_loss(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tens
     return torch.stack(terms).sum()
 
 
-def stage_ends(student: nn.Module, teacher: nn.Module, example: Tensor) -> tuple[str, ...]:
+def hint_loss(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
+    """The sum over layers of |F_s - F_t|^2 / |F_t|^2; features of shape (n, c, h, w), student and teacher alike.
+
+    Source: Romero et al., "FitNets: Hints for Thin Deep Nets", 2015. Their regressor from the student's channels to the
+    teacher's is left out: a compressed student begins with the teacher's own channels.
+    """
+    terms = [
+        (s - t).square().mean() / t.square().mean().clamp_min(1e-12) for s, t in zip(student, teacher, strict=True)
+    ]
+    return torch.stack(terms).sum()
+
+
+def stage_ends(student: nn.Module, teacher: nn.Module, example: Tensor, channels: bool = False) -> tuple[str, ...]:
     """The modules whose outputs are compared: for each size of image, the teacher's last one that the student shares.
 
-    Shared means the same name and the same height and width; the channels may differ. Maps of one pixel say nothing and
-    are left out. Empty where no name is shared, as after a rewrite by torch.fx.
+    Shared means the same name and the same height and width. Maps of one pixel say nothing and are left out. Empty
+    where no name is shared, as after a rewrite by torch.fx.
 
     Args:
+        student: Whose modules are looked for.
+        teacher: Whose last module of a size it is.
         example: Normalised inputs (n, ...) on the device of both.
+        channels: Whether the channels need to agree too.
     """
-    of_student = dict(_spatial_sizes(student, example))
-    last: dict[tuple[int, int], str] = {}
-    for name, size in _spatial_sizes(teacher, example):
-        if size != (1, 1) and of_student.get(name) == size:
-            last[size] = name
+    of_student = dict(_shapes(student, example))
+    last: dict[tuple[int, ...], str] = {}
+    for name, shape in _shapes(teacher, example):
+        theirs = of_student.get(name, ())
+        if shape[1:] != (1, 1) and theirs[1:] == shape[1:] and (not channels or theirs == shape):
+            last[shape[1:]] = name
     return tuple(last.values())
 
 
-class AttentionTap:
-    """Collects the attention maps of named modules while a network runs; a context manager.
+class FeatureTap:
+    """Collects the outputs of named modules while a network runs; a context manager.
 
     Attributes:
-        maps: Of the last forward pass, in the order of the names.
+        features: Of the last forward pass, in the order of the names.
     """
 
     def __init__(self, module: nn.Module, names: Sequence[str]) -> None:
         self._names = tuple(names)
         self._found: dict[str, Tensor] = {}
-        self._handles = [module.get_submodule(name).register_forward_hook(self._hook(name)) for name in names]
+        self._handles = [module.get_submodule(name).register_forward_hook(self._hook(name)) for name in set(names)]
 
     @property
-    def maps(self) -> tuple[Tensor, ...]:
-        """The maps of the last forward pass; used up by reading."""
-        maps = tuple(self._found[name] for name in self._names)
+    def features(self) -> tuple[Tensor, ...]:
+        """The outputs in the last forward pass; used up by reading."""
+        found = tuple(self._found[name] for name in self._names)
         self._found = {}
-        return maps
+        return found
 
-    def __enter__(self) -> AttentionTap:
+    def __enter__(self) -> FeatureTap:
         return self
 
     def __exit__(
@@ -74,20 +90,20 @@ class AttentionTap:
     def _hook(self, name: str):  # type: ignore[no-untyped-def]
         def keep(module: nn.Module, args: object, output: Tensor) -> None:
             # A clone, because a relu in place may follow and would destroy what the square needs.
-            self._found[name] = attention_map(output.clone())
+            self._found[name] = output.clone()
 
         return keep
 
 
-def _spatial_sizes(module: nn.Module, example: Tensor) -> list[tuple[str, tuple[int, int]]]:
-    """Name and (height, width) of every module with one image-shaped output, in the order in which they finish."""
-    found: list[tuple[str, tuple[int, int]]] = []
+def _shapes(module: nn.Module, example: Tensor) -> list[tuple[str, tuple[int, ...]]]:
+    """Name and (channels, height, width) of every module with one image-shaped output, in the order they finish in."""
+    found: list[tuple[str, tuple[int, ...]]] = []
     handles = []
     for name, part in module.named_modules():
 
         def note(part: nn.Module, args: object, output: object, name: str = name) -> None:
             if isinstance(output, Tensor) and output.ndim == 4:
-                found.append((name, (int(output.shape[2]), int(output.shape[3]))))
+                found.append((name, tuple(int(size) for size in output.shape[1:])))
 
         if name:
             handles.append(part.register_forward_hook(note))

@@ -1,4 +1,4 @@
-"""The loss of a student: labels, the teacher's softened logits and its attention maps, weighted by the recipe."""
+"""The loss of a student: labels, the teacher's softened logits, attention maps and features, weighted by the recipe."""
 
 from __future__ import annotations
 
@@ -6,17 +6,24 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .distill_attention import attention_loss
+from .distill_attention import attention_loss, attention_map, hint_loss
 from .distill_recipe import Recipe
 from .distill_teacher import Targets
 
 
-def losses(recipe: Recipe, logits: Tensor, maps: tuple[Tensor, ...], targets: Tensor, wanted: Targets | None) -> Tensor:
-    """(loss, ce, kl, attention), shape (4,), the parts before their weights.
+def losses(
+    recipe: Recipe,
+    logits: Tensor,
+    features: tuple[tuple[Tensor, ...], tuple[Tensor, ...]],
+    targets: Tensor,
+    wanted: Targets | None,
+) -> Tensor:
+    """(loss, ce, kl, attention, hints), shape (5,), the parts before their weights.
 
     Args:
+        recipe: The weights.
         logits: The student's, shape (n, classes).
-        maps: The student's attention maps, each (n, h * w).
+        features: The student's, each (n, c, h, w): those whose attention maps are compared, and those that have hints.
         targets: Classes, shape (n,); not read if alpha is 1.
         wanted: What the teacher says; None without a teacher.
 
@@ -25,7 +32,7 @@ def losses(recipe: Recipe, logits: Tensor, maps: tuple[Tensor, ...], targets: Te
     """
     zero = logits.new_zeros(())
     ce = functional.cross_entropy(logits, targets) if recipe.alpha < 1 else zero
-    kl, attention = zero, zero
+    kl, attention, hints = zero, zero, zero
     if wanted is not None and recipe.alpha > 0:
         if logits.shape != wanted.logits.shape:
             raise ValueError(
@@ -33,10 +40,13 @@ def losses(recipe: Recipe, logits: Tensor, maps: tuple[Tensor, ...], targets: Te
                 "they need the same classes"
             )
         kl = softened_kl(logits, wanted.logits, recipe.temperature)
-    if wanted is not None and maps:
-        attention = attention_loss(maps, wanted.maps)
-    loss = (1 - recipe.alpha) * ce + recipe.alpha * kl + recipe.attention * attention
-    return torch.stack((loss, ce, kl, attention))
+    seen, hinted = features
+    if wanted is not None and seen:
+        attention = attention_loss([attention_map(feature) for feature in seen], wanted.maps)
+    if wanted is not None and hinted:
+        hints = hint_loss(hinted, wanted.features)
+    loss = (1 - recipe.alpha) * ce + recipe.alpha * kl + recipe.attention * attention + recipe.hints * hints
+    return torch.stack((loss, ce, kl, attention, hints))
 
 
 def softened_kl(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:

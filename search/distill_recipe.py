@@ -13,12 +13,15 @@ from .distill_state import trainable
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a student is trained; the loss is `(1-a) CE + a T^2 KL(teacher|student) + b sum |A_s - A_t|^2`.
+    """How a student is trained.
+
+    The loss is `(1-a) CE + a T^2 KL(teacher|student) + b sum |A_s - A_t|^2 + c sum |F_s - F_t|^2 / |F_t|^2`.
 
     Attributes:
         alpha: a: 0 is training on labels alone, 1 uses no labels at all (unlabelled data).
         temperature: T.
         attention: b; 0 leaves attention transfer out.
+        hints: c, of features at the ends of stages; 0 leaves hints out.
         optimiser: "sgd" (Nesterov momentum 0.9) or "adamw" (for very small networks).
         learning_rate: At its highest, after the warm-up; then it falls as a half cosine over the planned epochs.
         warmup: The share of all steps in which the learning rate rises from 0.
@@ -31,6 +34,7 @@ class Recipe:
     alpha: float = 0.8
     temperature: float = 4.0
     attention: float = 1.0
+    hints: float = 0.0
     optimiser: str = "sgd"
     learning_rate: float = 0.02
     warmup: float = 0.05
@@ -44,6 +48,7 @@ class Recipe:
             "alpha": (0 <= self.alpha <= 1, "in 0..1"),
             "temperature": (0 < self.temperature < math.inf, "above 0"),
             "attention": (0 <= self.attention < math.inf, "0 or above"),
+            "hints": (0 <= self.hints < math.inf, "0 or above"),
             "optimiser": (self.optimiser in ("sgd", "adamw"), "sgd or adamw"),
             "learning_rate": (0 < self.learning_rate < math.inf, "above 0"),
             "warmup": (0 <= self.warmup < 1, "in 0..1"),

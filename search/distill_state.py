@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .tensor_file import TensorFileError, read_tensors, write_tensors
 
-_FORMAT = 1
+_FORMAT = 2
 
 
 class CheckpointError(ValueError):

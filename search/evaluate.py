@@ -34,6 +34,7 @@ from .distill import distill
 from .distill_recipe import Recipe
 from .distill_state import CheckpointError, load_checkpoint
 from .predicting import Predictor
+from .rundir import LESSONS
 from .score import accuracy, accuracy_and_divergence, outputs
 from .tasks import Task, load_task
 from .tensor_file import write_tensors
@@ -186,6 +187,7 @@ class Evaluator:
             alpha=keys.alpha,
             temperature=keys.temperature,
             attention=keys.attention,
+            hints=keys.hints,
             learning_rate=keys.learning_rate,
             batch=keys.batch_size,
         )
@@ -199,6 +201,8 @@ class Evaluator:
             seed=job.seed,
             recipe=recipe,
             checkpoint=checkpoint,
+            augment_seed=self.spec.seed,
+            lessons=job.folder.parent.parent / LESSONS,
         )
         return self._accuracy(module, None)
 

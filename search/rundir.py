@@ -19,6 +19,8 @@ from .trial import State, Trial
 
 # What may differ between a run and its resumption: it changes where the work is done, not what comes out.
 _FREE_KEYS = frozenset({"workers", "address"})
+# What the teacher says of the training images, while a rung lasts.
+LESSONS = "teacher"
 _OTHER_FOLDER = "choose another folder with --out"
 
 

@@ -41,9 +41,9 @@ class Quantized(nn.Module):
     most 7. Of 8 bits the inputs 2i and 2i + 1 are limited together, or where a convolution has one input channel, the
     columns 2i and 2i + 1 of its kernel: their two weights, where the sum of their
     magnitudes exceeds 127, are shortened to it in proportion before they are rounded, so that it is at most 128. The
-    sum q * w of integers held in float32 is exact below 2^24; above, it may differ from
-    the exported integer operator by float32's rounding. Gradients pass the rounding unchanged (straight-through, Bengio
-    et al. 2013) and are zero where the input is clipped.
+    sum q * w of integers held in float32 is exact below 2^24; above, it may differ from the exported integer operator
+    by float32's rounding. In training mode the scales are part of the weights, and the sum is rounded as any other is.
+    Gradients pass the rounding unchanged (straight-through, Bengio et al. 2013), and are zero where inputs are clipped.
 
     The weight's scale follows the weight: `clip` (o,) is the part of a channel's largest magnitude, or of its largest
     sum of two, that the limit stands for.
@@ -70,17 +70,25 @@ class Quantized(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.training:
             self._follow(x.detach())
-        scale, zero_point = self.input_scale()
-        steps = torch.clamp(_round(x / scale) + zero_point, 0, INPUT_LEVELS) - zero_point
+        steps = _steps(x, *self.input_scale())
         weight = weight_of(self.inner)
         weight_scale = self.weight_scale(weight.detach())
         whole = _whole(weight / _column(weight_scale, weight), self.bits, _axis(self.inner))
+        scale = self.input_scale()[0] * weight_scale
+        bias = self.inner.bias
+        if self.training:
+            # The weights are fewer than the outputs, which would be read and written twice more, and their gradients.
+            return self._sums(steps, whole * _column(scale, whole), bias)
+        bias = torch.zeros_like(weight_scale) if bias is None else bias
+        if isinstance(self.inner, nn.Linear):
+            return self._sums(steps, whole, None) * scale + bias
+        return self._sums(steps, whole, None) * scale[:, None, None] + bias[:, None, None]
+
+    def _sums(self, steps: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         inner = self.inner
-        bias = torch.zeros_like(weight_scale) if inner.bias is None else inner.bias
         if isinstance(inner, nn.Linear):
-            return F.linear(steps, whole) * (scale * weight_scale) + bias
-        total = F.conv2d(steps, whole, None, inner.stride, inner.padding, inner.dilation, inner.groups)
-        return total * (scale * weight_scale)[:, None, None] + bias[:, None, None]
+            return F.linear(steps, weight, bias)
+        return F.conv2d(steps, weight, bias, inner.stride, inner.padding, inner.dilation, inner.groups)
 
     def input_scale(self) -> tuple[Tensor, Tensor]:
         """The float32 scale and the integer-valued zero point (0..255) of the input."""
@@ -161,6 +169,32 @@ class _Round(torch.autograd.Function):
 
 def _round(x: Tensor) -> Tensor:
     result: Tensor = _Round.apply(x)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _Steps(torch.autograd.Function):
+    """clamp(round(x / scale) + zero, 0, 255) - zero; the gradient passes where nothing is clipped.
+
+    One function, because each of these operations would read and write the whole input, forwards and backwards.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: float, zero: int) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.scale, ctx.zero = scale, zero
+        return torch.div(x, scale).round_().clamp_(-zero, INPUT_LEVELS - zero)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        (x,) = ctx.saved_tensors
+        # What rounds to the first or last step is not clipped.
+        low, high = (-ctx.zero - 0.5) * ctx.scale, (INPUT_LEVELS - ctx.zero + 0.5) * ctx.scale
+        passed: Tensor = torch.ops.aten.hardtanh_backward(gradients[0], x, low, high)
+        return passed.div_(ctx.scale), None, None
+
+
+def _steps(x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+    result: Tensor = _Steps.apply(x, float(scale), int(zero_point))  # type: ignore[no-untyped-call]
     return result
 
 

@@ -13,6 +13,7 @@ from torch.nn.utils import parametrize
 from planish.search.data import Split
 from planish.search.data_augment import Augment
 from planish.search.distill import DistillError, Epoch, Recipe, distill
+from planish.search.distill_attention import attention_map
 from planish.search.distill_loss import losses, softened_kl
 from planish.search.distill_recipe import learning_rate
 from planish.search.distill_state import CheckpointError
@@ -134,7 +135,57 @@ def test_the_teacher_is_asked_once_for_a_sample_that_never_moves(augment: Augmen
     teacher.register_forward_pre_hook(lambda module, arguments: samples.append(len(arguments[0])))
     split = train_split(augment=augment)
     distill(Network(2, seed=2), teacher, split, to_epoch=3, total_epochs=3, seed=0, recipe=SMALL)
-    assert sum(samples) == 2 + passes * 21  # two samples to find the stage ends
+    # Two samples to find the stage ends, and two to see what all would take in memory.
+    assert sum(samples) == 2 + passes * 21 + (0 if augment else 2)
+
+
+def test_hints_bring_the_features_nearer_to_the_teachers() -> None:
+    split = train_split(60)
+    distances = []
+    for hints in (0.0, 5.0):
+        recipe = replace(SMALL, attention=0, alpha=0, hints=hints)
+        student = Network(4, seed=3)
+        history = distill(
+            student, Network(4, seed=1), split, to_epoch=6, total_epochs=6, seed=0, recipe=replace(recipe, hints=hints)
+        )
+        with torch.no_grad():
+            teacher = Network(4, seed=1).eval()
+            theirs = teacher.second(teacher.norm(teacher.first(split.inputs)).relu())
+            ours = student.second(student.norm(student.first(split.inputs)).relu())
+        distances.append(float((ours - theirs).square().mean() / theirs.square().mean()))
+        assert (history.epochs[-1].hints > 0) == (hints > 0)
+    assert distances[1] < distances[0] / 2
+
+
+def test_students_of_one_run_share_what_the_teacher_says_and_are_none_the_worse(tmp_path: Path) -> None:
+    teacher, asked = Network(4, seed=1), list[int]()
+    teacher.register_forward_pre_hook(lambda module, arguments: asked.append(len(arguments[0])))
+    split = train_split(augment=Augment(shift=1, flip=True))
+    students: dict[str, nn.Module] = {}
+    for name, seed, folder in (("alone", 2, "a"), ("first", 1, "b"), ("after", 2, "b"), ("own", 2, None)):
+        student = students[name] = Network(2, seed=2)
+        distill(
+            student, teacher, split, to_epoch=3, total_epochs=3, seed=seed, augment_seed=9,
+            recipe=replace(SMALL, attention=0), lessons=tmp_path / folder if folder else None,
+        )  # fmt: skip
+        asked.append(0)
+    assert equal(students["alone"], students["after"])
+    assert not equal(students["first"], students["after"])
+    # Batches of another size round differently.
+    for a, b in zip(students["own"].parameters(), students["after"].parameters(), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+    by_student = [sum(part) for part in split_at_zeros(asked)]
+    assert by_student == [2 + 3 * 21, 2 + 3 * 21, 2, 3 * 21]
+
+
+def split_at_zeros(numbers: list[int]) -> list[list[int]]:
+    parts: list[list[int]] = [[]]
+    for number in numbers:
+        if number:
+            parts[-1].append(number)
+        else:
+            parts.append([])
+    return parts[:-1]
 
 
 def test_a_student_learns_what_the_teacher_knows_without_labels() -> None:
@@ -177,15 +228,18 @@ def test_targets_that_are_remembered_are_those_of_the_moment() -> None:
 def test_the_loss_is_the_weighted_sum_of_its_definition() -> None:
     torch.manual_seed(0)
     logits, teacher, targets = torch.randn(5, 3), torch.randn(5, 3), torch.tensor([0, 2, 1, 1, 0])
-    ours, theirs = torch.rand(5, 4), torch.rand(5, 4)
-    recipe = Recipe(alpha=0.7, temperature=3.0, attention=0.5)
-    loss, ce, kl, attention = losses(recipe, logits, (ours,), targets, Targets(teacher, (theirs,))).tolist()
+    ours, theirs = torch.rand(5, 3, 2, 2), torch.rand(5, 3, 2, 2)
+    recipe = Recipe(alpha=0.7, temperature=3.0, attention=0.5, hints=0.2)
+    wanted = Targets(teacher, (attention_map(theirs),), (theirs,))
+    loss, ce, kl, attention, hints = losses(recipe, logits, ((ours,), (ours,)), targets, wanted).tolist()
     p, q = (teacher / 3).softmax(1), (logits / 3).softmax(1)
     expected_kl = 9 * float((p * (p / q).log()).sum(1).mean())
     expected_ce = -float(logits.softmax(1)[torch.arange(5), targets].log().mean())
-    expected_attention = float(((ours - theirs) ** 2).sum(1).mean())
-    assert (ce, kl, attention) == pytest.approx((expected_ce, expected_kl, expected_attention), rel=1e-5)
-    assert loss == pytest.approx(0.3 * expected_ce + 0.7 * expected_kl + 0.5 * expected_attention, rel=1e-5)
+    expected_attention = float(((attention_map(ours) - attention_map(theirs)) ** 2).sum(1).mean())
+    expected_hints = float(((ours - theirs) ** 2).sum() / (theirs**2).sum())
+    expected = (expected_ce, expected_kl, expected_attention, expected_hints)
+    assert (ce, kl, attention, hints) == pytest.approx(expected, rel=1e-5)
+    assert loss == pytest.approx(0.3 * ce + 0.7 * kl + 0.5 * attention + 0.2 * hints, rel=1e-5)
 
 
 def test_softened_kl_is_zero_for_the_teacher_itself_and_falls_with_distance() -> None:
@@ -346,6 +400,7 @@ def test_a_teacher_with_other_classes_is_refused() -> None:
         {"alpha": float("nan")},
         {"temperature": 0.0},
         {"attention": -1.0},
+        {"hints": float("inf")},
         {"optimiser": "sgdd"},
         {"learning_rate": 0.0},
         {"warmup": 1.0},

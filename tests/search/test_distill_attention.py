@@ -6,16 +6,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from planish.search.distill_attention import AttentionTap, attention_loss, attention_map, stage_ends
+from planish.search.distill_attention import FeatureTap, attention_loss, attention_map, hint_loss, stage_ends
 from planish.search.zoo import CifarResNet, SmallResNet
 
 IMAGES = torch.randn(3, 1, 32, 32, generator=torch.Generator().manual_seed(0))
 
 
 def maps(module: nn.Module, names: tuple[str, ...], inputs: Tensor = IMAGES) -> tuple[Tensor, ...]:
-    with AttentionTap(module, names) as tap, torch.no_grad():
+    with FeatureTap(module, names) as tap, torch.no_grad():
         module(inputs)
-        return tap.maps
+        return tuple(attention_map(feature) for feature in tap.features)
 
 
 def test_an_attention_map_is_the_unit_vector_of_squares_summed_over_channels() -> None:
@@ -40,6 +40,20 @@ def test_stage_ends_are_the_last_modules_before_the_images_shrink() -> None:
     assert stage_ends(SmallResNet((16, 16, 16)), SmallResNet(), IMAGES) == ("stages.0", "stages.1", "stages")
     images = IMAGES.expand(3, 3, 32, 32)
     assert stage_ends(CifarResNet(8), CifarResNet(20), images) == ("layer1", "layer2", "layer3")
+
+
+def test_hints_are_given_where_the_channels_agree_too() -> None:
+    student = SmallResNet((16, 16, 48))
+    assert stage_ends(student, SmallResNet((16, 32, 48)), IMAGES) == ("stages.0", "stages.1", "stages")
+    assert stage_ends(student, SmallResNet((16, 32, 48)), IMAGES, channels=True) == ("stages.0", "stages")
+
+
+def test_the_hint_loss_is_the_distance_of_features_relative_to_the_teachers() -> None:
+    ours, theirs = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
+    expected = float(((ours - theirs) ** 2).sum() / (theirs**2).sum())
+    assert float(hint_loss([ours, theirs], [theirs, theirs])) == pytest.approx(expected, rel=1e-5)
+    assert float(hint_loss([10 * ours], [10 * theirs])) == pytest.approx(expected, rel=1e-5)
+    assert hint_loss([ours], [torch.zeros_like(ours)]).isfinite()
 
 
 def test_a_stage_end_that_the_student_lacks_gives_way_to_the_last_one_it_has() -> None:
@@ -78,15 +92,15 @@ def test_a_relu_in_place_after_the_tap_does_not_spoil_the_gradient() -> None:
     for inplace in (True, False):
         network[1].inplace = inplace  # type: ignore[assignment]
         network.zero_grad()
-        with AttentionTap(network, ("0",)) as tap:
+        with FeatureTap(network, ("0",)) as tap:
             network(IMAGES).sum()
-            tap.maps[0].square().sum().add(1).backward()  # type: ignore[no-untyped-call]
+            attention_map(tap.features[0]).square().sum().add(1).backward()  # type: ignore[no-untyped-call]
         gradients.append(network[0].weight.grad)
     assert torch.equal(gradients[0], gradients[1])  # type: ignore[arg-type]
 
 
 def test_a_tap_that_was_left_collects_no_more() -> None:
     network = SmallResNet()
-    with AttentionTap(network, ("stages.0",)):
+    with FeatureTap(network, ("stages.0",)):
         pass
     assert not any(part._forward_hooks for part in network.modules())

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import planish.spaces.quantize as quantize_module
 from planish.spaces.cluster import share
 from planish.spaces.integer import qconv2d, qlinear, quantize
 from planish.spaces.quantize import LEVELS, PAIRS, Quantized, Range, deploy, input_ranges
@@ -208,6 +209,40 @@ def test_gradients_pass_the_rounding_and_stop_where_inputs_are_clipped() -> None
     gradient = module.inner.weight.grad
     assert gradient is not None
     assert torch.allclose(gradient, torch.tensor([[0.3, 1.0, -0.2]]).expand(2, 3), atol=1 / 127)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize(("layer", "shape"), LAYERS)
+def test_training_computes_what_evaluation_does_with_the_same_gradients(
+    layer: nn.Conv2d | nn.Linear, shape: tuple[int, ...], bits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quantize_module, "MOMENTUM", 0.0)  # in training the range moves first; here by nothing
+    x = torch.randn(4, *shape) * torch.linspace(0.5, 2, 4).reshape(-1, *[1] * len(shape))
+    module = quantised(layer, bits, x / 2)
+    found = []
+    for training in (True, False):
+        own = copy.deepcopy(module).train(training)
+        given = x.clone().requires_grad_()
+        outputs = own(given)
+        (outputs * torch.arange(outputs[0].numel()).reshape(outputs[0].shape)).sum().backward()
+        assert given.grad is not None
+        found.append([outputs.detach(), given.grad, *(parameter.grad for parameter in own.parameters())])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4 * float(theirs.abs().max()))
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.0, 1.0), (-1.0, 1.0), (-0.3, 2.0)])
+def test_what_rounds_to_the_first_and_last_step_has_a_gradient_and_what_lies_beyond_has_none(
+    low: float, high: float
+) -> None:
+    module = Quantized(nn.Linear(1, 1), 8, Range(low, high)).eval()
+    scale, zero_point = (float(value) for value in module.input_scale())
+    first, last = -zero_point * scale, (255 - zero_point) * scale
+    offsets = torch.tensor([-0.6, -0.4, 0.0, 0.4]) * scale
+    x = torch.cat([first + offsets, last - offsets]).reshape(-1, 1).requires_grad_()
+    module(x).sum().backward()
+    assert x.grad is not None
+    assert (x.grad[:, 0] != 0).tolist() == [False, True, True, True] * 2
 
 
 def test_training_lowers_a_quantised_layers_loss_and_moves_its_range() -> None:

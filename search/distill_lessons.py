@@ -1,0 +1,147 @@
+"""What every epoch of a training shows: inputs, moved at random, and what the teacher says of them.
+
+Both go by a seed that all students of a run have in common, and by the epoch. The teacher is therefore asked once for
+all of them: its logits are kept on the disk. It costs as much as a large part of the training of a small student.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .data import Split
+from .data_augment import Moves
+from .distill_teacher import Targets, Teacher
+from .errors import UserError
+from .tensor_file import TensorFileError, read_tensors, write_tensors
+
+_log = logging.getLogger(__name__)
+
+# Always of the same samples together, so that every process computes the same bits.
+_BATCH = 256
+# Samples of a file: where several students begin an epoch at once, each computes other files and reads the rest.
+_CHUNK = 2048
+# Beyond these the teacher is asked for every batch: of inputs that never move, in memory; of an epoch, on the disk.
+_MEMORY_BYTES = 512 * 2**20
+_DISK_BYTES = 64 * 2**20
+
+
+class Lessons:
+    """The batches of one training, epoch by epoch."""
+
+    def __init__(
+        self,
+        train: Split,
+        teacher: Teacher | None,
+        *,
+        moves: bool,
+        seed: int,
+        first: int = 0,
+        folder: Path | None = None,
+    ) -> None:
+        """Nothing is computed before `begin`.
+
+        Args:
+            train: What is shown.
+            teacher: None: there is nothing to imitate.
+            moves: Whether the split's augmentation is used.
+            seed: Of the augmentation; students of one seed share a folder.
+            first: Any number; students that begin at once should have different ones.
+            folder: Where logits are kept for the other students; None keeps nothing.
+        """
+        self._train, self._teacher, self._seed, self._first, self._folder = train, teacher, seed, first, folder
+        self._augments = moves and bool(train.augment)
+        self._moves: Moves | None = None
+        self._known: Targets | None = None
+        self._warned = False
+        # The targets of two samples; their size tells what can be kept.
+        self._sample: Targets | None = None
+
+    def begin(self, epoch: int) -> None:
+        """Draws how an epoch's inputs move (0 is the first), and has the teacher's logits ready where they are kept."""
+        if self._augments:
+            self._moves = self._train.augment.draw(len(self._train), generator(self._seed, epoch, "moves"))
+        if self._teacher is None or (not self._augments and self._known is not None):
+            return
+        self._known = None
+        if self._folder is not None and self._bytes() <= _DISK_BYTES and not self._teacher.stages + self._teacher.hints:
+            self._known = Targets(self._shared(f"{epoch:05}" if self._augments else "still", self._folder))
+        elif not self._augments and self._bytes() <= _MEMORY_BYTES:
+            self._known = self._all()
+
+    def batch(self, indices: Tensor, device: torch.device) -> tuple[Tensor, Targets | None]:
+        """Normalised inputs (n, ...) of some samples on a device, and what the teacher says of them."""
+        inputs = self._inputs(indices).to(device)
+        if self._teacher is None:
+            return inputs, None
+        if self._known is None:
+            return inputs, self._teacher.answer(inputs)
+        return inputs, self._known.take(indices).to(device)
+
+    def _inputs(self, indices: Tensor) -> Tensor:
+        if self._moves is None:
+            return self._train.batch(indices)
+        train = self._train
+        return train.normalise(train.augment.move(train.inputs[indices], self._moves.take(indices)))
+
+    def _bytes(self) -> float:
+        """What the targets of all samples take."""
+        assert self._teacher is not None
+        if self._sample is None:
+            self._sample = self._teacher.answer(self._train.batch(slice(0, 2)))
+        return self._sample.bytes / len(self._sample.logits) * len(self._train)
+
+    def _all(self) -> Targets:
+        parts = [
+            self._answers(start, min(start + _BATCH, len(self._train))) for start in range(0, len(self._train), _BATCH)
+        ]
+        maps, features = zip(*(p.maps for p in parts), strict=True), zip(*(p.features for p in parts), strict=True)
+        return Targets(
+            torch.cat([part.logits for part in parts]),
+            tuple(torch.cat(part) for part in maps),
+            tuple(torch.cat(part) for part in features),
+        )
+
+    def _answers(self, start: int, end: int) -> Targets:
+        assert self._teacher is not None
+        return self._teacher.answer(self._inputs(torch.arange(start, end)))
+
+    def _shared(self, name: str, folder: Path) -> Tensor:
+        """The logits of all samples, on the CPU, from the folder or put there."""
+        count = math.ceil(len(self._train) / _CHUNK)
+        order = [(self._first + n) % count for n in range(count)]
+        parts = {n: self._chunk(folder / f"{name}-{n:04}.safetensors", name, n * _CHUNK) for n in order}
+        return torch.cat([parts[n] for n in range(count)])
+
+    def _chunk(self, path: Path, name: str, start: int) -> Tensor:
+        end = min(start + _CHUNK, len(self._train))
+        note = {"seed": self._seed, "epoch": name, "start": start, "end": end, "samples": len(self._train)}
+        try:
+            tensors, found = read_tensors(path)
+            if found == note and len(tensors.get("logits", ())) == end - start:
+                return tensors["logits"]
+        except FileNotFoundError:
+            pass
+        except TensorFileError as error:
+            _log.info("%s; computed again", error)
+        parts = [self._answers(at, min(at + _BATCH, end)).logits.cpu() for at in range(start, end, _BATCH)]
+        logits = torch.cat(parts)
+        try:
+            write_tensors(path, {"logits": logits}, note)
+        except UserError as error:
+            # The next student computes them again; this one has them.
+            if not self._warned:
+                _log.warning("the teacher's logits are not kept: %s", error)
+            self._warned = True
+        return logits
+
+
+def generator(seed: int, epoch: int, what: str = "") -> torch.Generator:
+    """Draws for one epoch and purpose, the same in every process."""
+    digest = hashlib.sha256(f"{seed}:{epoch}{':' if what else ''}{what}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
