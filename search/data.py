@@ -57,6 +57,7 @@ class Split:
         normalise: What `batch` does to the stored inputs.
         augment: How training may move the inputs; evaluation never does.
         metric: What an output is worth; `accuracy` unless the user brought another.
+        labelled: False where nobody knows the classes: the targets are 0, and only a teacher can be learned from.
     """
 
     inputs: Tensor
@@ -64,6 +65,7 @@ class Split:
     normalise: Normalise = field(default_factory=Normalise)
     augment: Augment = field(default_factory=Augment)
     metric: Metric = accuracy
+    labelled: bool = True
 
     def __len__(self) -> int:
         return int(self.targets.shape[0])
@@ -133,6 +135,8 @@ class Data:
             raise TaskError(f"the data has {len(self.classes)} class(es) {list(self.classes)}; it needs at least 2")
         for name, split in self.splits().items():
             _check(name, split, len(self.classes))
+            if not split.labelled and split is not self.train:
+                raise TaskError(f"the {name} split has no labels; only train can do without them")
             if split.shape != self.train.shape:
                 raise TaskError(
                     f"the {name} inputs have shape {split.shape} and the train inputs {self.train.shape}; "

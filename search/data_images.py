@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -24,7 +25,8 @@ def load_images(folder: Path, options: Mapping[str, str]) -> Data:
     """RGB images of `size` x `size` pixels (64 unless given): the shorter side is resized, the middle kept.
 
     With `train`, `val` and `test` folders each is its split, and what is missing is taken from train (a tenth
-    for each); otherwise 80 % train, 10 % validation, 10 % test, every class alike, by a fixed seed.
+    for each). Images in the train folder itself, without folders of classes, have no labels; then val and test have to
+    be there. Without a train folder: 80 % train, 10 % validation, 10 % test, every class alike, by a fixed seed.
 
     Raises:
         TaskError: a class is empty, an image cannot be read, the images do not fit into memory.
@@ -37,21 +39,48 @@ def load_images(folder: Path, options: Mapping[str, str]) -> Data:
         inputs, targets = _read(folder, classes, size)
         parts = stratified(targets, (0.8, 0.1, 0.1))
         splits = [Split(inputs[part], targets[part], normalise) for part in parts]
-    else:
+    elif _folders(folder / "train"):
         classes = _classes(folder / "train")
         splits = _split_folders(folder, classes, size, normalise)
-    train = Split(splits[0].inputs, splits[0].targets, normalise, augment)
-    return Data(train, splits[1], splits[2], classes)
+    else:
+        classes, splits = _without_labels(folder, size, normalise)
+    return Data(replace(splits[0], augment=augment), splits[1], splits[2], classes)
+
+
+def _without_labels(folder: Path, size: int, normalise: Normalise) -> tuple[tuple[str, ...], list[Split]]:
+    """Train images of no class, and the labelled ones beside them."""
+    labelled = [_found(folder, split) for split in ("validation", "test")]
+    if None in labelled:
+        raise TaskError(
+            f"{folder / 'train'} has no folders of classes, so its images have no labels; {folder} needs val and test "
+            "with a folder for every class then"
+        )
+    validation, test = (part for part in labelled if part is not None)
+    classes = _classes(validation)
+    _check_classes(test, classes, validation)
+    paths = _members(folder / "train")
+    if not paths:
+        raise TaskError(f"{folder / 'train'} holds no images ({' '.join(sorted(_SUFFIXES))}); add some or remove it")
+    train = Split(_load(folder, paths, size), torch.zeros(len(paths), dtype=torch.int64), normalise, labelled=False)
+    return classes, [train, *(Split(*_read(part, classes, size), normalise) for part in (validation, test))]
+
+
+def _found(folder: Path, split: str) -> Path | None:
+    return next((folder / name for name in _SPLITS[split] if (folder / name).is_dir()), None)
+
+
+def _check_classes(folder: Path, classes: tuple[str, ...], known: Path) -> None:
+    unknown = sorted(set(_folders(folder)) - set(classes))
+    if unknown:
+        raise TaskError(f"{folder} has the class {unknown[0]!r}, which {known} does not have")
 
 
 def _split_folders(folder: Path, classes: tuple[str, ...], size: int, normalise: Normalise) -> list[Split]:
     loaded: dict[str, tuple[Tensor, Tensor]] = {}
-    for split, names in _SPLITS.items():
-        found = next((folder / name for name in names if (folder / name).is_dir()), None)
+    for split in _SPLITS:
+        found = _found(folder, split)
         if found is not None:
-            unknown = sorted(set(_folders(found)) - set(classes))
-            if unknown:
-                raise TaskError(f"{found} has the class {unknown[0]!r}, which {folder / 'train'} does not have")
+            _check_classes(found, classes, folder / "train")
             loaded[split] = _read(found, classes, size)
     missing = [split for split in _SPLITS if split not in loaded]
     inputs, targets = loaded["train"]
@@ -88,18 +117,26 @@ def _read(folder: Path, classes: tuple[str, ...], size: int) -> tuple[Tensor, Te
         # A test or validation folder may lack a class.
         if not (folder / name).is_dir():
             continue
-        members = sorted(path for path in (folder / name).glob("**/*") if path.suffix.lower() in _SUFFIXES)
+        members = _members(folder / name)
         if not members:
             raise TaskError(f"{folder / name} holds no images ({' '.join(sorted(_SUFFIXES))}); add some or remove it")
         paths += members
         targets += [label] * len(members)
     if not paths:
         raise TaskError(f"{folder} holds no images; add some, or remove it and a part of train is taken")
+    return _load(folder, paths, size), torch.tensor(targets)
+
+
+def _members(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("**/*") if path.suffix.lower() in _SUFFIXES)
+
+
+def _load(folder: Path, paths: Sequence[Path], size: int) -> Tensor:
     _check_memory(folder, len(paths), size)
     inputs = torch.empty(len(paths), 3, size, size, dtype=torch.uint8)
     for index, path in enumerate(paths):
         inputs[index] = _image(path, size)
-    return inputs, torch.tensor(targets)
+    return inputs
 
 
 def _check_memory(folder: Path, count: int, size: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,6 +23,8 @@ def load_user_data(name: str) -> Data:
     - `(train, validation, test)` or `(train, validation, test, metric)`, each set being a `Split`, a tuple
       `(inputs, targets)` of arrays or tensors, or a torch `Dataset` (or list) with a length whose items
       are `(input, class)`.
+
+    The targets of train may be None: then only the teacher is learned from, and `distill.alpha` has to be 1.
 
     Inputs are (samples, ...) with classes 0, 1, ... as targets. Float inputs go to the model as they are, uint8
     inputs divided by 255, any other type as float. The metric takes (outputs (n, ...), targets (n,)) and
@@ -51,8 +54,12 @@ def load_user_data(name: str) -> Data:
 
 def _split(name: str, given: Any, metric: Metric) -> Split:
     if isinstance(given, Split):
-        return Split(given.inputs, given.targets, given.normalise, given.augment, metric)
-    if isinstance(given, tuple) and len(given) == 2:
+        return replace(given, metric=metric)
+    labelled = not (isinstance(given, tuple) and len(given) == 2 and given[1] is None)
+    if not labelled:
+        inputs = _tensor(name, "inputs", given[0])
+        targets = torch.zeros(inputs.shape[:1], dtype=torch.int64)
+    elif isinstance(given, tuple) and len(given) == 2:
         inputs, targets = _tensor(name, "inputs", given[0]), _tensor(name, "targets", given[1])
     elif hasattr(given, "__getitem__") and hasattr(given, "__len__") and not isinstance(given, Tensor):
         inputs, targets = _dataset(name, given)
@@ -70,7 +77,7 @@ def _split(name: str, given: Any, metric: Metric) -> Split:
     normalise = Normalise(1 / 255) if inputs.dtype == torch.uint8 else Normalise()
     if inputs.dtype != torch.uint8:
         inputs = inputs.to(torch.float32)
-    return Split(inputs, targets.to(torch.int64), normalise, metric=metric)
+    return Split(inputs, targets.to(torch.int64), normalise, metric=metric, labelled=labelled)
 
 
 def _dataset(name: str, items: Sequence[Any]) -> tuple[Tensor, Tensor]:

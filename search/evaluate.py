@@ -36,6 +36,7 @@ from .distill_state import CheckpointError, load_checkpoint
 from .predicting import Predictor
 from .rundir import LESSONS
 from .score import accuracy, accuracy_and_divergence, outputs
+from .task_error import TaskError
 from .tasks import Task, load_task
 from .tensor_file import write_tensors
 
@@ -89,6 +90,11 @@ class Evaluator:
         self.devices: dict[str, Device] = dict(devices) if devices else devices_of(spec)
         self.compilers: dict[str, Compiler] = {label: compiler_for(device) for label, device in self.devices.items()}
         self.task = task or load_task(spec.model, spec.data or None, spec.weights, seed=spec.seed)
+        if not self.task.data.train.labelled and spec.distill.alpha < 1:
+            raise TaskError(
+                f"the training inputs have no labels and distill.alpha is {spec.distill.alpha}, the rest of which goes "
+                "by labels; set distill.alpha = 1"
+            )
         self.teacher = self.task.model
         self.traced: TracedModel = trace(self.teacher, self.task.data.example(1))
         self.timers: dict[str, Timer] = {

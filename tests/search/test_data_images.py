@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from planish.search.data_sources import load_data
+from planish.search.task_error import TaskError
 
 
 def image(path: Path, value: int, size: tuple[int, int] = (20, 20), mode: str = "RGB") -> None:
@@ -50,6 +51,29 @@ def test_a_missing_validation_folder_is_taken_from_train_and_test_stays_whole(tm
     assert [len(part) for part in data.splits().values()] == [18, 2, 6]
     train, validation = (set(part.inputs[:, 0, 0, 0].tolist()) for part in (data.train, data.validation))
     assert not train & validation
+
+
+def test_train_images_without_folders_of_classes_have_no_labels(tmp_path: Path) -> None:
+    for i in range(5):
+        image(tmp_path / "train" / f"{i}.png", 10 * i)
+    for name in ("val", "test"):
+        folder_per_class(tmp_path / name, 3)
+    data = load_data(f"images:{tmp_path}?size=8")
+    assert (data.train.labelled, data.validation.labelled, data.test.labelled) == (False, True, True)
+    assert data.train.inputs[:, 0, 0, 0].tolist() == [0, 10, 20, 30, 40]
+    assert data.classes == ("ash", "birch")
+    assert data.train.augment
+
+
+def test_without_labels_there_have_to_be_a_val_and_a_test_folder(tmp_path: Path) -> None:
+    image(tmp_path / "train" / "0.png", 1)
+    folder_per_class(tmp_path / "val", 3)
+    with pytest.raises(TaskError, match="needs val and test with a folder for every class"):
+        load_data(f"images:{tmp_path}?size=8")
+    folder_per_class(tmp_path / "test", 3)
+    image(tmp_path / "test" / "cedar" / "0.png", 1)
+    with pytest.raises(TaskError, match="'cedar', which"):
+        load_data(f"images:{tmp_path}?size=8")
 
 
 def test_the_middle_of_a_wide_image_is_kept(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import torch
 
 from planish.search.data_sources import load_data
 from planish.search.score import accuracy
+from planish.search.task_error import TaskError
 
 
 def write(folder: Path, body: str, name: str = "mine.py") -> Path:
@@ -43,6 +44,22 @@ def test_uint8_inputs_are_divided_by_255(tmp_path: Path) -> None:
     data = load_data(f"{file}:make")
     assert data.train.inputs.dtype == torch.uint8
     torch.testing.assert_close(data.example(), torch.full((1, 1, 2, 2), 0.2))
+
+
+def test_train_can_do_without_labels_and_the_others_cannot(tmp_path: Path) -> None:
+    body = """
+        def make():
+            parts = [[np.full((4, 3), i + 0.5), np.array([0, 1, 2, 0])] for i in range(3)]
+            parts[{}][1] = None
+            return tuple(tuple(part) for part in parts)
+        """
+    data = load_data(f"{write(tmp_path, body.format(0))}:make")
+    assert not data.train.labelled
+    assert data.validation.labelled
+    assert data.train.targets.tolist() == [0, 0, 0, 0]
+    assert data.classes == ("0", "1", "2")
+    with pytest.raises(TaskError, match="the test split has no labels"):
+        load_data(f"{write(tmp_path, body.format(2), 'other.py')}:make")
 
 
 def test_a_torch_dataset_is_read_whole(tmp_path: Path) -> None:

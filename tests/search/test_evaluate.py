@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from planish.search.config import load_spec
 from planish.search.data import Data, Split
 from planish.search.evaluate import CHECKPOINT, Evaluator, Job
+from planish.search.task_error import TaskError
 from planish.search.tasks import Task
 from planish.search.zoo import SmallResNet
 from planish.spaces.space import Candidate
@@ -19,13 +21,23 @@ pytestmark = pytest.mark.tvm
 
 @pytest.fixture(scope="module")
 def evaluator() -> Evaluator:
+    return make(True)
+
+
+def make(labelled: bool, **own: float) -> Evaluator:
     generator = torch.Generator().manual_seed(0)
     split = Split(torch.randn(16, 1, 16, 16, generator=generator), torch.arange(16) % 4)
-    data = Data(split, split, split, ("a", "b", "c", "d"))
+    data = Data(replace(split, labelled=labelled), split, split, ("a", "b", "c", "d"))
     torch.manual_seed(0)
     task = Task(SmallResNet(widths=(16, 32), blocks=1, classes=4).eval(), data)
     keys = {"model": "own", "data": "own", "space.lanes": 8, "measure.latency": "predicted", "distill.batch_size": 8}
-    return Evaluator(load_spec(None, keys), task)
+    return Evaluator(load_spec(None, {**keys, **own}), task)
+
+
+def test_without_labels_only_the_teacher_can_be_learned_from() -> None:
+    with pytest.raises(TaskError, match=r"no labels and distill\.alpha is 0\.8.*set distill\.alpha = 1"):
+        make(False)
+    make(False, **{"distill.alpha": 1.0})
 
 
 @pytest.fixture(scope="module")
