@@ -135,6 +135,7 @@ def run_space(net: str, threads: int, random: int, front: int, folder: Path, sou
     """A row: the errors of every model on a space's held-out networks, and what building the table took."""
     from planish.compilers.kernel_times import database_of
     from planish.hwmodels.held_out import held_out
+    from planish.hwmodels.table import TableModel
     from planish.hwmodels.transfer import TransferModel
     from planish.search.latency_table import build_table
     from planish.search.progress import Progress
@@ -145,6 +146,7 @@ def run_space(net: str, threads: int, random: int, front: int, folder: Path, sou
     device, space = evaluator.devices[label], evaluator.proposal.space
     database = database_of(device, folder / "times.sqlite")
     table = build_table(evaluator, label, database, Progress(None), seed=0)
+    assert isinstance(table.model, TableModel)  # nothing to carry over from in this database
     rng = np.random.default_rng(12345)  # the table's candidates come from another seed
     candidates = [*(space.sample(rng) for _ in range(random)), *near_front(space, rng, front)]
     plans, times, memory = measure(evaluator, label, candidates, database, NETWORK_S * len(candidates))
@@ -164,7 +166,7 @@ def run_space(net: str, threads: int, random: int, front: int, folder: Path, sou
     errors = {name: asdict(held_out([model(p.calls) for p, _ in pairs], measured)) for name, model in models.items()}
     row: Row = {
         "space": net, "threads": threads, "networks": len(times), "quiet": len(pairs), "profile_s": table.seconds,
-        "kernels": table.measured, "known": table.known, "stated_error": table.model.corrector.error,
+        "kernels": table.measured, "known": table.known, "stated_error": table.error,
         "errors": errors, "memory_error": max(memory, default=0),
         "size_error": max(size_errors(evaluator, candidates[:5]), default=0),
     }  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ..hwmodels.device import Device
-from ..hwmodels.fingerprint import fingerprint
+from ..hwmodels.fingerprint import fingerprint, siblings
 from .cpu_features import instruction_set
 
 
@@ -22,4 +22,10 @@ def pinned(device: Device) -> Device:
     target = dict(device.target)
     if target.get("mcpu") == "host":
         target["mcpu"] = str(codegen.llvm_get_system_cpu())
-    return replace(device, target=target, instructions=instruction_set(), identity=fingerprint(device))
+    return replace(
+        device,
+        target=target,
+        instructions=instruction_set(),
+        identity=fingerprint(device),
+        siblings=siblings(device),
+    )

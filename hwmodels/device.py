@@ -40,8 +40,9 @@ class Device:
 
     `macs_per_s` (by bits of the operands, all `threads` together) and `bytes_per_s` are peaks: bounds for a roofline,
     not predictions. `here` says that it is the machine this process runs on, so that it can be measured; `rpc`
-    (`host:port/key`) where a TVM RPC server or tracker leads to it. `instructions` and `identity` (its fingerprint)
-    are known of one that was pinned, so that other machines can compile for it.
+    (`host:port/key`) where a TVM RPC server or tracker leads to it. `instructions`, `identity` (its fingerprint) and
+    `siblings` (the fingerprints of its other numbers of threads) are known of one that was pinned, so that other
+    machines can compile for it and predict its latency.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Device:
     rpc: str = ""
     instructions: Mapping[str, str] = field(default_factory=dict)
     identity: str = ""
+    siblings: Mapping[int, str] = field(default_factory=dict)
 
     @property
     def timed(self) -> bool:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import platform
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from .device import Device, cpu_flags
@@ -26,9 +27,15 @@ def fingerprint(device: Device) -> str:
     if device.here:
         about |= {"machine": platform.machine(), "cpu": _processor(), "flags": sorted(cpu_flags()), "caches": _caches()}
     else:
-        about |= {"described": asdict(device)}
+        about |= {"described": {key: value for key, value in asdict(device).items() if key != "siblings"}}
     text = json.dumps(about, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def siblings(device: Device) -> dict[int, str]:
+    """The fingerprints of this machine's processor with other numbers of threads, by the number."""
+    numbers = range(1, 1 + (os.cpu_count() or 1))
+    return {n: fingerprint(replace(device, threads=n)) for n in numbers if n != device.threads}
 
 
 def _processor() -> dict[str, str]:

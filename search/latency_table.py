@@ -4,27 +4,28 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..hwmodels.corrector import LEAST, Corrector
 from ..hwmodels.held_out import HeldOut
-from ..hwmodels.kernel_database import KernelDatabase, KernelTime, NetworkTime
+from ..hwmodels.kernel_database import KernelDatabase
 from ..hwmodels.latency import Prediction
 from ..hwmodels.load import wait_for_quiet
 from ..hwmodels.regression import LEAST as LEAST_KERNELS
 from ..hwmodels.regression import KernelRegression
 from ..hwmodels.table import TableModel
+from ..hwmodels.transfer import TransferModel
 from ..spaces.apply import skeleton
 from ..spaces.quantize import deploy
+from .fitted import fitted
 from .sampler import strongest, uniform_policies
 from .table_measuring import TableLimits, TableMeasuring, by_error, by_weight, quiet_s, reference_program, spread
+from .transferred import ENOUGH, carried_over, source_of
 
 if TYPE_CHECKING:
     from ..compilers.tvm_workloads import Plan
-    from ..hwmodels.device import Device
     from ..spaces.space import Candidate
     from .evaluate import Evaluator
     from .progress import Progress
@@ -33,8 +34,8 @@ if TYPE_CHECKING:
 # A device that was never seen, and one whose kernels of another model are known: under five minutes, and under one.
 FIRST = TableLimits(candidates=28, kernels=220, networks=12, kernel_s=45.0, network_s=40.0)
 AGAIN = TableLimits(candidates=12, kernels=50, networks=6, kernel_s=10.0, network_s=12.0)
-# Kernels of a device that are known from other models make it a known one.
-_KNOWN = 150
+# One of whose processor another number of threads has a table: networks alone, and the kernels where that fails.
+PROBES = TableLimits(candidates=28, kernels=0, networks=20, kernel_s=0.0, network_s=40.0)
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class LatencyTable:
 
     Attributes:
         model: Predicts the latency of a plan's calls.
+        source: What it is from, where it was carried over from another number of threads.
         held_out: Its error on the measured networks, each predicted without itself.
         measured: Kernels that were timed for this table; `known` that were in the database before.
         left: Kernels of the planned candidates that are predicted from the others.
@@ -52,7 +54,8 @@ class LatencyTable:
         seconds: It took.
     """
 
-    model: TableModel
+    model: TableModel | TransferModel
+    source: str
     held_out: HeldOut | None
     measured: int
     known: int
@@ -61,6 +64,17 @@ class LatencyTable:
     failed: Mapping[str, str]
     notes: tuple[str, ...]
     seconds: float
+
+    @property
+    def error(self) -> float:
+        """The standard deviation of log(predicted / measured) of networks."""
+        return self.model.corrector.error if isinstance(self.model, TableModel) else self.model.error
+
+    @property
+    def kernel_error(self) -> float | None:
+        """The same of kernels that were not measured; None where none is predicted."""
+        table = self.model if isinstance(self.model, TableModel) else self.model.source
+        return None if table.regression is None else table.regression.error
 
 
 def plan_of(evaluator: Evaluator, label: str, candidate: Candidate) -> Plan:
@@ -101,7 +115,8 @@ def build_table(
         database: Where times are kept.
         progress: Told of every step.
         seed: Of the random candidates.
-        limits: By default `AGAIN` where the database knows the device, else `FIRST`.
+        limits: By default `AGAIN` where the database knows the device, else `FIRST`. Where it knows the processor with
+            another number of threads, that table is carried over if a few networks say that it can be.
         more: Candidates whose kernels are to be in the table too.
 
     Raises:
@@ -114,7 +129,8 @@ def build_table(
     start = time.monotonic()
     device = evaluator.devices[label]
     known = database.times()
-    limits = limits or (AGAIN if len(known) >= _KNOWN else FIRST)
+    carries = limits is None and len(known) < ENOUGH and source_of(device, database) is not None
+    limits = limits or (AGAIN if len(known) >= ENOUGH else FIRST)
     notes: list[str] = []
     space = evaluator.proposal.space
     rng = np.random.default_rng(seed)
@@ -143,6 +159,32 @@ def build_table(
     if not device.rpc:
         wait_for_quiet(device.threads)
     before = set(known)
+
+    def finished(model: TableModel | TransferModel, found: HeldOut | None, source: str = "") -> LatencyTable:
+        times = [*(t.time for t in known.values()), *(n.time for n in networks)]
+        return LatencyTable(
+            model=model,
+            source=source,
+            held_out=found,
+            measured=len(known.keys() - before),
+            known=len(before),
+            left=sum(key not in known for key in works),
+            quiet=float(np.mean([time.quiet for time in times])) if times else 0.0,
+            failed=measuring.failed,
+            notes=tuple(dict.fromkeys(notes)),
+            seconds=time.monotonic() - start,
+        )
+
+    if carries:
+        measuring.limits = PROBES
+        measuring.kernels([key for key in reference.kernels if key not in known], works, reference, 1.0)
+        networks = measuring.networks(evaluator, label, plans, candidates, quiet_s(reference, known))
+        carried, origin = carried_over(device, database, networks)
+        if carried is not None and carried.trusted:
+            return finished(carried, carried.probes, origin)
+        reached = "" if carried is None else f": {carried.probes.within_10:.0%} of the probes are within 10 %"
+        notes.append(f"{origin} is not carried over{reached}; kernels are measured")
+        measuring.limits = limits
     # Half by the time that goes to them, half by how uncertain what the first half tells of them is.
     wanted = [key for key in by_weight(plans.values(), works, first) if key not in known]
     half = limits.kernels // 2 if len(known) + limits.kernels // 2 >= LEAST_KERNELS else limits.kernels
@@ -153,36 +195,4 @@ def build_table(
     measuring.kernels(left[: limits.kernels - half], works, reference, limits.kernel_s / 2)
     networks = measuring.networks(evaluator, label, plans, candidates, quiet_s(reference, known))
     model = fitted(device, known, networks, seed)
-    times = [*(t.time for t in known.values()), *(n.time for n in networks)]
-    return LatencyTable(
-        model=model,
-        held_out=model.corrector.held_out,
-        measured=len(known.keys() - before),
-        known=len(before),
-        left=sum(key not in known for key in works),
-        quiet=float(np.mean([time.quiet for time in times])) if times else 0.0,
-        failed=measuring.failed,
-        notes=tuple(dict.fromkeys(notes)),
-        seconds=time.monotonic() - start,
-    )
-
-
-def fitted(
-    device: Device, times: Mapping[str, KernelTime], networks: Sequence[NetworkTime], seed: int = 0
-) -> TableModel:
-    """The model of a device's measured kernels and networks."""
-    regression = KernelRegression.fit(list(times.values()), seed) if len(times) >= LEAST_KERNELS else None
-    model = TableModel(device, times, regression)
-    chosen = _usable(model, networks)
-    if len(chosen) < LEAST:
-        return model
-    calls = [network.workloads for network in chosen]
-    sums = [float(model.kernels(network)[0].sum()) for network in calls]
-    return replace(model, corrector=Corrector.fit(sums, calls, [network.time.median_s for network in chosen]))
-
-
-def _usable(model: TableModel, networks: Sequence[NetworkTime]) -> list[NetworkTime]:
-    """The networks whose kernels have times; those that were timed on a quiet machine, where they are enough."""
-    known = [n for n in networks if model.regression is not None or not model.unmeasured(n.workloads)]
-    quiet = [network for network in known if network.time.quiet]
-    return quiet if len(quiet) > LEAST else known
+    return finished(model, model.corrector.held_out)

@@ -235,7 +235,8 @@ def latency_model(
 ) -> tuple[LatencyModel, Callable[[Sequence[LayerShape]], list[Workload]]]:
     """The best model of a device that costs no measuring, and what turns layers into its workloads.
 
-    The times that `planish profile` left in the database where there are enough; the compiler's counted cycles else,
+    The times that `planish profile` left in the database where there are enough, of the device or, carried over, of the
+    same processor with another number of threads; the compiler's counted cycles else,
     and for a device that is only described; the roofline where the compiler has no schedules to count.
     """
     device = evaluator.devices[label]
@@ -245,16 +246,19 @@ def latency_model(
     from ..compilers.tvm_build import cpu_machine
     from ..compilers.tvm_layers import layer_workloads
     from ..hwmodels.kernel_database import DatabaseError
-    from .latency_table import fitted
+    from .fitted import fitted
+    from .transferred import carried_over
 
     if not device.timed:
         return CountedCycles.described(device, cpu_machine(device).macs_per_cycle(None)), layer_workloads(device)
     try:
         database = database_of(device, evaluator.times)
-        times = database.times()
-        model: LatencyModel = (
-            fitted(device, times, database.networks()) if len(times) >= _ENOUGH else CountedCycles(device)
-        )
+        times, networks = database.times(), database.networks()
+        if len(times) >= _ENOUGH:
+            model: LatencyModel = fitted(device, times, networks)
+        else:
+            carried, _ = carried_over(device, database, networks)
+            model = carried if carried is not None and carried.trusted else CountedCycles(device)
     except DatabaseError:  # `planish profile` tells; a search need not end for it
         model = CountedCycles(device)
     return model, layer_workloads(device)

@@ -164,16 +164,16 @@ def _device(
 
 def _table(table: LatencyTable) -> dict[str, object]:
     error = table.held_out
-    regression = table.model.regression
     return {
+        **({"carried_over_from": table.source} if table.source else {}),
         "kernels_measured": table.measured,
         "kernels_known": table.known,
         "kernels_predicted": table.left,
         "quiet_share": table.quiet,
-        "networks": table.model.corrector.networks,
+        "networks": 0 if error is None else error.count,
         "held_out": None if error is None else {k: None if isnan(v) else v for k, v in asdict(error).items()},
-        "kernel_error": None if regression is None else regression.error,
-        "network_error": table.model.corrector.error,
+        "kernel_error": table.kernel_error,
+        "network_error": table.error,
         "failed": dict(table.failed),
         "notes": list(table.notes),
         "seconds": table.seconds,

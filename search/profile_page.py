@@ -96,7 +96,10 @@ def _device(name: str, entry: Mapping[str, object]) -> str:
     ]
     if error:
         rows = [[key, "" if value is None else f"{_number(value):.3g}"] for key, value in error.items()]
-        parts += ["<h3>The latency model's own error, on networks left out</h3>", table(["", ""], rows)]
+        source = model.get("carried_over_from")
+        parts += ["<h3>The latency model's own error, on networks left out</h3>"]
+        parts += [f"<p>It is carried over from {escape(str(source))}.</p>"] if source else []
+        parts += [table(["", ""], rows)]
     return "\n".join(parts)
 
 

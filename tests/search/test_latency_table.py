@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,15 +18,21 @@ import torch
 from torch import nn
 
 from planish.compilers.kernel_times import database_of
-from planish.hwmodels.kernel_database import KernelDatabase
+from planish.hwmodels.cycles import CountedCycles
+from planish.hwmodels.kernel_database import KernelDatabase, NetworkTime
 from planish.hwmodels.load import BusyMachine
+from planish.hwmodels.quiet import Settled
 from planish.hwmodels.regression import KernelRegression
+from planish.hwmodels.table import TableModel
+from planish.hwmodels.transfer import TransferModel
 from planish.hwmodels.workload import Workload
-from planish.search import latency_table, table_measuring
+from planish.search import latency_table, table_measuring, transferred
 from planish.search.config import load_spec
 from planish.search.data import Data, Split
 from planish.search.evaluate import Evaluator, Job
+from planish.search.fitted import fitted
 from planish.search.latency_table import LatencyTable, build_table, plan_of, predict
+from planish.search.library import latency_model
 from planish.search.progress import Progress
 from planish.search.table_measuring import TableLimits, TableMeasuring, by_error
 from planish.search.tasks import Task
@@ -82,9 +89,10 @@ def test_the_table_states_what_it_measured_and_how_wrong_it_is(table: LatencyTab
     assert table.failed == {}
     assert table.held_out is not None
     assert table.held_out.count >= 7
+    assert isinstance(table.model, TableModel)
     assert table.model.corrector.networks == table.held_out.count
     original = table.model.predict(list(database.networks()[0].workloads))
-    assert original.std_s >= 0.99 * table.model.corrector.error * original.latency_s
+    assert original.std_s >= 0.99 * table.error * original.latency_s
 
 
 def test_a_second_table_measures_nothing_twice(
@@ -104,6 +112,83 @@ def test_a_second_table_measures_nothing_twice(
     assert not any(wanted & set(before) for wanted in asked)
     assert again.known == len(before)
     assert {key: time for key, time in database.times().items() if key in before} == before
+
+
+@pytest.fixture
+def two_threads(evaluator: Evaluator) -> Evaluator:
+    if (os.cpu_count() or 1) < 2:
+        pytest.skip("this machine has one core")
+    spec = load_spec(None, {"model": "own", "data": "own", "device": "cpu?threads=2"})
+    return Evaluator(spec, evaluator.task)
+
+
+@pytest.mark.parametrize("follows", [True, False])
+def test_another_number_of_threads_carries_the_table_over_if_networks_say_that_it_can(
+    table: LatencyTable, two_threads: Evaluator, database: KernelDatabase, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, follows: bool,
+) -> None:  # fmt: skip
+    """Times of two threads are made up: by a law that a few networks show, or by none."""
+    monkeypatch.setattr(transferred, "ENOUGH", 15)
+    monkeypatch.setattr(latency_table, "ENOUGH", 15)
+    for limits in ("FIRST", "PROBES"):
+        monkeypatch.setattr(latency_table, limits, replace(SMALL, candidates=10))
+    source = fitted(table.model.device, database.times(), database.networks())
+    label = next(iter(two_threads.devices))
+    own = database_of(two_threads.devices[label], tmp_path / "times.sqlite")
+    own.merge(database.path)
+    rng = np.random.default_rng(0)
+
+    def seconds(works: tuple[Workload, ...]) -> float:
+        alone = source.predict([replace(work, threads=1) for work in works]).latency_s
+        return 0.8 * alone if follows else alone * float(np.exp(rng.normal(0, 1)))
+
+    def measured(self: TableMeasuring, *given: Any) -> list[NetworkTime]:
+        plans = given[2]
+        times = [(plan.calls, seconds(plan.calls)) for plan in plans.values()]
+        return [NetworkTime(tuple(calls), Settled(s, 0.99 * s, 1.01 * s, 20, True)) for calls, s in times]
+
+    monkeypatch.setattr(TableMeasuring, "networks", measured)
+    asked: list[int] = []
+    monkeypatch.setattr(TableMeasuring, "kernels", lambda self, wanted, *rest: asked.append(len(wanted)))
+    found = build_table(two_threads, label, own, Progress(None))
+    if follows:
+        assert isinstance(found.model, TransferModel)
+        assert found.source == "the table of 1 thread"
+        assert found.held_out == found.model.probes
+        assert len(asked) == 1  # the reference alone
+        original = plan_of(two_threads, label, two_threads.proposal.space.original()).calls
+        assert predict(found, two_threads, label, two_threads.proposal.space.original()).latency_s == pytest.approx(
+            seconds(tuple(original)), rel=0.1
+        )
+    else:
+        assert isinstance(found.model, TableModel)
+        assert found.source == ""
+        assert any("is not carried over: " in note for note in found.notes)
+        assert len(asked) > 1
+
+
+def test_a_search_predicts_two_threads_from_what_is_known_of_one(
+    table: LatencyTable, two_threads: Evaluator, database: KernelDatabase, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    label = next(iter(two_threads.devices))
+    two_threads.times = tmp_path / "times.sqlite"
+    own = database_of(two_threads.devices[label], two_threads.times)
+    own.merge(database.path)
+    assert isinstance(latency_model(two_threads, label)[0], CountedCycles)
+    monkeypatch.setattr(transferred, "ENOUGH", 15)
+    assert isinstance(latency_model(two_threads, label)[0], CountedCycles)  # no network of two threads was measured
+    space, rng = two_threads.proposal.space, np.random.default_rng(3)
+    source = fitted(table.model.device, database.times(), database.networks())
+    networks = []
+    for candidate in (space.original(), *(space.sample(rng) for _ in range(10))):
+        calls = tuple(plan_of(two_threads, label, candidate).calls)
+        s = 0.7 * source.predict([replace(work, threads=1) for work in calls]).latency_s
+        networks.append(NetworkTime(calls, Settled(s, 0.99 * s, 1.01 * s, 20, True)))
+    own.add(networks, {})
+    model = latency_model(two_threads, label)[0]
+    assert isinstance(model, TransferModel)
+    assert model.trusted
 
 
 def test_what_is_uncertain_and_takes_time_is_measured_next() -> None:

@@ -1,0 +1,34 @@
+"""The latency model of a device's measured kernels and networks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from ..hwmodels.corrector import LEAST, Corrector
+from ..hwmodels.device import Device
+from ..hwmodels.kernel_database import KernelTime, NetworkTime
+from ..hwmodels.regression import LEAST as LEAST_KERNELS
+from ..hwmodels.regression import KernelRegression
+from ..hwmodels.table import TableModel
+
+
+def fitted(
+    device: Device, times: Mapping[str, KernelTime], networks: Sequence[NetworkTime], seed: int = 0
+) -> TableModel:
+    """Fits a regression where the kernels are enough for one, and a corrector where the networks are."""
+    regression = KernelRegression.fit(list(times.values()), seed) if len(times) >= LEAST_KERNELS else None
+    model = TableModel(device, times, regression)
+    chosen = _usable(model, networks)
+    if len(chosen) < LEAST:
+        return model
+    calls = [network.workloads for network in chosen]
+    sums = [float(model.kernels(network)[0].sum()) for network in calls]
+    return replace(model, corrector=Corrector.fit(sums, calls, [network.time.median_s for network in chosen]))
+
+
+def _usable(model: TableModel, networks: Sequence[NetworkTime]) -> list[NetworkTime]:
+    """The networks whose kernels have times; those that were timed on a quiet machine, where they are enough."""
+    known = [n for n in networks if model.regression is not None or not model.unmeasured(n.workloads)]
+    quiet = [network for network in known if network.time.quiet]
+    return quiet if len(quiet) > LEAST else known
