@@ -149,8 +149,23 @@ def import_program(program: ExportedProgram) -> Imported:
         axes = list(range(-len(shape), 0))
         return importer.block_builder.emit(relax.op.nn.layer_norm(importer.env[x], gamma, beta, axes, float(epsilon)))
 
+    def narrow(node: Any, importer: Any) -> Any:
+        # TVM's own translation takes the length for the end.
+        x, axis, start, length = node.args
+        size = node.args[0].meta["val"].shape[axis]
+        start = start + size if start < 0 else start
+        return importer.block_builder.emit(relax.op.strided_slice(importer.env[x], [axis], [start], [start + length]))
+
+    def select(node: Any, importer: Any) -> Any:
+        # TVM's own translation passes an index from the end on, and reads before the tensor's beginning.
+        x, axis, index = node.args
+        place = relax.const(int(index) % int(x.meta["val"].shape[axis]), "int64")
+        return importer.block_builder.emit(relax.op.take(importer.env[x], place, axis))
+
     converters = {
         "layer_norm.default": layer_norm,
+        "narrow.default": narrow,
+        "select.int": select,
         "quantize.default": quantize,
         "qconv2d.default": qconv2d,
         "qlinear.default": qlinear,

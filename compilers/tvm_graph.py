@@ -101,6 +101,11 @@ class Graph:
                 total += weight.size if weight is not None else 0
         return total
 
+    @cached_property
+    def producers(self) -> dict[Any, Node]:
+        """The node that computes a variable."""
+        return {node.var: node for node in self.nodes}
+
     def resolve(self, var: Any) -> Any:
         """The variable that this one only renames."""
         while var in self._aliases:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import prod, sqrt
 from typing import Any
 
@@ -12,6 +13,7 @@ from .cpu.attention import AttentionSpec, attention
 from .cpu.rows import RowSpec, rows
 from .tvm_graph import Node, static_shape
 from .tvm_values import Values
+from .tvm_views import in_place
 
 # From here on a second thread gains more than it costs to wake it.
 _PARALLEL_VALUES = 100_000
@@ -60,8 +62,14 @@ def _attention(values: Values, node: Node) -> bool:
     scale = 1 / sqrt(d) if attrs.scale is None else float(getattr(attrs.scale, "value", attrs.scale))
     spec = AttentionSpec(n, s, t, heads, d, dv, scale, values.lanes)
     if values.target.threads > 1 and spec.macs >= _PARALLEL_MACS:
-        spec = AttentionSpec(n, s, t, heads, d, dv, scale, values.lanes, values.target.threads)
+        spec = replace(spec, threads=values.target.threads)
+    # Models compute q, k and v as one value and cut it: read there, nothing is copied.
+    operands = list(node.args[:3])
+    bases, places = zip(*(in_place(values.graph, operand) for operand in operands), strict=True)
+    cut = any(base is not operand for base, operand in zip(bases, operands, strict=True))
+    if cut and places[2].strides[-1] == 1:
+        spec, operands = replace(spec, places=places), list(bases)
     kernel = values.kernel(spec, lambda: attention(spec, values.target), f"attention_{s}x{t}x{heads}x{d}")
-    arguments = [values.as_plain(arg) for arg in node.args[:3]]
+    arguments = [values.as_plain(operand) for operand in operands]
     values.plain[node.var] = values.call(kernel, arguments, relax.TensorType((n, s, heads, dv), "float32"), node)
     return True

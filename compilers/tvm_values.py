@@ -185,4 +185,4 @@ class Values:
         return attributes["scale"], attributes["zero_point"]
 
     def _producer(self, var: Any) -> Node:
-        return next(node for node in self.graph.nodes if node.var.same_as(var))
+        return self.graph.producers[var]

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from planish.compilers.cpu.attention import AttentionSpec, attention
+from planish.compilers.cpu.attention import AttentionSpec, Strided, attention
 from planish.compilers.cpu.machine import Machine
 from planish.compilers.cpu.rows import RowSpec, rows
 
@@ -68,3 +68,28 @@ def test_attention_is_torchs(
     got = run_kernel(attention(spec, Machine(spec.lanes, 16)), [q, k, v], (n, s, heads, dv), "float32")
     np.testing.assert_allclose(got, np.einsum("nhst,nthd->nshd", weights, v), rtol=0, atol=2e-5)
     assert spec.macs == n * heads * s * t * (d + dv)
+
+
+@few
+@given(
+    n=st.integers(1, 2), t=st.integers(1, 40), heads=st.integers(1, 3), wide=st.integers(1, 3), lanes=lanes,
+    threads=threads, heads_first=st.booleans(),
+)  # fmt: skip
+def test_attention_reads_its_operands_where_they_lie(
+    run_kernel: Run, n: int, t: int, heads: int, wide: int, lanes: int, threads: int, heads_first: bool
+) -> None:
+    """q, k and v in one value: one after the other in every row, or cut by heads first."""
+    d = wide * lanes
+    packed = np.random.default_rng(t).standard_normal((n, t, 3 * heads * d)).astype(np.float32)
+    shape, order = ((n, t, heads, 3, d), (3, 0, 1, 2, 4)) if heads_first else ((n, t, 3, heads, d), (2, 0, 1, 3, 4))
+    operands = packed.reshape(shape).transpose(order)
+    start = packed.ctypes.data
+    places = tuple(
+        Strided(packed.shape, (part.ctypes.data - start) // 4, tuple(stride // 4 for stride in part.strides))
+        for part in operands
+    )
+    q, k, v = (part.astype(np.float64) for part in operands)
+    weights = torch.from_numpy(np.einsum("nshd,nthd->nhst", q, k) * 0.3).softmax(-1).numpy()
+    spec = AttentionSpec(n, t, t, heads, d, d, 0.3, lanes, threads, places)  # type: ignore[arg-type]
+    got = run_kernel(attention(spec, Machine(lanes, 16)), [packed] * 3, (n, t, heads, d), "float32")
+    np.testing.assert_allclose(got, np.einsum("nhst,nthd->nshd", weights, v), rtol=0, atol=2e-5)
