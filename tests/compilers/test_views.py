@@ -48,7 +48,7 @@ MOVES: dict[str, tuple[tuple[int, ...], Callable[[Tensor], Tensor]]] = {
     "index": ((2, 5, 24), lambda x: x.reshape(2, 5, 3, 2, 4).permute(2, 0, 3, 1, 4)[1].transpose(1, 2)),
     "unbind": ((2, 5, 24), lambda x: x.reshape(2, 5, 3, 2, 4).permute(2, 0, 3, 1, 4).unbind(0)[2]),
     "chunk": ((2, 5, 24), lambda x: x.chunk(3, -1)[1].reshape(2, 5, 2, 4)),
-    "uneven split": ((2, 7, 3), lambda x: x.split([2, 4, 1], 1)[1].permute(2, 0, 1)),
+    "uneven split": ((2, 7, 3), lambda x: torch.split(x, [2, 4, 1], 1)[1].permute(2, 0, 1)),
     "slice": ((4, 9, 6), lambda x: x[1:, 2:8:3, ::2]),
     "narrow": ((4, 9), lambda x: x.narrow(1, 2, 3).narrow(0, -2, 1)),
     "from the end": ((4, 9, 2), lambda x: x[:, -2].select(0, -1)),
