@@ -68,12 +68,14 @@ def distill(
     recipe: Recipe | None = None,
     checkpoint: Path | None = None,
     on_epoch: Callable[[Epoch], None] | None = None,
-    augment_seed: int | None = None,
+    samples: int = 0,
+    shared_seed: int | None = None,
     lessons: Path | None = None,
 ) -> History:
     """Trains the student in place from one epoch to another, on the device it is on; it ends in eval mode.
 
-    All that is random in an epoch comes from (seed, epoch), and how inputs are moved from (augment_seed, epoch).
+    All that is random in an epoch comes from (seed, epoch); which samples it shows, and moved how, from (shared_seed,
+    epoch).
     Training to epoch 3, ending the process and training on to epoch 10 from the checkpoint therefore gives bit for bit
     the student of one training to epoch 10 (on the CPU with the same number of threads).
 
@@ -86,7 +88,8 @@ def distill(
         total_epochs: What the learning rate is planned for.
         checkpoint: Read at the start if it is there, written after every epoch.
         on_epoch: Called after every epoch, the checkpoint written; what it raises ends the training.
-        augment_seed: The seed where it is None. Students that share one and a teacher can share `lessons`.
+        samples: In an epoch, every epoch others until all were shown; 0 stands for all of `train`.
+        shared_seed: The seed where it is None. Students that share one and a teacher can share `lessons`.
         lessons: The folder where the teacher's logits are kept from epoch to epoch and from student to student.
 
     Raises:
@@ -104,7 +107,7 @@ def distill(
     if student is teacher:
         raise ValueError("the student is the teacher itself; train a copy")
     training = _Training(student, teacher, train, total_epochs, seed, recipe)
-    training.share(seed if augment_seed is None else augment_seed, lessons)
+    training.share(seed if shared_seed is None else shared_seed, samples, lessons)
     done = training.resume(checkpoint, from_epoch, to_epoch)
     channels_last(student, training.example())
     try:
@@ -128,27 +131,32 @@ class _Training:
         self, student: nn.Module, teacher: nn.Module | None, train: Split, total_epochs: int, seed: int, recipe: Recipe
     ) -> None:
         self.student, self.train, self.recipe, self.seed = student, train, recipe, seed
+        self.total_epochs = total_epochs
         self.device = device_of(student)
-        self.steps_per_epoch = math.ceil(len(train) / recipe.batch)
-        self.total_steps = self.steps_per_epoch * total_epochs
         self.optimiser = build_optimiser(student, recipe)
         self.epochs: list[Epoch] = []
         self.identity: dict[str, object] = {
             "seed": seed,
             "total_epochs": total_epochs,
-            "samples": len(train),
             "recipe": asdict(recipe),
         }
         self.stages: tuple[str, ...] = ()
         self.hints: tuple[str, ...] = ()
         self.teacher = None if teacher is None else self._prepare(teacher)
 
-    def share(self, augment_seed: int, folder: Path | None) -> None:
-        """How inputs are moved, and where the teacher's logits are kept; before anything else."""
-        self.identity["augment_seed"] = augment_seed
+    def share(self, seed: int, samples: int, folder: Path | None) -> None:
+        """What an epoch shows, and where the teacher's logits are kept; before anything else."""
         self.lessons = Lessons(
-            self.train, self.teacher, moves=self.recipe.augment, seed=augment_seed, first=self.seed, folder=folder
+            self.train,
+            self.teacher,
+            moves=self.recipe.augment,
+            seed=seed,
+            samples=samples,
+            first=self.seed,
+            folder=folder,
         )
+        self.steps_per_epoch = math.ceil(self.lessons.samples / self.recipe.batch)
+        self.identity |= {"shared_seed": seed, "samples": self.lessons.samples}
 
     def example(self) -> Tensor:
         """Two normalised inputs on the student's device."""
@@ -187,7 +195,7 @@ class _Training:
         """Trains one epoch; 0 is the first."""
         draws = generator(self.seed, epoch)
         self.lessons.begin(epoch)
-        order = torch.randperm(len(self.train), generator=draws)
+        order = torch.randperm(self.lessons.samples, generator=draws)
         sums = torch.zeros(5, dtype=torch.float64)
         devices = [self.device] if self.device.type == "cuda" else []
         self.student.train()
@@ -199,18 +207,18 @@ class _Training:
                 number = epoch * self.steps_per_epoch + step
                 parts = self._step(indices, tap if isinstance(tap, FeatureTap) else None, number)
                 sums += parts * len(indices)
-        loss, ce, kl, attention, hints = (sums / len(self.train)).tolist()
+        loss, ce, kl, attention, hints = (sums / self.lessons.samples).tolist()
         self.epochs.append(Epoch(epoch + 1, loss, ce, kl, attention, hints, self.optimiser.param_groups[0]["lr"]))
         return self.epochs[-1]
 
     def _step(self, indices: Tensor, tap: FeatureTap | None, number: int) -> Tensor:
         for group in self.optimiser.param_groups:
-            group["lr"] = learning_rate(self.recipe, number, self.total_steps)
-        inputs, wanted = self.lessons.batch(indices, self.device)
+            group["lr"] = learning_rate(self.recipe, number, self.steps_per_epoch * self.total_epochs)
+        inputs, targets, wanted = self.lessons.batch(indices, self.device)
         logits = self.student(inputs)
         found = tap.features if tap is not None else ()
         features = found[: len(self.stages)], found[len(self.stages) :]
-        parts = losses(self.recipe, logits, features, self.train.targets[indices].to(self.device), wanted)
+        parts = losses(self.recipe, logits, features, targets, wanted)
         loss = parts[0]
         self._check("loss", loss.detach(), number)
         self.optimiser.zero_grad(set_to_none=True)

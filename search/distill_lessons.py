@@ -41,6 +41,7 @@ class Lessons:
         *,
         moves: bool,
         seed: int,
+        samples: int = 0,
         first: int = 0,
         folder: Path | None = None,
     ) -> None:
@@ -50,12 +51,15 @@ class Lessons:
             train: What is shown.
             teacher: None: there is nothing to imitate.
             moves: Whether the split's augmentation is used.
-            seed: Of the augmentation; students of one seed share a folder.
+            seed: Of the augmentation, and of which samples an epoch shows; students of one seed share a folder.
+            samples: In an epoch, every epoch others until all were shown; 0 stands for all.
             first: Any number; students that begin at once should have different ones.
             folder: Where logits are kept for the other students; None keeps nothing.
         """
         self._train, self._teacher, self._seed, self._first, self._folder = train, teacher, seed, first, folder
+        self.samples = min(samples, len(train)) or len(train)
         self._augments = moves and bool(train.augment)
+        self._shown = train
         self._moves: Moves | None = None
         self._known: Targets | None = None
         self._warned = False
@@ -63,43 +67,60 @@ class Lessons:
         self._sample: Targets | None = None
 
     def begin(self, epoch: int) -> None:
-        """Draws how an epoch's inputs move (0 is the first), and has the teacher's logits ready where they are kept."""
+        """Chooses what an epoch shows (0 is the first) and how it moves; reads or computes the teacher's logits."""
+        whole = self.samples == len(self._train)
+        if not whole:
+            self._shown = self._train.take(self._chosen(epoch))
         if self._augments:
-            self._moves = self._train.augment.draw(len(self._train), generator(self._seed, epoch, "moves"))
-        if self._teacher is None or (not self._augments and self._known is not None):
+            self._moves = self._train.augment.draw(self.samples, generator(self._seed, epoch, "moves"))
+        same = whole and not self._augments
+        if self._teacher is None or (same and self._known is not None):
             return
         self._known = None
         if self._folder is not None and self._bytes() <= _DISK_BYTES and not self._teacher.stages + self._teacher.hints:
-            self._known = Targets(self._shared(f"{epoch:05}" if self._augments else "still", self._folder))
-        elif not self._augments and self._bytes() <= _MEMORY_BYTES:
+            self._known = Targets(self._shared("still" if same else f"{epoch:05}", self._folder))
+        elif same and self._bytes() <= _MEMORY_BYTES:
             self._known = self._all()
 
-    def batch(self, indices: Tensor, device: torch.device) -> tuple[Tensor, Targets | None]:
-        """Normalised inputs (n, ...) of some samples on a device, and what the teacher says of them."""
-        inputs = self._inputs(indices).to(device)
+    def batch(self, indices: Tensor, device: torch.device) -> tuple[Tensor, Tensor, Targets | None]:
+        """Normalised inputs (n, ...) of some of the epoch's samples on a device, their classes, and the teacher's word.
+
+        Args:
+            indices: Each below `samples`.
+            device: The student's.
+        """
+        inputs, targets = self._inputs(indices).to(device), self._shown.targets[indices].to(device)
         if self._teacher is None:
-            return inputs, None
+            return inputs, targets, None
         if self._known is None:
-            return inputs, self._teacher.answer(inputs)
-        return inputs, self._known.take(indices).to(device)
+            return inputs, targets, self._teacher.answer(inputs)
+        return inputs, targets, self._known.take(indices).to(device)
+
+    def _chosen(self, epoch: int) -> Tensor:
+        """The samples of an epoch: the next ones in a random order of all, which is drawn anew when it has ended."""
+        places = torch.arange(epoch * self.samples, (epoch + 1) * self.samples)
+        count = len(self._train)
+        parts = []
+        for number in range(int(places[0]) // count, int(places[-1]) // count + 1):
+            order = torch.randperm(count, generator=generator(self._seed, number, "samples"))
+            parts.append(order[places[places // count == number] % count])
+        return torch.cat(parts)
 
     def _inputs(self, indices: Tensor) -> Tensor:
+        shown = self._shown
         if self._moves is None:
-            return self._train.batch(indices)
-        train = self._train
-        return train.normalise(train.augment.move(train.inputs[indices], self._moves.take(indices)))
+            return shown.batch(indices)
+        return shown.normalise(shown.augment.move(shown.inputs[indices], self._moves.take(indices)))
 
     def _bytes(self) -> float:
         """What the targets of all samples take."""
         assert self._teacher is not None
         if self._sample is None:
             self._sample = self._teacher.answer(self._train.batch(slice(0, 2)))
-        return self._sample.bytes / len(self._sample.logits) * len(self._train)
+        return self._sample.bytes / len(self._sample.logits) * self.samples
 
     def _all(self) -> Targets:
-        parts = [
-            self._answers(start, min(start + _BATCH, len(self._train))) for start in range(0, len(self._train), _BATCH)
-        ]
+        parts = [self._answers(start, min(start + _BATCH, self.samples)) for start in range(0, self.samples, _BATCH)]
         maps, features = zip(*(p.maps for p in parts), strict=True), zip(*(p.features for p in parts), strict=True)
         return Targets(
             torch.cat([part.logits for part in parts]),
@@ -113,14 +134,14 @@ class Lessons:
 
     def _shared(self, name: str, folder: Path) -> Tensor:
         """The logits of all samples, on the CPU, from the folder or put there."""
-        count = math.ceil(len(self._train) / _CHUNK)
+        count = math.ceil(self.samples / _CHUNK)
         order = [(self._first + n) % count for n in range(count)]
         parts = {n: self._chunk(folder / f"{name}-{n:04}.safetensors", name, n * _CHUNK) for n in order}
         return torch.cat([parts[n] for n in range(count)])
 
     def _chunk(self, path: Path, name: str, start: int) -> Tensor:
-        end = min(start + _CHUNK, len(self._train))
-        note = {"seed": self._seed, "epoch": name, "start": start, "end": end, "samples": len(self._train)}
+        end = min(start + _CHUNK, self.samples)
+        note = {"seed": self._seed, "epoch": name, "start": start, "end": end, "samples": self.samples}
         try:
             tensors, found = read_tensors(path)
             if found == note and len(tensors.get("logits", ())) == end - start:

@@ -186,8 +186,6 @@ class Evaluator:
         checkpoint = job.folder / CHECKPOINT
         torch.manual_seed(job.seed)
         module = self._begun(job)
-        limit = self.spec.distill.train_limit
-        train = self.task.data.train
         keys = self.spec.distill
         recipe = Recipe(
             alpha=keys.alpha,
@@ -201,13 +199,14 @@ class Evaluator:
         distill(
             module,
             self.teacher,
-            train.sample(limit) if limit and limit < len(train) else train,
+            self.task.data.train,
             to_epoch=epochs,
             total_epochs=total,
             seed=job.seed,
             recipe=recipe,
             checkpoint=checkpoint,
-            augment_seed=self.spec.seed,
+            samples=keys.train_limit,
+            shared_seed=self.spec.seed,
             lessons=job.folder.parent.parent / LESSONS,
         )
         return self._accuracy(module, None)

@@ -63,7 +63,9 @@ KEYS: Mapping[str, Key] = {
     "distill.attention": Key("number", "weight of the attention maps' distance; 0: off", 0.0, high=1e6),
     "distill.hints": Key("number", "weight of the distance of features at the ends of stages; 0: off", 0.0, high=1e6),
     "distill.batch_size": Key("integer", "images per step", 128, low=1, high=10**5),
-    "distill.train_limit": Key("integer", "training images per epoch; 0: all", 0, high=10**9),
+    "distill.train_limit": Key(
+        "integer", "training images per epoch, every epoch others until all were shown; 0: all", 0, high=10**9
+    ),
     "measure.latency": Key(
         "text", "measured: run on the device; predicted: by its latency model", "measured", allowed=LATENCIES
     ),

@@ -165,7 +165,7 @@ def test_students_of_one_run_share_what_the_teacher_says_and_are_none_the_worse(
     for name, seed, folder in (("alone", 2, "a"), ("first", 1, "b"), ("after", 2, "b"), ("own", 2, None)):
         student = students[name] = Network(2, seed=2)
         distill(
-            student, teacher, split, to_epoch=3, total_epochs=3, seed=seed, augment_seed=9,
+            student, teacher, split, to_epoch=3, total_epochs=3, seed=seed, shared_seed=9,
             recipe=replace(SMALL, attention=0), lessons=tmp_path / folder if folder else None,
         )  # fmt: skip
         asked.append(0)

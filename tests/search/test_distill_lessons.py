@@ -32,7 +32,7 @@ class Network(nn.Module):
 
 def split(n: int = 50, augment: Augment | None = None) -> Split:
     inputs = torch.randint(0, 256, (n, 3, 8, 8), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
-    return Split(inputs, torch.arange(n) % 10, augment=augment or Augment(shift=2, flip=True))
+    return Split(inputs, torch.arange(n) % 10, augment=Augment(shift=2, flip=True) if augment is None else augment)
 
 
 def lessons(network: Network, folder: Path | None, part: Split | None = None, seed: int = 3, first: int = 0) -> Lessons:
@@ -57,7 +57,7 @@ def test_the_teacher_speaks_of_the_inputs_that_are_shown(tmp_path: Path, augment
     given = lessons(network, tmp_path if kept else None, split(augment=augment))
     for epoch in (0, 1, 4):
         given.begin(epoch)
-        inputs, wanted = given.batch(torch.tensor([49, 3, 0, 20]), CPU)
+        inputs, _, wanted = given.batch(torch.tensor([49, 3, 0, 20]), CPU)
         with torch.no_grad():
             torch.testing.assert_close(said(wanted), network(inputs))
 
@@ -69,7 +69,7 @@ def test_every_sample_moves_alike_for_every_student_and_differently_in_every_epo
         given = lessons(Network(), None, first=student)
         for epoch in (0, 1):
             given.begin(epoch)
-            inputs, _ = given.batch(indices, CPU)
+            inputs = given.batch(indices, CPU)[0]
             shown.append(torch.empty_like(inputs).index_copy(0, indices, inputs))
     assert torch.equal(shown[0], shown[2])
     assert torch.equal(shown[1], shown[3])
@@ -86,7 +86,7 @@ def test_what_is_kept_is_not_asked_for_again_and_comes_to_the_same(tmp_path: Pat
         first.begin(epoch)
         after.begin(epoch)
         indices = torch.arange(50)
-        assert torch.equal(said(first.batch(indices, CPU)[1]), said(after.batch(indices, CPU)[1]))
+        assert torch.equal(said(first.batch(indices, CPU)[2]), said(after.batch(indices, CPU)[2]))
     assert (network.asked, second.asked) == (2 + 2 * 50, 2)
     assert len(list(tmp_path.iterdir())) == 2 * 3
 
@@ -100,7 +100,7 @@ def test_students_that_begin_at_once_share_the_work(tmp_path: Path) -> None:
         given = lessons(networks[number], tmp_path, split(200), first=5 * number)
         both.wait()
         given.begin(0)
-        results[number] = said(given.batch(torch.arange(200), CPU)[1])
+        results[number] = said(given.batch(torch.arange(200), CPU)[2])
 
     threads = [threading.Thread(target=run, args=(number,)) for number in (0, 1)]
     for thread in threads:
@@ -117,7 +117,7 @@ def expected(part: Split) -> Tensor:
     answers, length = [], len(part)
     for chunk in range(0, length, 20):  # in the same batches, for the same bits
         for start in range(chunk, min(chunk + 20, length), 8):
-            answers.append(said(given.batch(torch.arange(start, min(start + 8, chunk + 20, length)), CPU)[1]))
+            answers.append(said(given.batch(torch.arange(start, min(start + 8, chunk + 20, length)), CPU)[2]))
     return torch.cat(answers)
 
 
@@ -133,7 +133,7 @@ def test_a_file_that_is_damaged_or_of_others_is_written_again(tmp_path: Path, da
         file.write_bytes({"torn": whole[:-9], "other": b"no tensors", "empty": b""}[damage])
     again = lessons(Network(), tmp_path)
     again.begin(0)
-    assert torch.equal(said(again.batch(torch.arange(50), CPU)[1]), said(given.batch(torch.arange(50), CPU)[1]))
+    assert torch.equal(said(again.batch(torch.arange(50), CPU)[2]), said(given.batch(torch.arange(50), CPU)[2]))
     assert file.read_bytes() == whole
 
 
@@ -143,7 +143,7 @@ def test_a_folder_that_cannot_be_written_costs_nothing_but_time(
     (tmp_path / "file").write_text("in the way")
     given = lessons(Network(), tmp_path / "file" / "deeper")
     given.begin(0)
-    assert torch.equal(said(given.batch(torch.arange(50), CPU)[1]), expected(split()))
+    assert torch.equal(said(given.batch(torch.arange(50), CPU)[2]), expected(split()))
     assert caplog.text.count("are not kept") == 1
 
 
@@ -152,18 +152,44 @@ def test_too_much_to_keep_is_asked_for_by_the_batch(tmp_path: Path, monkeypatch:
     network = Network()
     given = lessons(network, tmp_path)
     given.begin(0)
-    inputs, wanted = given.batch(torch.arange(7), CPU)
+    inputs, _, wanted = given.batch(torch.arange(7), CPU)
     assert network.asked == 2 + 7
     assert torch.equal(said(wanted), network(inputs))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_epochs_of_some_samples_show_all_of_them_in_turn(tmp_path: Path, kept: bool) -> None:
+    network = Network()
+    part = replace(
+        split(), augment=Augment(), inputs=torch.arange(50, dtype=torch.uint8)[:, None, None, None].expand(50, 3, 8, 8)
+    )
+    given, other = (
+        Lessons(part, Teacher(network, CPU), moves=True, seed=3, samples=20, folder=tmp_path if kept else None)
+        for _ in range(2)
+    )
+    seen: list[list[float]] = []
+    for epoch in range(5):
+        given.begin(epoch)
+        inputs, targets, wanted = given.batch(torch.arange(20), CPU)
+        seen.append(inputs[:, 0, 0, 0].tolist())
+        assert targets.tolist() == [int(value) % 10 for value in seen[-1]]
+        with torch.no_grad():
+            torch.testing.assert_close(said(wanted), network(inputs))
+    flat = [value for epoch in seen for value in epoch]
+    assert sorted(flat[:50]) == sorted(flat[50:]) == list(range(50))
+    assert flat[:50] != flat[50:]
+    other.begin(3)
+    assert other.batch(torch.arange(20), CPU)[0][:, 0, 0, 0].tolist() == seen[3]
 
 
 def test_without_a_teacher_only_inputs_are_shown() -> None:
     part = split()
     given = Lessons(part, None, moves=False, seed=0)
     given.begin(0)
-    inputs, wanted = given.batch(torch.arange(5), CPU)
+    inputs, targets, wanted = given.batch(torch.arange(5), CPU)
     assert wanted is None
+    assert targets.tolist() == part.targets[:5].tolist()
     assert torch.equal(inputs, part.batch(slice(0, 5)))
 
 
