@@ -74,10 +74,9 @@ def distill(
 ) -> History:
     """Trains the student in place from one epoch to another, on the device it is on; it ends in eval mode.
 
-    All that is random in an epoch comes from (seed, epoch); which samples it shows, and moved how, from (shared_seed,
-    epoch).
-    Training to epoch 3, ending the process and training on to epoch 10 from the checkpoint therefore gives bit for bit
-    the student of one training to epoch 10 (on the CPU with the same number of threads).
+    All that is random in an epoch comes from (seed, epoch), and which samples it shows and how they are moved from
+    (shared_seed, epoch). Training to epoch 3, ending the process and training on to epoch 10 from the checkpoint
+    therefore gives bit for bit the student of one training to epoch 10 (on the CPU with the same number of threads).
 
     Args:
         student: Trained in place, fake quantisation included; parameters without gradient stay as they are.

@@ -83,11 +83,11 @@ class Lessons:
             self._known = self._all()
 
     def batch(self, indices: Tensor, device: torch.device) -> tuple[Tensor, Tensor, Targets | None]:
-        """Normalised inputs (n, ...) of some of the epoch's samples on a device, their classes, and the teacher's word.
+        """Normalised inputs (n, ...) of some of the epoch's samples, their classes, and what the teacher says of them.
 
         Args:
             indices: Each below `samples`.
-            device: The student's.
+            device: Where all of it is to be.
         """
         inputs, targets = self._inputs(indices).to(device), self._shown.targets[indices].to(device)
         if self._teacher is None:
@@ -119,6 +119,11 @@ class Lessons:
             self._sample = self._teacher.answer(self._train.batch(slice(0, 2)))
         return self._sample.bytes / len(self._sample.logits) * self.samples
 
+    @property
+    def _row(self) -> tuple[int, ...]:
+        """The shape of one sample's logits."""
+        return () if self._sample is None else tuple(self._sample.logits.shape[1:])
+
     def _all(self) -> Targets:
         parts = [self._answers(start, min(start + _BATCH, self.samples)) for start in range(0, self.samples, _BATCH)]
         maps, features = zip(*(p.maps for p in parts), strict=True), zip(*(p.features for p in parts), strict=True)
@@ -144,8 +149,9 @@ class Lessons:
         note = {"seed": self._seed, "epoch": name, "start": start, "end": end, "samples": self.samples}
         try:
             tensors, found = read_tensors(path)
-            if found == note and len(tensors.get("logits", ())) == end - start:
-                return tensors["logits"]
+            logits = tensors.get("logits")
+            if found == note and logits is not None and logits.shape == (end - start, *self._row):
+                return logits
         except FileNotFoundError:
             pass
         except TensorFileError as error:
