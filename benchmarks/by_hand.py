@@ -1,0 +1,288 @@
+"""A search's front beside what a user would do by hand: Torch-Pruning, fine-tuning, ONNX Runtime's static int8.
+
+    python benchmarks/by_hand.py --run RUN      # a finished run of runs/cifar10-resnet20.toml, say
+    python benchmarks/by_hand.py --quick        # searches the digits itself, briefly
+
+By hand: the run's original is pruned at a few ratios (groups by magnitude, channels rounded to 8, as Torch-Pruning
+recommends), trained for as many epochs as the run's finalists, of as many images, with the same recipe and teacher,
+then quantised by ONNX Runtime (static, by channel, calibrated on 256 training images). The run: the models of its
+front, as compiled. All are timed in turns in one process, batch 1; accuracy is that of the test split, computed by the
+engine that is timed. Speed-ups are over the run's original, compiled in float32.
+
+Needs: pip install -c constraints.txt -e ".[benchmark]".
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import logging
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+RATIOS = (0.0, 0.25, 0.5, 0.7)
+_CALIBRATION = 256
+_ROUND_TO = 8
+
+Row = dict[str, Any]
+
+
+def original(run: Path) -> tuple[Any, Any]:
+    """The specification and the task of a run."""
+    from planish.search.rundir import RunDirectory
+    from planish.search.tasks import load_task
+
+    spec = RunDirectory.open(run).spec()
+    return spec, load_task(spec.model, spec.data or None, spec.weights, seed=spec.seed)
+
+
+def prune(task: Any, ratio: float) -> Any:
+    """The task's model with a share of its channels gone, as Torch-Pruning's own introduction does it."""
+    import copy
+
+    import torch
+    import torch_pruning
+
+    module = copy.deepcopy(task.model)
+    classes = len(task.data.classes)
+    last = [m for m in module.modules() if isinstance(m, torch.nn.Linear) and m.out_features == classes]
+    if ratio:
+        importance = torch_pruning.importance.GroupMagnitudeImportance(p=2)
+        pruner = torch_pruning.pruner.BasePruner(
+            module, task.data.example(1), importance=importance, pruning_ratio=ratio, ignored_layers=last,
+            round_to=_ROUND_TO,
+        )  # fmt: skip
+        pruner.step()
+    return module
+
+
+def by_hand(run: Path, ratio: float, out: Path) -> None:
+    """Prunes, trains and quantises; writes `out`, the ONNX form of int8."""
+    import onnx
+    import torch
+    from engines import write_onnx
+    from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    from planish.hwmodels.device import host
+    from planish.search.distill import distill
+    from planish.search.distill_recipe import Recipe
+
+    torch.set_num_threads(1)
+    spec, task = original(run)
+    module, keys = prune(task, ratio), spec.distill
+    recipe = Recipe(
+        alpha=keys.alpha, temperature=keys.temperature, attention=0.0, learning_rate=keys.learning_rate,
+        batch=keys.batch_size,
+    )  # fmt: skip
+    if ratio:
+        distill(
+            module, task.model, task.data.train, to_epoch=keys.rungs[-1], total_epochs=keys.rungs[-1], seed=spec.seed,
+            recipe=recipe, samples=keys.train_limit, lessons=out.parent / "teacher",
+        )  # fmt: skip
+    example = task.data.example(1)
+    floats, prepared = out.with_suffix(".float.onnx"), out.with_suffix(".prepared.onnx")
+    write_onnx(module.eval(), example, str(floats), quantised=False)
+    quant_pre_process(str(floats), str(prepared))
+
+    name = onnx.load(str(prepared)).graph.input[0].name
+    inputs = iter(task.data.train.calibration(_CALIBRATION).unsqueeze(1))
+
+    class Calibration(CalibrationDataReader):  # type: ignore[misc]
+        def get_next(self) -> dict[str, Any] | None:
+            found = next(inputs, None)
+            return None if found is None else {name: found.numpy()}
+
+    # Without VNNI sums of two products saturate in 16 bits; ONNX Runtime advises weights of 7 bits there.
+    saturates = not any("vnni" in feature for feature in host().features)
+    quantize_static(
+        str(prepared), str(out), Calibration(), per_channel=True, activation_type=QuantType.QUInt8,
+        weight_type=QuantType.QInt8, reduce_range=saturates,
+    )  # fmt: skip
+
+
+class Artifact:
+    """A compiled model of a run, as `planish export` writes it."""
+
+    def __init__(self, folder: Path, x: Any) -> None:
+        from planish.compilers.loader import LOADERS
+        from planish.compilers.manifest import read
+
+        manifest = read(folder)
+        self._loaded = LOADERS[manifest.compiler](folder, manifest)
+        self._loaded.run(x.numpy())
+
+    def __call__(self, x: Any) -> Any:
+        return self._loaded.run(x.numpy())
+
+    def run(self) -> None:
+        self._loaded._vm.invoke_stateful("main")  # type: ignore[attr-defined]
+
+
+class Onnx:
+    """A model in ONNX Runtime, one thread, inputs and outputs bound."""
+
+    def __init__(self, file: Path, x: Any) -> None:
+        from engines import OnnxRuntime
+
+        self._engine = OnnxRuntime(str(file), x, 1)
+        self._session = self._engine._session
+        self._name = self._session.get_inputs()[0].name
+
+    def __call__(self, x: Any) -> Any:
+        return self._session.run(None, {self._name: x.numpy()})[0]
+
+    def run(self) -> None:
+        self._engine.run()
+
+
+def accuracy(engine: Any, split: Any) -> float:
+    """The share of a split's samples that an engine of batch 1 names rightly."""
+    right = 0
+    for index in range(len(split)):
+        right += int(engine(split.batch(slice(index, index + 1))).argmax() == int(split.targets[index]))
+    return right / len(split)
+
+
+def compare(run: Path, ratios: Sequence[float], turns: int) -> tuple[list[Row], dict[str, Any]]:
+    """A row a model, and the summary."""
+    from compiled_speed import _times
+
+    spec, task = original(run)
+    with tempfile.TemporaryDirectory() as name:
+        files = {ratio: Path(name, f"pruned-{ratio}.onnx") for ratio in ratios}
+        # In processes of their own, as many as there are cores: each trains on one thread.
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(lambda ratio: _child(run, ratio, files[ratio]), ratios))
+        x = task.data.example(1)
+        engines: dict[str, Any] = {"original": Artifact(run / "trials" / "0000" / "artifact", x)}
+        sizes = {"original": _original_size(run)}
+        for number, size in _front(run):
+            engines[f"trial {number}"] = Artifact(run / "trials" / f"{number:04d}" / "artifact", x)
+            sizes[f"trial {number}"] = size
+        engines["original, onnxruntime fp32"] = Onnx(files[ratios[0]].with_suffix(".float.onnx"), x)
+        sizes["original, onnxruntime fp32"] = sizes["original"]
+        for ratio, file in files.items():
+            label = f"{f'torch-pruning {ratio}, ' if ratio else ''}onnxruntime int8"
+            engines[label], sizes[label] = Onnx(file, x), file.stat().st_size
+        times = _times(engines, turns, 1)
+        rows = [
+            {
+                "model": label,
+                "by_hand": "onnxruntime" in label,
+                "us": 1e6 * statistics.median(times[label]),
+                "test_accuracy": accuracy(engine, task.data.test),
+                "size_bytes": sizes[label],
+            }
+            for label, engine in engines.items()
+        ]
+    base = rows[0]
+    for row in rows:
+        row["speedup"] = base["us"] / row["us"]
+        row["drop_pp"] = 100 * (base["test_accuracy"] - row["test_accuracy"])
+        row["size_ratio"] = row["size_bytes"] / base["size_bytes"]
+    summary: dict[str, Any] = {"epochs": spec.distill.rungs[-1], "images_an_epoch": spec.distill.train_limit}
+    for own, prefix in ((False, ""), (True, "by_hand_")):
+        for drop in (0.5, 1.5):
+            within = [row for row in rows if row["by_hand"] == own and row["drop_pp"] <= drop]
+            summary[f"{prefix}speedup_at_{drop}pp"] = max((row["speedup"] for row in within), default=None)
+            if drop == 0.5:
+                summary[f"{prefix}size_ratio_at_{drop}pp"] = min((row["size_ratio"] for row in within), default=None)
+    return rows, summary
+
+
+def _front(run: Path) -> Iterator[tuple[int, int]]:
+    """(trial, stored bytes) of the front's models but the original."""
+    from planish.search.run import Run
+
+    for chosen in Run(run).trials:
+        if chosen.trial:
+            yield chosen.trial, int(_number(chosen.metrics, "size_bytes"))
+
+
+def _original_size(run: Path) -> int:
+    from planish.search.rundir import RunDirectory
+
+    found = RunDirectory.open(run).front()["original"]
+    assert isinstance(found, Mapping)
+    metrics = found.get("metrics", found)
+    assert isinstance(metrics, Mapping)
+    return int(_number(metrics, "size_bytes"))
+
+
+def _number(metrics: Mapping[str, Any], name: str) -> float:
+    value = metrics[name]
+    return float(value["value"] if isinstance(value, Mapping) else value)
+
+
+def _child(run: Path, ratio: float, out: Path) -> None:
+    command = [sys.executable, __file__, "--run", str(run), "--one", json.dumps([ratio, str(out)])]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"by hand at ratio {ratio}: {(done.stderr.strip().splitlines() or ['no reason given'])[-1]}")
+
+
+def _searched(folder: Path) -> Path:
+    """A short search of the digits."""
+    run = folder / "run"
+    changes = ["search.trials=16", "distill.rungs=[2]", "distill.survivors=[6]"]
+    command = [sys.executable, "-m", "planish.search", "search", "--model", "digits-resnet", "--device", "cpu"]
+    command += ["--preset", "quick", "--out", str(run)]
+    for change in changes:
+        command += ["--set", change]
+    subprocess.run(command, check=True, stdout=sys.stderr)
+    return run
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Prints the table, or one JSON object."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a short search of the digits: under 5 minutes")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
+    parser.add_argument("--run", type=Path, help="the folder of a finished run on one device, cpu, one thread")
+    parser.add_argument("--ratios", nargs="+", type=float, help=f"of pruning ({' '.join(map(str, RATIOS))})")
+    parser.add_argument("--turns", type=int, default=15, help="turns of every engine, each at least 20 ms")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    args = parser.parse_args(arguments)
+    needed = ("onnx", "onnxruntime", "torch_pruning")
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
+    if missing:
+        print(f'not installed: {", ".join(missing)}; pip install -c constraints.txt -e ".[benchmark]"', file=sys.stderr)
+        return 2
+    if not args.run and not args.quick:
+        parser.error("name a finished run with --run, or give --quick")
+    if args.one:
+        logging.disable(logging.WARNING)
+        ratio, out = json.loads(args.one)
+        by_hand(args.run, float(ratio), Path(out))
+        return 0
+    with tempfile.TemporaryDirectory() as folder:
+        run = args.run or _searched(Path(folder))
+        ratios = tuple(dict.fromkeys([0.0, *(args.ratios or (RATIOS[:3] if args.quick else RATIOS))]))
+        rows, summary = compare(run, ratios, args.turns)
+    if args.json:
+        from compiled_speed import machine
+
+        print(json.dumps({"rows": rows, "summary": summary, "machine": machine()}, indent=1))
+        return 0
+    print(f"{'':42} {'us':>8} {'speed-up':>9} {'test':>8} {'drop':>7} {'bytes':>9}")
+    for row in rows:
+        print(
+            f"{row['model']:42} {row['us']:8.1f} {row['speedup']:8.2f}x {row['test_accuracy']:8.2%} "
+            f"{row['drop_pp']:7.2f} {row['size_bytes']:9}"
+        )
+    print(", ".join(f"{key} {value if value is None else round(value, 3)}" for key, value in summary.items()))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
