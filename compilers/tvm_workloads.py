@@ -146,6 +146,8 @@ def workload_of(subject: object, cpu: Machine, moved: int, constant: int) -> Wor
     macs, threads, op, shapes = 0, 1, "elementwise", {"bytes": moved}
     if isinstance(subject, AttentionSpec):
         op, macs, threads, shapes = "attention", subject.macs, subject.threads, _sizes(subject)
+        # Its operands may lie in one value, which is an argument three times.
+        moved = 4 * (sum(map(prod, subject.shapes)) + subject.n * subject.s * subject.heads * subject.dv)
     elif isinstance(subject, RowSpec | PoolSpec):
         op, threads = (subject.op, subject.threads) if isinstance(subject, RowSpec) else ("pool", subject.threads)
         shapes = _sizes(subject)
