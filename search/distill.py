@@ -151,7 +151,7 @@ class _Training:
             moves=self.recipe.augment,
             seed=seed,
             samples=samples,
-            first=self.seed,
+            own=self.seed,
             folder=folder,
         )
         self.steps_per_epoch = math.ceil(self.lessons.samples / self.recipe.batch)

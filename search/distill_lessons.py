@@ -42,7 +42,7 @@ class Lessons:
         moves: bool,
         seed: int,
         samples: int = 0,
-        first: int = 0,
+        own: int = 0,
         folder: Path | None = None,
     ) -> None:
         """Nothing is computed before `begin`.
@@ -53,10 +53,10 @@ class Lessons:
             moves: Whether the split's augmentation is used.
             seed: Of the augmentation, and of which samples an epoch shows; students of one seed share a folder.
             samples: In an epoch, every epoch others until all were shown; 0 stands for all.
-            first: Any number; students that begin at once should have different ones.
+            own: The student's own seed, by which those that begin an epoch at once share the work.
             folder: Where logits are kept for the other students; None keeps nothing.
         """
-        self._train, self._teacher, self._seed, self._first, self._folder = train, teacher, seed, first, folder
+        self._train, self._teacher, self._seed, self._own, self._folder = train, teacher, seed, own, folder
         self.samples = min(samples, len(train)) or len(train)
         self._augments = moves and bool(train.augment)
         self._shown = train
@@ -140,7 +140,8 @@ class Lessons:
     def _shared(self, name: str, folder: Path) -> Tensor:
         """The logits of all samples, on the CPU, from the folder or put there."""
         count = math.ceil(self.samples / _CHUNK)
-        order = [(self._first + n) % count for n in range(count)]
+        # Every student in an order of its own: what one computes, those beside it find.
+        order = torch.randperm(count, generator=generator(self._own, 0, "files")).tolist()
         parts = {n: self._chunk(folder / f"{name}-{n:04}.safetensors", name, n * _CHUNK) for n in order}
         return torch.cat([parts[n] for n in range(count)])
 

@@ -35,8 +35,8 @@ def split(n: int = 50, augment: Augment | None = None) -> Split:
     return Split(inputs, torch.arange(n) % 10, augment=Augment(shift=2, flip=True) if augment is None else augment)
 
 
-def lessons(network: Network, folder: Path | None, part: Split | None = None, seed: int = 3, first: int = 0) -> Lessons:
-    return Lessons(part or split(), Teacher(network, CPU), moves=True, seed=seed, first=first, folder=folder)
+def lessons(network: Network, folder: Path | None, part: Split | None = None, seed: int = 3, own: int = 0) -> Lessons:
+    return Lessons(part or split(), Teacher(network, CPU), moves=True, seed=seed, own=own, folder=folder)
 
 
 def said(given: Targets | None) -> Tensor:
@@ -66,7 +66,7 @@ def test_every_sample_moves_alike_for_every_student_and_differently_in_every_epo
     order = torch.randperm(50)
     shown = []
     for student, indices in enumerate((torch.arange(50), order)):
-        given = lessons(Network(), None, first=student)
+        given = lessons(Network(), None, own=student)
         for epoch in (0, 1):
             given.begin(epoch)
             inputs = given.batch(indices, CPU)[0]
@@ -81,7 +81,7 @@ def test_every_sample_moves_alike_for_every_student_and_differently_in_every_epo
 
 def test_what_is_kept_is_not_asked_for_again_and_comes_to_the_same(tmp_path: Path) -> None:
     network, second = Network(), Network()
-    first, after = lessons(network, tmp_path), lessons(second, tmp_path, first=2)
+    first, after = lessons(network, tmp_path), lessons(second, tmp_path, own=2)
     for epoch in (0, 1):
         first.begin(epoch)
         after.begin(epoch)
@@ -97,7 +97,7 @@ def test_students_that_begin_at_once_share_the_work(tmp_path: Path) -> None:
     results: dict[int, Tensor] = {}
 
     def run(number: int) -> None:
-        given = lessons(networks[number], tmp_path, split(200), first=5 * number)
+        given = lessons(networks[number], tmp_path, split(200), own=number)
         both.wait()
         given.begin(0)
         results[number] = said(given.batch(torch.arange(200), CPU)[2])
