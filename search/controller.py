@@ -222,9 +222,12 @@ class _Search:
     def _rungs(self) -> list[int]:
         """Successive halving: fewer candidates, more epochs. Returns who got through."""
         ledger, epochs, survivors = self.ledger, self.spec.distill.rungs, self.spec.distill.survivors
+        from .score import guessing
+
+        guess = guessing(self.evaluator.task.data.validation)
         alive = [n for n in sorted(ledger.records) if n and ledger.state(n) in (State.RUNNING, State.COMPLETE)]
         for rung, (until, count) in enumerate(zip(epochs, survivors, strict=True)):
-            entering = promoted(ledger, alive, count, rung)
+            entering = promoted(ledger, alive, count, rung, guess)
             self._begin(f"distill to epoch {until}", len(entering), "rung", rung)
             missing = [n for n in entering if rung not in ledger.records[n].rungs]
             self.progress.begin(f"distill to epoch {until}", len(entering), len(entering) - len(missing))

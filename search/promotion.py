@@ -7,16 +7,26 @@ from collections.abc import Sequence
 import numpy as np
 
 from .ledger import Ledger
+from .objective import number
 from .pareto import Array, crowding_distance, nondominated_rank
+from .replay import Metrics
 
 # Latency bins in which candidates compete: the fast end is never starved by the accurate one.
 _BINS = 4
 
 
-def promoted(ledger: Ledger, alive: Sequence[int], count: int, rung: int) -> list[int]:
+def promoted(ledger: Ledger, alive: Sequence[int], count: int, rung: int, guess: float = 0.0) -> list[int]:
     """Which of the trials enter a rung; those who keep the budgets on cost go before those who do not.
 
     A pure function of what was recorded before the rung, so that a resumed run promotes the same.
+
+    Args:
+        ledger: Of the run.
+        alive: Trials that got so far.
+        count: How many, at most.
+        rung: 0 is the first.
+        guess: The accuracy of always naming the most frequent class. What was trained and cannot be told from that is
+            left behind, small and fast as it may be, unless there is nothing else.
     """
     if not alive:
         return []
@@ -29,9 +39,18 @@ def promoted(ledger: Ledger, alive: Sequence[int], count: int, rung: int) -> lis
     keeping = np.array([all(b.allows(b.value(row)) for b in bounds) for row in rows], dtype=bool)
     # What is not faster than the original can never be offered: it does not take a place.
     losses[np.array([c >= 1 for c in cost], dtype=bool)] = np.nan
+    if rung:
+        guessing = np.array([_lowest(row) <= guess for row in rows], dtype=bool)
+        losses[guessing] = losses[guessing] if guessing.all() else np.nan
     first = promote(np.where(keeping[:, None], losses, np.nan), cost, count)
     rest = promote(np.where(keeping[:, None], np.nan, losses), cost, count - len(first))
     return sorted(alive[row] for row in {*first, *rest})
+
+
+def _lowest(metrics: Metrics) -> float:
+    """The lower end of the accuracy's 95 % interval; 1 where there is none."""
+    interval = metrics.get("accuracy_ci95")
+    return number(interval[0]) if isinstance(interval, (list, tuple)) and interval else 1.0
 
 
 def promote(losses: Array, cost: Array, count: int) -> list[int]:

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import cast
+
 import numpy as np
 import pytest
+import torch
 
-from planish.search.promotion import promote
+from planish.search.config import load_spec
+from planish.search.data import Split
+from planish.search.ledger import Ledger
+from planish.search.promotion import promote, promoted
+from planish.search.score import guessing
 
 
 def beats(a: np.ndarray, b: np.ndarray) -> bool:
@@ -74,3 +82,39 @@ def test_all_where_there_are_no_more_than_asked_for() -> None:
 
 def test_no_rows_at_all() -> None:
     assert promote(np.empty((0, 2)), np.empty(0), 3) == []
+
+
+def ledger_of(accuracies: list[float]) -> Ledger:
+    """Trials that were trained once; the later ones are faster and smaller."""
+
+    def metrics(accuracy: float, seconds: float) -> dict[str, object]:
+        interval = [accuracy - 0.02, accuracy + 0.02]
+        return {"accuracy": accuracy, "accuracy_ci95": interval, "latency_s": {"cpu": {"value": seconds}}}
+
+    spec = load_spec(None, {"model": "own", "data": "own"})
+    records = {
+        n: SimpleNamespace(before=lambda rung, n=n, a=a: metrics(a, 1e-3 / (2 + n)))
+        for n, a in enumerate(accuracies, start=1)
+    }
+    fake = SimpleNamespace(
+        original=metrics(0.95, 1e-3), objectives=spec.targets(), records=records, bounds=lambda: spec.budgets()
+    )
+    return cast("Ledger", fake)
+
+
+def test_what_was_trained_and_only_guesses_is_left_behind() -> None:
+    ledger = ledger_of([0.9, 0.8, 0.7, 0.11])
+    assert promoted(ledger, [1, 2, 3, 4], 4, 1, guess=0.1) == [1, 2, 3]
+    assert promoted(ledger, [1, 2, 3, 4], 4, 0, guess=0.1) == [1, 2, 3, 4]  # nobody was trained yet
+    assert promoted(ledger, [1, 2, 3, 4], 4, 1) == [1, 2, 3, 4]
+
+
+def test_where_all_guess_they_go_on() -> None:
+    assert promoted(ledger_of([0.1, 0.09, 0.11]), [1, 2, 3], 2, 1, guess=0.1)
+
+
+def test_guessing_names_the_most_frequent_class() -> None:
+    split = Split(torch.zeros(5, 2), torch.tensor([0, 2, 2, 2, 1]))
+    assert guessing(split) == 0.6
+    own = Split(split.inputs, split.targets, metric=lambda outputs, targets: torch.zeros(len(targets)))
+    assert guessing(own) == 0.0
