@@ -85,7 +85,7 @@ def test_several_indices_are_no_place() -> None:
     assert place.offset == 0
 
 
-@settings(max_examples=15, derandomize=True, deadline=None)
+@settings(max_examples=10, derandomize=True, deadline=None)
 @given(data=st.data())
 def test_random_chains_are_read_where_they_lie(data: st.DataObject) -> None:
     shape = tuple(data.draw(st.lists(st.integers(1, 4), min_size=2, max_size=4)))
