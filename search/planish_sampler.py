@@ -45,6 +45,7 @@ class SamplerTask:
         limits: The most of a cost, relative to the original.
         classes: Of the task; 0 where it has none.
         trained: Candidates are trained after the search: every second one is chosen by what training may make of it.
+        least_accuracy: Of a result; 0 where the budget does not say.
     """
 
     table: OptionTable
@@ -53,6 +54,7 @@ class SamplerTask:
     limits: Mapping[str, float]
     classes: int = 0
     trained: bool = True
+    least_accuracy: float = 0.0
 
 
 def planish_sampler(task: SamplerTask, seed: int) -> optuna.samplers.BaseSampler:
@@ -126,14 +128,13 @@ class _Batch:
         names = tuple(o.metric for i, o in enumerate(task.objectives) if i != accuracy)
         base = 1 - task.original[accuracy]
         top = 1 - 1 / task.classes if task.classes > 1 else 1.0
-        self._goals = Goals(names, base, top, task.limits)
+        self._goals = Goals(names, base, top, task.limits, 1 - task.least_accuracy)
         seen = _evaluated(task, told, accuracy)
         known = {tuple(int(level) for level in row) for row in seen.levels}
         self._surrogate = Surrogate(task.table, _thinned(seen, names), names, base, top, seed)
         self._levels = self._pool(seen)
-        axes: list[Axis] = [AsTheyAre(self._surrogate)]
-        if task.trained:
-            axes.append(AfterTraining(task.table, self._goals))
+        trained = AfterTraining(task.table, self._goals) if task.trained else None
+        axes: list[Axis] = [AsTheyAre(self._surrogate, trained), *([trained] if trained else [])]
         self._choosers = [Chooser(self._surrogate, axis, self._goals, seen, self._rng) for axis in axes]
         self._gains = [chooser.gains(self._levels) for chooser in self._choosers]
         self._counted: set[tuple[int, ...]] = set()

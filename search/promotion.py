@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from .ledger import Ledger
 from .objective import number
@@ -18,7 +19,9 @@ _BINS = 4
 def promoted(ledger: Ledger, alive: Sequence[int], count: int, rung: int, guess: float = 0.0) -> list[int]:
     """Which of the trials enter a rung; those who keep the budgets on cost go before those who do not.
 
-    A pure function of what was recorded before the rung, so that a resumed run promotes the same.
+    Once they were trained, those who keep a budget on accuracy go before those who do not, and of these the most
+    accurate of every bin, which are the nearest to it. A pure function of what was recorded before the rung, so that a
+    resumed run promotes the same.
 
     Args:
         ledger: Of the run.
@@ -35,16 +38,24 @@ def promoted(ledger: Ledger, alive: Sequence[int], count: int, rung: int, guess:
     losses = np.array([[o.loss(o.value(row)) for o in objectives] for row in rows])
     costs = [o for o in objectives if o.goal == "minimize"]
     cost = np.array([max((o.ratio(row, base) for o in costs), default=0.0) for row in rows])
-    bounds = [b for b in ledger.bounds() if b.goal == "minimize"]
-    keeping = np.array([all(b.allows(b.value(row)) for b in bounds) for row in rows], dtype=bool)
+
+    def keeping(goal: str) -> NDArray[np.bool_]:
+        bounds = [b for b in ledger.bounds() if b.goal == goal]
+        return np.array([all(b.allows(b.value(row)) for b in bounds) for row in rows], dtype=bool)
+
     # What is not faster than the original can never be offered: it does not take a place.
     losses[np.array([c >= 1 for c in cost], dtype=bool)] = np.nan
+    cheap = keeping("minimize")
+    accurate = keeping("maximize") if rung else np.ones(len(rows), dtype=bool)
     if rung:
         guessing = np.array([_lowest(row) <= guess for row in rows], dtype=bool)
         losses[guessing] = losses[guessing] if guessing.all() else np.nan
-    first = promote(np.where(keeping[:, None], losses, np.nan), cost, count)
-    rest = promote(np.where(keeping[:, None], np.nan, losses), cost, count - len(first))
-    return sorted(alive[row] for row in {*first, *rest})
+    chosen: list[int] = []
+    for group in (cheap & accurate, cheap & ~accurate, ~cheap):
+        # Below a budget on accuracy only accuracy counts.
+        own = losses[:, [o.goal == "maximize" for o in objectives]] if (group & ~accurate).any() else losses
+        chosen += promote(np.where(group[:, None], own, np.nan), cost, count - len(chosen))
+    return sorted(alive[row] for row in chosen)
 
 
 def _lowest(metrics: Metrics) -> float:

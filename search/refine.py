@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..spaces.space import Candidate
 from .dynamic_program import TooDense, solve
@@ -34,6 +35,8 @@ _TRIED_POINTS = 60000
 _LEFT, _LEFT_POWER = 0.05, 1.2
 _TRAINED_STD = 0.6
 _WORST_ERROR = 6.0
+# Budgets on accuracy that nothing is expected to keep still leave something to be chosen by; and a harm beyond all.
+_LEAST_ERROR, _DESTROYED = 0.3, 1e9
 
 
 @dataclass(frozen=True)
@@ -45,12 +48,14 @@ class Goals:
         base_loss: The original's 1 - accuracy.
         top_loss: Of a model that knows nothing.
         limits: The most of a cost, relative to the original: what is beyond it gains nothing.
+        most_loss: Of a result, which is trained: what training is not expected to bring so far gains nothing.
     """
 
     costs: tuple[str, ...]
     base_loss: float
     top_loss: float
     limits: Mapping[str, float]
+    most_loss: float = 1.0
 
 
 def pool(table: OptionTable, goals: Goals, elite: Levels, rng: np.random.Generator, *, fronts: int = _FRONTS) -> Levels:
@@ -190,12 +195,16 @@ class AsTheyAre:
 
     worst_loss = 1.0
 
-    def __init__(self, surrogate: Surrogate) -> None:
-        self._surrogate = surrogate
+    def __init__(self, surrogate: Surrogate, trained: AfterTraining | None = None) -> None:
+        """With `trained`, what training is not expected to bring far enough counts as destroyed."""
+        self._surrogate, self._trained = surrogate, trained
 
     def harm(self, levels: Levels) -> Guess:
         """See `Axis`."""
-        return self._surrogate.harm(levels)
+        found = self._surrogate.harm(levels)
+        if self._trained is None:
+            return found
+        return Guess(np.where(self._trained.hopeless(levels), _DESTROYED, found.mean), found.std)
 
     def harm_at(self, loss: Array) -> Array:
         """See `Axis`."""
@@ -216,7 +225,16 @@ class AfterTraining:
 
     def __init__(self, table: OptionTable, goals: Goals) -> None:
         self._table, self._base, self._span = table, goals.base_loss, goals.top_loss - goals.base_loss
-        self.worst_loss = float(self._loss(np.array([_WORST_ERROR]))[0])
+        least, worst = self._loss(np.array([_LEAST_ERROR, _WORST_ERROR]))
+        self.worst_loss = float(np.clip(goals.most_loss, least, worst))
+        # What is permitted, and as much more as predictions err by.
+        self._most = np.inf
+        if goals.most_loss < worst:
+            self._most = float(self.harm_at(np.array([self.worst_loss]))[0]) * float(np.exp(_TRAINED_STD))
+
+    def hopeless(self, levels: Levels) -> NDArray[np.bool_]:
+        """Of which candidates training is not expected to make a result that keeps the most loss."""
+        return np.asarray(self._table.error(levels) > self._most, dtype=np.bool_)
 
     def harm(self, levels: Levels) -> Guess:
         """See `Axis`."""
