@@ -84,20 +84,24 @@ def test_no_rows_at_all() -> None:
     assert promote(np.empty((0, 2)), np.empty(0), 3) == []
 
 
-def ledger_of(accuracies: list[float]) -> Ledger:
+def ledger_of(accuracies: list[float], **keys: object) -> Ledger:
     """Trials that were trained once; the later ones are faster and smaller."""
 
     def metrics(accuracy: float, seconds: float) -> dict[str, object]:
         interval = [accuracy - 0.02, accuracy + 0.02]
         return {"accuracy": accuracy, "accuracy_ci95": interval, "latency_s": {"cpu": {"value": seconds}}}
 
-    spec = load_spec(None, {"model": "own", "data": "own"})
+    spec = load_spec(None, {"model": "own", "data": "own", **keys})
     records = {
         n: SimpleNamespace(before=lambda rung, n=n, a=a: metrics(a, 1e-3 / (2 + n)))
         for n, a in enumerate(accuracies, start=1)
     }
+    original = metrics(0.95, 1e-3)
     fake = SimpleNamespace(
-        original=metrics(0.95, 1e-3), objectives=spec.targets(), records=records, bounds=lambda: spec.budgets()
+        original=original,
+        objectives=spec.targets(),
+        records=records,
+        bounds=lambda: [b.resolve(original) for b in spec.budgets()],
     )
     return cast("Ledger", fake)
 
@@ -107,6 +111,19 @@ def test_what_was_trained_and_only_guesses_is_left_behind() -> None:
     assert promoted(ledger, [1, 2, 3, 4], 4, 1, guess=0.1) == [1, 2, 3]
     assert promoted(ledger, [1, 2, 3, 4], 4, 0, guess=0.1) == [1, 2, 3, 4]  # nobody was trained yet
     assert promoted(ledger, [1, 2, 3, 4], 4, 1) == [1, 2, 3, 4]
+
+
+def test_below_a_budget_on_accuracy_the_nearest_go_on() -> None:
+    # Without one, the extremes of a front are kept: the fastest is on it, however little it knows.
+    accuracies = [0.93, 0.80, 0.85, 0.60, 0.70, 0.30, 0.40, 0.20]
+    names = list(range(1, 9))
+    assert 8 in promoted(ledger_of(accuracies), names, 4, 1)
+    kept = promoted(ledger_of(accuracies, budget=["accuracy>=-5pp"]), names, 4, 1)
+    # The first keeps it; of the others the most accurate of every bin of cost.
+    assert kept == [1, 3, 5, 7]
+    assert promoted(ledger_of(accuracies, budget=["accuracy>=-5pp"]), names, 4, 0) == promoted(
+        ledger_of(accuracies), names, 4, 0
+    )  # nobody was trained yet
 
 
 def test_where_all_guess_they_go_on() -> None:

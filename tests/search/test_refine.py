@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import cast
+
 import numpy as np
 import pytest
 from tests.search.tables import everything, table_of
@@ -74,6 +78,47 @@ def test_harm_and_loss_are_each_others_inverse(table: OptionTable) -> None:
     trained = AfterTraining(table, GOALS)
     one_each = np.eye(len(table.space.choices), dtype=np.int64)
     assert trained.harm_at(trained.losses(told(table, one_each))) == pytest.approx(table.error(one_each), rel=1e-6)
+
+
+def test_a_most_loss_leaves_nothing_to_be_gained_beyond_it(table: OptionTable) -> None:
+    free, bound = AfterTraining(table, GOALS), AfterTraining(table, replace(GOALS, most_loss=BASE + 0.05))
+    assert bound.worst_loss == pytest.approx(BASE + 0.05)
+    assert free.worst_loss > bound.worst_loss
+    levels = sampled(table, 200, 9)
+    hopeless = bound.hopeless(levels)
+    assert not free.hopeless(levels).any()
+    seen = told(table, levels)
+    # Of nothing that is expected to keep it is said that it does not.
+    assert not hopeless[bound.losses(seen) <= BASE + 0.05].any()
+    assert hopeless.any()
+    model = surrogate_of(table, seen)
+    as_they_are = AsTheyAre(model, bound)
+    assert (as_they_are.harm(levels).mean[hopeless] > 1e6).all()
+    assert as_they_are.harm(levels).mean[~hopeless] == pytest.approx(model.harm(levels).mean[~hopeless])
+    # One that nothing can keep leaves something to be chosen by.
+    assert AfterTraining(table, replace(GOALS, most_loss=0.0)).worst_loss > BASE
+
+
+def test_with_a_most_loss_what_is_chosen_keeps_it_as_far_as_is_expected(table: OptionTable) -> None:
+    seen = told(table, sampled(table, 8, 2))
+    rows = pool(table, GOALS, seen.levels, np.random.default_rng(0))
+    # The table's errors are those of a real one but for the unit.
+    real = cast("OptionTable", SimpleNamespace(error=lambda levels: table.error(levels) / 100))
+    expected = AfterTraining(real, GOALS).losses(told(table, rows))
+    goals = replace(GOALS, limits={"time": 0.9}, most_loss=float(np.quantile(expected, 0.2)))
+    axis = AfterTraining(real, goals)
+    assert 0.2 < axis.hopeless(rows).mean() < 0.8
+    model = surrogate_of(table, seen)
+    chosen: list[int] = []
+    for view in (axis, AsTheyAre(model, axis)):
+        chooser = Chooser(model, view, goals, seen, np.random.default_rng(1))
+        gains = chooser.gains(rows)
+        for _ in range(4):
+            row = chooser.choose(gains, chosen)
+            assert row is not None
+            chosen.append(row)
+            chooser.count(gains[row])
+    assert not axis.hopeless(rows[chosen]).any()
 
 
 def test_a_cost_that_the_table_has_not_is_learned(table: OptionTable) -> None:
