@@ -188,7 +188,7 @@ class _Search:
             original=tuple(objective.value(ledger.original) for objective in ledger.objectives),
             limits=limits,
             classes=shape[1] if len(shape) == 2 else 0,
-            least_accuracy=max(0.0, *(b.bound or 0.0 for b in ledger.bounds() if b.metric == "accuracy"), 0.0),
+            least_accuracy=max([0.0, *(b.bound or 0.0 for b in ledger.bounds() if b.metric == "accuracy")]),
         )
 
     def _batches(self, pool: Pool, corners: int) -> None:

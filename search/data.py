@@ -135,7 +135,7 @@ class Data:
             raise TaskError(f"the data has {len(self.classes)} class(es) {list(self.classes)}; it needs at least 2")
         for name, split in self.splits().items():
             _check(name, split, len(self.classes))
-            if not split.labelled and split is not self.train:
+            if not split.labelled and name != "train":
                 raise TaskError(f"the {name} split has no labels; only train can do without them")
             if split.shape != self.train.shape:
                 raise TaskError(
