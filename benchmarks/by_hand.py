@@ -18,11 +18,12 @@ import argparse
 import importlib.util
 import json
 import logging
+import os
 import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -75,19 +76,15 @@ def by_hand(run: Path, ratio: float, out: Path) -> None:
 
     from planish.hwmodels.device import host
     from planish.search.distill import distill
-    from planish.search.distill_recipe import Recipe
+    from planish.search.evaluate import recipe_of
 
     torch.set_num_threads(1)
     spec, task = original(run)
     module, keys = prune(task, ratio), spec.distill
-    recipe = Recipe(
-        alpha=keys.alpha, temperature=keys.temperature, attention=0.0, learning_rate=keys.learning_rate,
-        batch=keys.batch_size,
-    )  # fmt: skip
     if ratio:
         distill(
             module, task.model, task.data.train, to_epoch=keys.rungs[-1], total_epochs=keys.rungs[-1], seed=spec.seed,
-            recipe=recipe, samples=keys.train_limit, lessons=out.parent / "teacher",
+            recipe=recipe_of(keys), samples=keys.train_limit, lessons=out.parent / "teacher",
         )  # fmt: skip
     example = task.data.example(1)
     floats, prepared = out.with_suffix(".float.onnx"), out.with_suffix(".prepared.onnx")
@@ -160,15 +157,16 @@ def compare(run: Path, ratios: Sequence[float], turns: int) -> tuple[list[Row], 
     spec, task = original(run)
     with tempfile.TemporaryDirectory() as name:
         files = {ratio: Path(name, f"pruned-{ratio}.onnx") for ratio in ratios}
-        # In processes of their own, as many as there are cores: each trains on one thread.
-        with ThreadPoolExecutor(2) as pool:
+        # In processes of their own, one a core: each trains on one thread.
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
             list(pool.map(lambda ratio: _child(run, ratio, files[ratio]), ratios))
         x = task.data.example(1)
-        engines: dict[str, Any] = {"original": Artifact(run / "trials" / "0000" / "artifact", x)}
-        sizes = {"original": _original_size(run)}
+        engines: dict[str, Any] = {}
+        sizes: dict[str, int] = {}
         for number, size in _front(run):
-            engines[f"trial {number}"] = Artifact(run / "trials" / f"{number:04d}" / "artifact", x)
-            sizes[f"trial {number}"] = size
+            label = f"trial {number}" if number else "original"
+            engines[label] = Artifact(run / "trials" / f"{number:04d}" / "artifact", x)
+            sizes[label] = size
         engines["original, onnxruntime fp32"] = Onnx(files[ratios[0]].with_suffix(".float.onnx"), x)
         sizes["original, onnxruntime fp32"] = sizes["original"]
         for ratio, file in files.items():
@@ -201,27 +199,13 @@ def compare(run: Path, ratios: Sequence[float], turns: int) -> tuple[list[Row], 
 
 
 def _front(run: Path) -> Iterator[tuple[int, int]]:
-    """(trial, stored bytes) of the front's models but the original."""
-    from planish.search.run import Run
-
-    for chosen in Run(run).trials:
-        if chosen.trial:
-            yield chosen.trial, int(_number(chosen.metrics, "size_bytes"))
-
-
-def _original_size(run: Path) -> int:
+    """(trial, stored bytes) of the original, then of the front's other models."""
     from planish.search.rundir import RunDirectory
 
-    found = RunDirectory.open(run).front()["original"]
-    assert isinstance(found, Mapping)
-    metrics = found.get("metrics", found)
-    assert isinstance(metrics, Mapping)
-    return int(_number(metrics, "size_bytes"))
-
-
-def _number(metrics: Mapping[str, Any], name: str) -> float:
-    value = metrics[name]
-    return float(value["value"] if isinstance(value, Mapping) else value)
+    front: Any = RunDirectory.open(run).front()
+    others = [entry for entry in front["front"] if entry["trial"] != 0]
+    for entry in (front["original"], *others):
+        yield int(entry["trial"]), int(entry["metrics"]["size_bytes"])
 
 
 def _child(run: Path, ratio: float, out: Path) -> None:
@@ -234,12 +218,12 @@ def _child(run: Path, ratio: float, out: Path) -> None:
 def _searched(folder: Path) -> Path:
     """A short search of the digits."""
     run = folder / "run"
-    changes = ["search.trials=16", "distill.rungs=[2]", "distill.survivors=[6]"]
-    command = [sys.executable, "-m", "planish.search", "search", "--model", "digits-resnet", "--device", "cpu"]
-    command += ["--preset", "quick", "--out", str(run)]
-    for change in changes:
+    spec = Path(__file__).resolve().parents[1] / "runs" / "digits.toml"
+    command = [sys.executable, "-m", "planish.search", "search", str(spec), "--out", str(run)]
+    for change in ("search.trials=16", "distill.rungs=[2]", "distill.survivors=[6]"):
         command += ["--set", change]
-    subprocess.run(command, check=True, stdout=sys.stderr)
+    if subprocess.run(command, stdout=sys.stderr, check=False).returncode:
+        raise SystemExit("the search of the digits failed; it says above why")
     return run
 
 

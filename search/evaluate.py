@@ -28,7 +28,7 @@ from ..spaces.space import Candidate, Kind
 from ..spaces.trace import TracedModel, trace
 from .artifact_path import artifact_path
 from .atomic import write_json
-from .config import Spec
+from .config import DistillKeys, Spec
 from .device_worker import LocalTimer
 from .distill import distill
 from .distill_recipe import Recipe
@@ -70,6 +70,18 @@ def devices_of(spec: Spec) -> dict[str, Device]:
         DeviceError: one is not known.
     """
     return {label: pinned(parse_device(name)) for label, name in zip(spec.labels(), spec.device, strict=True)}
+
+
+def recipe_of(keys: DistillKeys) -> Recipe:
+    """How a search trains its candidates."""
+    return Recipe(
+        alpha=keys.alpha,
+        temperature=keys.temperature,
+        attention=keys.attention,
+        hints=keys.hints,
+        learning_rate=keys.learning_rate,
+        batch=keys.batch_size,
+    )
 
 
 class Evaluator:
@@ -187,14 +199,6 @@ class Evaluator:
         torch.manual_seed(job.seed)
         module = self._begun(job)
         keys = self.spec.distill
-        recipe = Recipe(
-            alpha=keys.alpha,
-            temperature=keys.temperature,
-            attention=keys.attention,
-            hints=keys.hints,
-            learning_rate=keys.learning_rate,
-            batch=keys.batch_size,
-        )
         job.folder.mkdir(parents=True, exist_ok=True)
         distill(
             module,
@@ -203,7 +207,7 @@ class Evaluator:
             to_epoch=epochs,
             total_epochs=total,
             seed=job.seed,
-            recipe=recipe,
+            recipe=recipe_of(keys),
             checkpoint=checkpoint,
             samples=keys.train_limit,
             shared_seed=self.spec.seed,

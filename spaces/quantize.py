@@ -70,11 +70,12 @@ class Quantized(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.training:
             self._follow(x.detach())
-        steps = _steps(x, *self.input_scale())
+        input_scale, zero_point = self.input_scale()
+        steps = _steps(x, input_scale, zero_point)
         weight = weight_of(self.inner)
         weight_scale = self.weight_scale(weight.detach())
         whole = _whole(weight / _column(weight_scale, weight), self.bits, _axis(self.inner))
-        scale = self.input_scale()[0] * weight_scale
+        scale = input_scale * weight_scale
         bias = self.inner.bias
         if self.training:
             # The weights are fewer than the outputs, which would be read and written twice more, and their gradients.
