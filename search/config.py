@@ -35,7 +35,10 @@ class SpaceKeys:
 
 @dataclass(frozen=True)
 class DistillKeys:
-    """The table [distill]; rungs in epochs so far, survivors as many as enter each; `train_limit` 0 stands for all."""
+    """The table [distill]; rungs in epochs so far, survivors as many as enter each; `train_limit` 0 stands for all.
+
+    `device` is `auto`, `cpu` or `cuda`.
+    """
 
     rungs: tuple[int, ...]
     survivors: tuple[int, ...]
@@ -46,6 +49,7 @@ class DistillKeys:
     hints: float
     batch_size: int
     train_limit: int
+    device: str
 
 
 @dataclass(frozen=True)
@@ -208,6 +212,7 @@ def _spec(values: Mapping[str, Value]) -> Spec:
             hints=number("distill.hints"),
             batch_size=integer("distill.batch_size"),
             train_limit=integer("distill.train_limit"),
+            device=text("distill.device"),
         ),
         measure=MeasureKeys(
             latency=text("measure.latency"),

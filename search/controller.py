@@ -32,7 +32,7 @@ from .reach import check_reach
 from .reachable import check_answers
 from .run import Run
 from .rundir import LESSONS, RunDirectory
-from .rungs import run_rung
+from .rungs import gpu_part, run_rung
 from .sampler import OPENS, WITH_TABLE, Proposer, opening, strongest
 from .shipping import stored
 from .steps import Steps
@@ -108,7 +108,11 @@ class _Search:
                 "the model's space is empty: no layer has an option "
                 f"({'; '.join(f'{k}: {v}' for k, v in list(self.space.left_out.items())[:3])})"
             )
-        with cluster(self.spec.address, self.spec.workers) as self.workers:
+        from .training_device import gpus_here
+
+        gpus = gpus_here(self.spec.distill.device) if self.spec.address == "local" else 0
+        with cluster(self.spec.address, self.spec.workers, gpus) as self.workers:
+            on_gpu = gpu_part(self.spec, 1) > 0  # before any work: a GPU that is asked for and not there
             self.shared = self._shared()
             pool = Pool(self.shared, self.workers)
             try:
@@ -116,7 +120,7 @@ class _Search:
                 if len(self.ledger.records) == 1:
                     from .forecast import forecast
 
-                    self.progress.note(forecast(self.evaluator, self.workers))
+                    self.progress.note(forecast(self.evaluator, self.workers, on_gpu))
                 corners = self._reach(pool)
                 self._batches(pool, corners)
             finally:

@@ -61,13 +61,14 @@ class Augment:
         if not self:
             return images
         n, _, height, width = images.shape
-        rows = moves.offsets[0, :, None] + torch.arange(height)
-        columns = torch.arange(width).expand(n, width)
+        offsets, device = moves.offsets.to(images.device), images.device
+        rows = offsets[0, :, None] + torch.arange(height, device=device)
+        columns = torch.arange(width, device=device).expand(n, width)
         if self.flip:
-            columns = torch.where(moves.mirrored[:, None], columns.flip(1), columns)
-        columns = moves.offsets[1, :, None] + columns
+            columns = torch.where(moves.mirrored.to(device)[:, None], columns.flip(1), columns)
+        columns = offsets[1, :, None] + columns
         padded = functional.pad(images, (self.shift,) * 4, value=self.fill)
         # Channels last, so that one gather takes every image's own rows and columns.
-        images_index = torch.arange(n)[:, None, None]
+        images_index = torch.arange(n, device=device)[:, None, None]
         moved = padded.permute(0, 2, 3, 1)[images_index, rows[:, :, None], columns[:, None, :]]
         return moved.permute(0, 3, 1, 2).contiguous()

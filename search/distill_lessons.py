@@ -89,7 +89,7 @@ class Lessons:
             indices: Each below `samples`.
             device: Where all of it is to be.
         """
-        inputs, targets = self._inputs(indices).to(device), self._shown.targets[indices].to(device)
+        inputs, targets = self._inputs(indices, device), self._shown.targets[indices].to(device)
         if self._teacher is None:
             return inputs, targets, None
         if self._known is None:
@@ -106,11 +106,12 @@ class Lessons:
             parts.append(order[places[places // count == number] % count])
         return torch.cat(parts)
 
-    def _inputs(self, indices: Tensor) -> Tensor:
+    def _inputs(self, indices: Tensor, device: torch.device) -> Tensor:
         shown = self._shown
-        if self._moves is None:
-            return shown.batch(indices)
-        return shown.normalise(shown.augment.move(shown.inputs[indices], self._moves.take(indices)))
+        inputs = shown.inputs[indices].to(device)
+        if self._moves is not None:
+            inputs = shown.augment.move(inputs, self._moves.take(indices))
+        return shown.normalise(inputs)
 
     def _bytes(self) -> float:
         """What the targets of all samples take."""
@@ -135,7 +136,7 @@ class Lessons:
 
     def _answers(self, start: int, end: int) -> Targets:
         assert self._teacher is not None
-        return self._teacher.answer(self._inputs(torch.arange(start, end)))
+        return self._teacher.answer(self._inputs(torch.arange(start, end), self._teacher.device))
 
     def _shared(self, name: str, folder: Path) -> Tensor:
         """The logits of all samples, on the CPU, from the folder or put there."""

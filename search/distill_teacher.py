@@ -45,13 +45,13 @@ class Teacher:
         self, module: nn.Module, device: torch.device, stages: tuple[str, ...] = (), hints: tuple[str, ...] = ()
     ) -> None:
         """`stages` and `hints` name the modules whose attention maps and whose features are imitated."""
-        self._module, self._device = module, device
+        self._module, self.device = module, device
         self.stages, self.hints = stages, hints
 
     def answer(self, inputs: Tensor) -> Targets:
         """What to imitate on these normalised inputs (n, ...)."""
         with evaluating(self._module), torch.no_grad(), FeatureTap(self._module, (*self.stages, *self.hints)) as tap:
-            logits = self._module(inputs.to(self._device))
+            logits = self._module(inputs.to(self.device))
             found = tap.features
         maps = tuple(attention_map(feature) for feature in found[: len(self.stages)])
         return Targets(logits, maps, found[len(self.stages) :])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 import shutil
@@ -39,6 +40,7 @@ from .score import accuracy, accuracy_and_divergence, outputs
 from .task_error import TaskError
 from .tasks import Task, load_task
 from .tensor_file import write_tensors
+from .training_device import device_for
 
 if TYPE_CHECKING:
     from ..compilers.compiler import Compiler
@@ -112,6 +114,9 @@ class Evaluator:
         self.timers: dict[str, Timer] = {
             label: LocalTimer(device, self.compilers[label]) for label, device in self.devices.items()
         }
+        # Whether this process was given a part of a GPU to train on.
+        self.gpu = False
+        self._teacher_copy: nn.Module | None = None
         # The database that latency models come from, where it is not the user's.
         self.times: Path | None = None
         lanes = spec.space.lanes or max(device.lanes for device in self.devices.values())
@@ -194,15 +199,20 @@ class Evaluator:
         return {"errors": {name: list(e) for name, e in found.errors.items()}, "failed": dict(found.failed)}
 
     def train(self, job: Job, epochs: int, total: int) -> Metrics:
-        """Distils the original into the candidate up to so many epochs, and scores it on the whole validation split."""
+        """Distils the original into the candidate up to so many epochs, and scores it on the whole validation split.
+
+        Raises:
+            UserError: it is to be trained on a GPU that torch cannot use.
+        """
         checkpoint = job.folder / CHECKPOINT
-        torch.manual_seed(job.seed)
-        module = self._begun(job)
         keys = self.spec.distill
+        device = device_for(keys.device, self.gpu)
+        torch.manual_seed(job.seed)
+        module = self._begun(job).to(device)
         job.folder.mkdir(parents=True, exist_ok=True)
         distill(
             module,
-            self.teacher,
+            self._teacher_on(device),
             self.task.data.train,
             to_epoch=epochs,
             total_epochs=total,
@@ -214,6 +224,14 @@ class Evaluator:
             lessons=job.folder.parent.parent / LESSONS,
         )
         return self._accuracy(module, None)
+
+    def _teacher_on(self, device: torch.device) -> nn.Module:
+        """The teacher there; a copy elsewhere than on the CPU, because the traced model shares its tensors."""
+        if device.type == "cpu":
+            return self.teacher
+        if self._teacher_copy is None:
+            self._teacher_copy = copy.deepcopy(self.teacher).to(device)
+        return self._teacher_copy
 
     def _begun(self, job: Job) -> nn.Module:
         """The candidate as its last checkpoint has it, or untrained.

@@ -49,13 +49,15 @@ def seconds_an_image(evaluator: Evaluator) -> float:
         torch.set_num_threads(threads)
 
 
-def forecast(evaluator: Evaluator, workers: int) -> str:
-    """One line: how many candidates are scored and trained, and how long training takes at most."""
+def forecast(evaluator: Evaluator, workers: int, on_gpu: bool = False) -> str:
+    """One line: how many candidates are scored and trained, and how long training takes at most on the CPU."""
     spec = evaluator.spec
     distill = spec.distill
     steps = [f"{count} to epoch {until}" for until, count in zip(distill.rungs, distill.survivors, strict=True)]
     most = min(workers, distill.survivors[0])
     line = f"expected: {spec.search.trials} candidates to score, of which are trained {', '.join(steps)}"
+    if on_gpu:
+        return f"{line} on a GPU"
     try:
         seconds = training_passes(spec, len(evaluator.task.data.train)) * seconds_an_image(evaluator) / most
     except (RuntimeError, ValueError):

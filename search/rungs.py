@@ -19,6 +19,7 @@ from .errors import UserError
 from .workers import Failure, Shared, answers, evaluator_in_worker, guarded, job_from, job_to
 
 if TYPE_CHECKING:
+    from .config import Spec
     from .evaluate import Job, Metrics
 
 _RETRIES = 2
@@ -60,11 +61,12 @@ def run_rung(
 
     # Where a Ctrl-C ends the rung, Tune's processes may still write there while it is removed.
     kept = tempfile.TemporaryDirectory(prefix="planish-tune-", ignore_cleanup_errors=True)
+    share = gpu_part(shared.spec, min(workers, len(jobs)))
     with _interrupts() as pressed, kept as storage:
         tuner = tune.Tuner(
             tune.with_resources(
                 tune.with_parameters(_trainable(), shared=shared),
-                tune.PlacementGroupFactory([{"CPU": 1}]),
+                tune.PlacementGroupFactory([{"CPU": 1, "GPU": share} if share else {"CPU": 1}]),
             ),
             param_space={"job": tune.grid_search([job_to(job) for job in jobs]), "epochs": epochs, "total": total},
             tune_config=tune.TuneConfig(max_concurrent_trials=workers, reuse_actors=True),
@@ -93,6 +95,19 @@ def run_rung(
         done(number, Failure(f"the training process died {_RETRIES + 1} times on it (killed, or out of memory)"))
 
 
+def gpu_part(spec: Spec, trainings: int) -> float:
+    """The part of a GPU of Ray's session that each of so many trainings at once gets; 0 where they use the CPU.
+
+    Raises:
+        UserError: the specification asks for a GPU, and the session has none.
+    """
+    import ray
+
+    from .training_device import gpu_share
+
+    return gpu_share(spec.distill.device, float(ray.cluster_resources().get("GPU", 0)), trainings)
+
+
 @contextmanager
 def _interrupts() -> Iterator[list[int]]:
     """The Ctrl-C that were pressed; the first raises nothing, a second does.
@@ -117,6 +132,7 @@ def _interrupts() -> Iterator[list[int]]:
 
 
 def _trainable() -> type:
+    import ray
     from ray import tune
 
     class Rung(tune.Trainable):  # type: ignore[misc]
@@ -128,6 +144,7 @@ def _trainable() -> type:
             self._mistake = ""
             try:
                 self._evaluator = evaluator_in_worker(shared)
+                self._evaluator.gpu = bool(ray.get_gpu_ids())
             except UserError as error:
                 # Raised here it would be taken for the death of the process, and tried again for every candidate.
                 self._mistake = str(error)

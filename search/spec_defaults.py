@@ -29,6 +29,7 @@ class Key:
     required: bool = False
 
 
+TRAINING_DEVICES = ("auto", "cpu", "cuda")
 PRESETS = ("quick", "default", "thorough")
 SAMPLERS = ("planish", "grid", "random", "nsga2", "nsga3", "tpe", "gp", "dp", "netadapt")
 LATENCIES = ("measured", "predicted")
@@ -65,6 +66,9 @@ KEYS: Mapping[str, Key] = {
     "distill.batch_size": Key("integer", "images per step", 128, low=1, high=10**5),
     "distill.train_limit": Key(
         "integer", "training images per epoch, every epoch others until all were shown; 0: all", 0, high=10**9
+    ),
+    "distill.device": Key(
+        "text", "what trains: auto is a CUDA GPU where there is one, else the CPU", "auto", allowed=TRAINING_DEVICES
     ),
     "measure.latency": Key(
         "text", "measured: run on the device; predicted: by its latency model", "measured", allowed=LATENCIES

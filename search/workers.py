@@ -37,8 +37,13 @@ class Failure(str):
 
 
 @contextmanager
-def cluster(address: str, workers: int) -> Iterator[int]:
+def cluster(address: str, workers: int, gpus: int = 0) -> Iterator[int]:
     """A Ray session, local or on a cluster; the number of workers to use.
+
+    Args:
+        address: `local`, or where the cluster is.
+        workers: 0: as many as there are cores.
+        gpus: What a local session may train on; a cluster knows its own.
 
     Raises:
         UserError: there is no cluster at the address.
@@ -66,7 +71,7 @@ def cluster(address: str, workers: int) -> Iterator[int]:
     count = workers or os.cpu_count() or 1
     settings: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "include_dashboard": False}
     if address == "local":
-        settings |= {"address": "local", "num_cpus": count}
+        settings |= {"address": "local", "num_cpus": count, "num_gpus": gpus}
     else:
         settings = {"address": address, "log_to_driver": False, "logging_level": logging.ERROR}
     try:

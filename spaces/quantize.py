@@ -176,7 +176,8 @@ def _round(x: Tensor) -> Tensor:
 class _Steps(torch.autograd.Function):
     """clamp(round(x / scale) + zero, 0, 255) - zero; the gradient passes where nothing is clipped.
 
-    One function, because each of these operations would read and write the whole input, forwards and backwards.
+    One function, because each of these operations would read and write the whole input, forwards and backwards. The
+    scale and zero are numbers, for which every layer would have to wait on a GPU; there it is `_StepsOfTensors`.
     """
 
     @staticmethod
@@ -194,7 +195,25 @@ class _Steps(torch.autograd.Function):
         return passed.div_(ctx.scale), None, None
 
 
+class _StepsOfTensors(torch.autograd.Function):
+    """`_Steps` of a scale and a zero point that stay where they are: nothing waits for them."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+        ctx.save_for_backward(x, scale, zero)
+        return torch.div(x, scale).round_().clamp_(-zero, INPUT_LEVELS - zero)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        x, scale, zero = ctx.saved_tensors
+        inside = (x > (-zero - 0.5) * scale) & (x < (INPUT_LEVELS - zero + 0.5) * scale)
+        return gradients[0] * inside / scale, None, None
+
+
 def _steps(x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+    if x.device.type != "cpu":
+        moved: Tensor = _StepsOfTensors.apply(x, scale.detach(), zero_point.detach())  # type: ignore[no-untyped-call]
+        return moved
     result: Tensor = _Steps.apply(x, float(scale), int(zero_point))  # type: ignore[no-untyped-call]
     return result
 

@@ -60,3 +60,8 @@ def test_a_model_that_cannot_be_trained_has_a_line_without_a_time() -> None:
             return x
 
     assert forecast(evaluator(Broken()), 2).endswith("2 to epoch 6")
+
+
+def test_of_training_on_a_gpu_no_time_is_told() -> None:
+    line = forecast(evaluator(nn.Sequential(nn.Linear(4, 3)).eval()), 2, on_gpu=True)
+    assert line.endswith("which are trained 3 to epoch 2, 2 to epoch 6 on a GPU")
