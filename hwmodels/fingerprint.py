@@ -38,6 +38,12 @@ def siblings(device: Device) -> dict[int, str]:
     return {n: fingerprint(replace(device, threads=n)) for n in numbers if n != device.threads}
 
 
+def processor_name() -> str:
+    """What this machine's processor calls itself."""
+    about = _processor()
+    return about.get("model name") or about.get("CPU part") or about.get("name") or platform.machine()
+
+
 def _processor() -> dict[str, str]:
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").partition("\n\n")[0].splitlines()

@@ -37,6 +37,7 @@ from .sampler import OPENS, WITH_TABLE, Proposer, opening, strongest
 from .shipping import stored
 from .steps import Steps
 from .task_note import write_task
+from .timed_on import keep_devices
 from .trial import State
 from .workers import Failure, Pool, Shared, cluster
 
@@ -96,6 +97,8 @@ class _Search:
         self.front = FrontWriter(self.ledger, tuple(evaluator.devices), progress)
 
     def run(self) -> Run:
+        if self.spec.address == "local" and self.ledger.phase() != "done":
+            keep_devices(self.folder.path, self.evaluator.devices)
         self.folder.write_space(self.space)
         write_task(self.folder.path, self.evaluator.task)
         if self.spec.measure.latency == "predicted":
@@ -137,6 +140,7 @@ class _Search:
                 if evaluator.devices[label].here and offered(name):
                     worker = DeviceWorker(name)
                     evaluator.move(label, waiting_for(label, worker.device), worker)
+            keep_devices(self.folder.path, evaluator.devices)
         by_name = self.task is None and self.spec.address == "local"
         return Shared(self.spec, evaluator.devices, None if by_name else stored(evaluator.task), evaluator.times)
 

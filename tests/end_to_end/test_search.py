@@ -25,8 +25,8 @@ def front_of(run: Path) -> dict[str, Any]:
 def test_a_run_has_the_files_that_are_promised(finished: Path) -> None:
     names = {path.name for path in finished.iterdir()}
     assert {
-        "spec.toml", "provenance.json", "space.json", "trials.jsonl", "study.log", "trials", "front.json", "front.csv",
-        "report.html",
+        "spec.toml", "provenance.json", "devices.json", "space.json", "trials.jsonl", "study.log", "trials",
+        "front.json", "front.csv", "report.html",
     } <= names  # fmt: skip
 
 

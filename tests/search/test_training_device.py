@@ -58,7 +58,7 @@ def test_scales_that_stay_tensors_compute_and_learn_the_same(low: float) -> None
     for given in ((float(scale), int(zero)), (scale, zero)):
         own = x.clone().requires_grad_()
         function = quantize._Steps if isinstance(given[0], float) else quantize._StepsOfTensors
-        result = function.apply(own, *given)
+        result = function.apply(own, *given)  # type: ignore[no-untyped-call]
         (result * torch.arange(41)).sum().backward()
         found.append((result.detach(), own.grad))
     for ours, theirs in zip(*found, strict=True):

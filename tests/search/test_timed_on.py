@@ -1,0 +1,44 @@
+"""A run's latencies are of one processor."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from planish.hwmodels.device import parse_device
+from planish.search.errors import UserError
+from planish.search.timed_on import NAME, keep_devices
+
+
+def test_the_same_processor_carries_on_and_another_is_refused(tmp_path: Path) -> None:
+    cpu, board = parse_device("cpu"), parse_device("cpu/cortex-a72")
+    keep_devices(tmp_path, {"cpu": cpu, "board": board})
+    written = (tmp_path / NAME).read_bytes()
+    keep_devices(tmp_path, {"cpu": cpu, "board": board})
+    other = replace(cpu, identity="0123456789abcdef")
+    with pytest.raises(UserError, match=r"are of another cpu \(.+\) than this one .*device:cpu .*--out"):
+        keep_devices(tmp_path, {"cpu": other, "board": board})
+    assert (tmp_path / NAME).read_bytes() == written
+
+
+def test_other_threads_are_another_device(tmp_path: Path) -> None:
+    keep_devices(tmp_path, {"cpu": parse_device("cpu")})
+    with pytest.raises(UserError, match="another cpu"):
+        keep_devices(tmp_path, {"cpu": parse_device("cpu?threads=2")})
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"cpu": 3}', '{"cpu": {"device": "x"}}', "[" * 100_000])
+def test_a_damaged_file_is_a_line(tmp_path: Path, text: str) -> None:
+    (tmp_path / NAME).write_text(text)
+    with pytest.raises(UserError, match=rf"{NAME} does not say what the run was timed on"):
+        keep_devices(tmp_path, {"cpu": parse_device("cpu")})
+    assert (tmp_path / NAME).read_text() == text
+
+
+def test_the_file_names_no_host(tmp_path: Path) -> None:
+    keep_devices(tmp_path, {"cpu": parse_device("cpu")})
+    found = json.loads((tmp_path / NAME).read_text())
+    assert found["cpu"].keys() == {"device", "processor"}
