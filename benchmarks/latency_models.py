@@ -2,6 +2,7 @@
 
     python benchmarks/latency_models.py            # four spaces, 1 and 2 threads: hours, most of them compiling
     python benchmarks/latency_models.py --quick    # DS-CNN's space, 1 thread, few networks
+    python benchmarks/latency_models.py --keep DIR # carry on from what an earlier call with that folder has measured
 
 For every space and number of threads a table is built as `planish profile` builds it, on a database of its own. Then
 held-out candidates, random ones and ones near the fast end of the space, are predicted, compiled and timed on a quiet
@@ -16,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,8 @@ import numpy as np
 
 SPACES = ("resnet20", "resnet56", "mobilenetv2-32", "dscnn")
 PROBES = 20
-# Seconds of timing for every held-out network, at most.
-NETWORK_S = 1.5
+# Seconds of timing for every held-out network, at most, and how many are compiled and timed together.
+NETWORK_S, TOGETHER = 1.5, 25
 
 Row = dict[str, Any]
 
@@ -67,37 +68,75 @@ def near_front(space: Any, rng: np.random.Generator, count: int) -> list[Any]:
     return list(found.values())
 
 
-def measure(
-    evaluator: Any, label: str, candidates: Sequence[Any], database: Any, limit_s: float
-) -> tuple[list[Any], list[Any], list[int]]:
-    """(plan, settled time, stored bytes' difference) of every candidate that can be built and timed."""
+@dataclass(frozen=True)
+class HeldOut:
+    """A held-out network's plan and time, and by how many bytes its working memory differs from the plan's."""
 
+    plan: Any
+    median_s: float
+    quiet: bool
+    memory_error: int
+
+
+def measure(evaluator: Any, label: str, candidates: Sequence[Any], database: Any, kept: Path) -> list[HeldOut]:
+    """Every candidate that can be built and timed; what the file `kept` has of a quiet machine is not timed again."""
+    from planish.compilers.kernel_times import times_version
+    from planish.search.latency_table import plan_of
+
+    known: dict[str, dict[str, Any]] = {}
+    if kept.exists():
+        rows = [json.loads(line) for line in kept.read_text(encoding="utf-8").splitlines()]
+        known = {row["key"]: row for row in rows if row["version"] == times_version() and row["quiet"]}
+    plans = {}
+    for candidate in candidates:
+        try:
+            plans[candidate.key()] = plan_of(evaluator, label, candidate)
+        except (ValueError, RuntimeError) as error:
+            print(f"left out: {str(error).splitlines()[0]}", file=sys.stderr)
+    missing = [c for c in candidates if c.key() in plans and c.key() not in known]
+    for start in range(0, len(missing), TOGETHER):
+        found = time_some(evaluator, label, missing[start : start + TOGETHER], plans, database)
+        known |= {row["key"]: row for row in found}
+        with kept.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(row | {"version": times_version()}) + "\n" for row in found)
+    return [
+        HeldOut(plan, known[key]["median_s"], known[key]["quiet"], known[key]["memory_error"])
+        for key, plan in plans.items()
+        if key in known
+    ]
+
+
+def time_some(
+    evaluator: Any, label: str, candidates: Sequence[Any], plans: dict[str, Any], database: Any
+) -> list[dict[str, Any]]:
+    """Compiles and times some candidates beside the reference: key, median_s, quiet and memory_error of each."""
     from planish.compilers.manifest import read
     from planish.compilers.network_timer import time_networks
     from planish.hwmodels.quiet import settled
     from planish.search import table_measuring as tables
-    from planish.search.latency_table import plan_of
 
-    device = evaluator.devices[label]
-    plans, differences = {}, []
+    differences = {}
     with tempfile.TemporaryDirectory() as folder:
         artifacts = {}
         for candidate in candidates:
             key = candidate.key()
             try:
-                plans[key] = plan_of(evaluator, label, candidate)
                 artifacts[key] = tables.compiled_skeleton(evaluator, label, candidate, Path(folder, key))
             except (ValueError, RuntimeError) as error:
                 print(f"left out: {str(error).splitlines()[0]}", file=sys.stderr)
                 continue
-            differences.append(abs(plans[key].working_bytes - read(artifacts[key]).working_bytes))
+            differences[key] = abs(plans[key].working_bytes - read(artifacts[key]).working_bytes)
         reference = tables.compiled_reference(evaluator, label, Path(folder, "reference"))
         known = database.reference_s(f"network {reference.manifest.kernels[0][0]}")
         timed = time_networks(
-            artifacts, reference.path, device, known_reference_s=known, rounds=1000, limit_s=limit_s
+            artifacts, reference.path, evaluator.devices[label], known_reference_s=known, rounds=1000,
+            limit_s=NETWORK_S * len(candidates),
         )  # fmt: skip
-    keys = list(timed.samples)
-    return [plans[key] for key in keys], [settled(timed.samples[key], timed.reference_s) for key in keys], differences
+    times = {key: settled(samples, timed.reference_s) for key, samples in timed.samples.items()}
+    return [
+        {"key": key, "median_s": t.median_s, "quiet": t.quiet, "memory_error": differences[key]}
+        for key, t in times.items()
+    ]
 
 
 def size_errors(evaluator: Any, candidates: Sequence[Any]) -> list[int]:
@@ -147,10 +186,14 @@ def run_space(net: str, threads: int, random: int, front: int, folder: Path, sou
     database = database_of(device, folder / "times.sqlite")
     table = build_table(evaluator, label, database, Progress(None), seed=0)
     assert isinstance(table.model, TableModel)  # nothing to carry over from in this database
+    note = folder / "profile.json"
+    if table.known == 0 or not note.exists():
+        note.write_text(json.dumps({"profile_s": table.seconds}), encoding="utf-8")
+    profile_s = json.loads(note.read_text(encoding="utf-8"))["profile_s"]
     rng = np.random.default_rng(12345)  # the table's candidates come from another seed
     candidates = [*(space.sample(rng) for _ in range(random)), *near_front(space, rng, front)]
-    plans, times, memory = measure(evaluator, label, candidates, database, NETWORK_S * len(candidates))
-    pairs = [(p, t.median_s) for p, t in zip(plans, times, strict=True) if t.quiet]
+    found = measure(evaluator, label, candidates, database, folder / "held_out.jsonl")
+    pairs = [(network.plan, network.median_s) for network in found if network.quiet]
     if len(pairs) < 3:
         raise SystemExit(f"{net}: only {len(pairs)} networks met a quiet machine; run it again, or let it take longer")
     measured = [seconds for _, seconds in pairs]
@@ -165,9 +208,9 @@ def run_space(net: str, threads: int, random: int, front: int, folder: Path, sou
     }
     errors = {name: asdict(held_out([model(p.calls) for p, _ in pairs], measured)) for name, model in models.items()}
     row: Row = {
-        "space": net, "threads": threads, "networks": len(times), "quiet": len(pairs), "profile_s": table.seconds,
+        "space": net, "threads": threads, "networks": len(found), "quiet": len(pairs), "profile_s": profile_s,
         "kernels": table.measured, "known": table.known, "stated_error": table.error,
-        "errors": errors, "memory_error": max(memory, default=0),
+        "errors": errors, "memory_error": max((network.memory_error for network in found), default=0),
         "size_error": max(size_errors(evaluator, candidates[:5]), default=0),
     }  # fmt: skip
     if threads == 1:
@@ -177,8 +220,8 @@ def run_space(net: str, threads: int, random: int, front: int, folder: Path, sou
         probes = [pairs[place] for place in chosen[:PROBES]]
         model = TransferModel.fit(device, sources[net], [p.calls for p, _ in probes], [s for _, s in probes])
         rest = [pairs[place] for place in chosen[PROBES:]]
-        found = held_out([model.predict(p.calls).latency_s for p, _ in rest], [s for _, s in rest])
-        row["transfer"] = asdict(found) | {"trusted": model.trusted}
+        carried = held_out([model.predict(p.calls).latency_s for p, _ in rest], [s for _, s in rest])
+        row["transfer"] = asdict(carried) | {"trusted": model.trusted}
     return row
 
 
@@ -208,6 +251,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--threads", nargs="+", type=int, help="which numbers of threads (1 2)")
     parser.add_argument("--random", type=int, help="random held-out networks of a space (200)")
     parser.add_argument("--front", type=int, help="held-out networks near the fast end (50)")
+    parser.add_argument("--keep", type=Path, metavar="DIR", help="keep what is measured there, and carry on from it")
     args = parser.parse_args(arguments)
     spaces = args.spaces or (("dscnn",) if args.quick else SPACES)
     threads = args.threads or ([1] if args.quick else [1, 2])
@@ -220,7 +264,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for count in sorted(threads):
             for net in spaces:
                 # A database of its own: the device was never seen.
-                own = Path(folder, f"{net}-{count}")
+                own = Path(args.keep or folder, f"{net}-{count}")
+                own.mkdir(parents=True, exist_ok=True)
                 row = run_space(net, count, random, front, own, sources)
                 rows.append(row)
                 if not args.json:

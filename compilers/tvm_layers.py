@@ -19,9 +19,8 @@ from ..spaces.layer_shapes import LayerShape
 from .cpu.convspec import ConvSpec, Step
 from .cpu.dense import DenseSpec
 from .cpu.machine import Dot, Machine
-from .cpu.tiles import WinogradTile, choices, plain_form
+from .cpu.tiles import PARALLEL_MACS, WinogradTile, chosen, plain_form
 from .tvm_build import cpu_machine
-from .tvm_lower_conv import PARALLEL_MACS
 from .tvm_workloads import workload_of
 
 _FLOAT = (Step("bias"), Step("relu"))
@@ -84,10 +83,8 @@ def _convolution(layer: LayerShape, machine: Machine) -> Workload:
         stride=layer.stride, padding=(top, left, top, left), dilation=layer.dilation, groups=groups, lanes=lanes,
         in_lanes=in_lanes, depthwise=depthwise, dot=dot, steps=_BYTES if dot else _FLOAT,
     )  # fmt: skip
-    if machine.threads > 1 and spec.macs >= PARALLEL_MACS:
-        spec = replace(spec, threads=machine.threads)
     bound = _USUAL_SUM * layer.inputs // groups * prod(layer.kernel) if dot else 0
-    choice = choices(spec, machine, largest_sum=bound)[0]
+    spec, choice = chosen(spec, machine, largest_sum=bound)
     if dot and isinstance(choice, WinogradTile):
         spec = replace(spec, dot=machine.dot)
     size = 1 if dot else 4

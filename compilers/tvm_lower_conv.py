@@ -11,14 +11,11 @@ from .cpu.convspec import ConvSpec, Step
 from .cpu.epilogue import quantize_numbers
 from .cpu.kernels import conv_kernel, conv_weights
 from .cpu.packing import in_rows, largest_pair, largest_sum, per_channel
-from .cpu.tiles import Choice, WinogradTile, choices, plain_form
+from .cpu.tiles import Choice, WinogradTile, chosen, plain_form
 from .tvm_affine import leading_affine
 from .tvm_graph import Array, Chain, ChainStep, static_shape
 from .tvm_numbers import frame, pair
 from .tvm_values import Values
-
-# From here on a second thread gains more than it costs to wake it (about 5 us).
-PARALLEL_MACS = 1_000_000
 
 
 def lower_convolution(values: Values, chain: Chain) -> None:
@@ -68,13 +65,11 @@ def lower_convolution(values: Values, chain: Chain) -> None:
         steps=(*(Step(name) for name, _ in arrays), *(step.step for step in rest)),
         threads=1,
     )  # fmt: skip
-    if values.target.threads > 1 and spec.macs >= PARALLEL_MACS:
-        spec = replace(spec, threads=values.target.threads)
     data = values.as_plain(source) if plain else values.as_blocked(source)
     if depthwise and quantize:  # every byte is read once for each tap: quantise it once
         data, spec = values.quantized(data, *values.quantizer(head.args[0])), replace(spec, quantize=False)
     bound = largest_sum(weight, zero_point) if int8 else 0
-    choice = choices(spec, values.target, values.graph.weight_count, bound)[0]
+    spec, choice = chosen(spec, values.target, values.graph.weight_count, bound)
     if int8 and isinstance(choice, WinogradTile):  # it multiplies words, and is one kernel whatever the weights are
         spec = replace(spec, dot=values.target.dot)
     arguments = [data]

@@ -9,9 +9,9 @@ from .cpu.convspec import Step
 from .cpu.dense import DenseSpec, dense
 from .cpu.epilogue import quantize_numbers
 from .cpu.packing import dense_float, dense_int8, largest_pair, per_channel
+from .cpu.tiles import PARALLEL_MACS
 from .tvm_affine import leading_affine
 from .tvm_graph import Chain, ChainStep, static_shape
-from .tvm_lower_conv import PARALLEL_MACS
 from .tvm_values import Values
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 
 from .convspec import ConvSpec
@@ -50,9 +50,33 @@ class WinogradTile:
 
 Choice = Tile | WinogradTile
 
+# Below so many multiply-accumulates a kernel stays on one thread, whatever the estimate says.
+PARALLEL_MACS = 1_000_000
 _LINE_BYTES = 64
+# Cycles to give work to the pool's threads and to wait for them, and to read a line that another core has written
+# (measured on AVX2, two cores: 1 us for threads that wait for it, and Winograd's stages took 3 to 8 us longer each
+# shared so than whole chunks; that waiting is not always so short, and data move between the cores, is added).
+_LAUNCH, _OTHER_CORE = 8000.0, 70.0
+# Of lines of Winograd's weights (measured on AVX2: of 24 layers the tiles so chosen took 0.9 % longer than the best of
+# each, in the geometric mean, and 3.6 % where only what the second level cannot hold was charged).
+_READ_AGAIN = 1.5
 # Of a matrix product (measured: on two threads the dense layers of ViT-Tiny, batch 8, took 4 % longer so).
 _TORN_LINES = 1.02
+
+
+def chosen(spec: ConvSpec, machine: Machine, model_weights: int = 0, largest_sum: int = 0) -> tuple[ConvSpec, Choice]:
+    """The convolution on one of the machine's threads or on all, and how it is computed there: the fewest cycles.
+
+    Args are those of `choices`.
+    """
+    best: tuple[float, ConvSpec, Choice] | None = None
+    for threads in sorted({1, machine.threads if spec.macs >= PARALLEL_MACS else 1}):
+        own = replace(spec, threads=threads)
+        tile, cycles = _by_cycles(own, machine, model_weights, largest_sum)[0]
+        if best is None or cycles < best[0]:
+            best = cycles, own, tile
+    assert best is not None
+    return best[1:]
 
 
 def choices(spec: ConvSpec, machine: Machine, model_weights: int = 0, largest_sum: int = 0) -> list[Choice]:
@@ -66,14 +90,40 @@ def choices(spec: ConvSpec, machine: Machine, model_weights: int = 0, largest_su
         largest_sum: The largest sum that an int8 convolution's weights permit, as `largest_sum` of its weights gives
             it; 0 where it is not known.
     """
-    found: dict[Choice, float] = {
-        tile: direct_cycles(spec, tile, machine, model_weights) for tile in _direct(spec, machine)
-    }
-    sizes = winograd_sizes(spec, largest_sum)
-    found |= {
-        tile: winograd_cycles(spec, tile, machine, model_weights) for m in sizes for tile in _winograd(spec, machine, m)
-    }
-    return sorted(found, key=lambda tile: found[tile])
+    return [tile for tile, _ in _by_cycles(spec, machine, model_weights, largest_sum)]
+
+
+def _by_cycles(spec: ConvSpec, machine: Machine, model_weights: int, largest_sum: int) -> list[tuple[Choice, float]]:
+    found: dict[Choice, float] = {}
+    for tile in _direct(spec, machine):
+        cycles = direct_cycles(spec, tile, machine, model_weights)
+        # A padded or quantised copy is shared too, before.
+        launches = 1 + (spec.dot is not None or any(spec.padding))
+        found[tile] = cycles if spec.threads == 1 else cycles / spec.threads + launches * _LAUNCH
+    for m in winograd_sizes(spec, largest_sum):
+        for form in _winograd(spec, machine, m):
+            cycles = winograd_cycles(spec, form, machine, model_weights)
+            found[form] = cycles if spec.threads == 1 else _winograd_shared(spec, form, cycles)
+    return sorted(found.items(), key=lambda item: item[1])
+
+
+def _winograd_shared(spec: ConvSpec, tile: WinogradTile, cycles: float) -> float:
+    """The cycles on several threads: whole chunks each, or the stages of every chunk where there are few."""
+    threads, launches = spec.threads, int(spec.int8)
+    chunks = ceil(spec.n * ceil(spec.oh / tile.m) * ceil(spec.ow / tile.m) / tile.chunk)
+    if whole_chunks(chunks, threads):
+        return cycles * ceil(chunks / threads) / chunks + (launches + 1) * _LAUNCH
+    # Between two stages most of what a thread reads was written by another.
+    between = (
+        (tile.m + 2) ** 2 * tile.chunk * spec.lanes * (spec.in_blocks * (2 if spec.int8 else 4) + spec.out_blocks * 4)
+    )
+    other = chunks * between / 64 * (1 - 1 / threads) * _OTHER_CORE / threads
+    return cycles / threads + (launches + 3 * chunks) * _LAUNCH + other
+
+
+def whole_chunks(chunks: int, threads: int) -> bool:
+    """Whether threads take whole chunks of Winograd's tiles, and do not share the stages of each."""
+    return chunks >= 2 * threads
 
 
 def row_tile(rows: int, blocks: int, machine: Machine, dot: Dot | None = None) -> tuple[int, int]:
@@ -178,8 +228,8 @@ def winograd_cycles(spec: ConvSpec, tile: WinogradTile, machine: Machine, model_
     weights = products * spec.out_blocks * spec.group_blocks * spec.lanes * spec.lanes * size
     # What lies between the stages is written and read once a chunk.
     total += chunks * 2 * between / 64 * machine.line(between)
-    if weights + between > machine.caches[1]:  # every further chunk reads them again
-        total += (chunks - 1) * weights / 64 * machine.line(weights + between)
+    if weights + between > machine.caches[0]:  # every further chunk reads them again
+        total += _READ_AGAIN * (chunks - 1) * weights / 64 * machine.line(weights + between)
     # The other layers' weights grow too where they take this form.
     return _with_weights(total, weights, model_weights * products / 9 * size, machine)
 

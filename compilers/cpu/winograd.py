@@ -29,7 +29,7 @@ from .emit import argument, dot_product, kernel, local, loop, product, when
 from .epilogue import epilogue_buffers, finish
 from .frame import Source
 from .machine import Dot
-from .tiles import WinogradTile
+from .tiles import WinogradTile, whole_chunks
 
 # G by m; B and A are written out as sums below.
 _G = {
@@ -108,7 +108,7 @@ class _Winograd:
             with loop(spec.n, spec.threads if each else 1) as n:
                 self.source.copy(self.frame, n, n, 0, 0, 1 if each else spec.threads)
         # Threads take whole chunks, or share the stages of each where there are too few of them.
-        many = self.chunks >= 2 * spec.threads
+        many = whole_chunks(self.chunks, spec.threads)
         with loop(self.chunks, spec.threads if many else 1) as chunk:
             self.chunk(chunk, 1 if many else spec.threads)
 
