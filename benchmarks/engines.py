@@ -156,11 +156,11 @@ def folded(module: nn.Module) -> nn.Module:
     return fuse(module) if any(isinstance(layer, nn.BatchNorm2d) for layer in module.modules()) else module
 
 
-def quantised(module: nn.Module, calibration: Tensor) -> nn.Module:
-    """Every convolution and linear layer with int8 weights and inputs, as the search makes it; for training."""
+def quantised(module: nn.Module, calibration: Tensor, bits: int = 8) -> nn.Module:
+    """Every convolution and linear layer with int8 inputs and weights of 8 or 4 bits, as the search makes it."""
     traced = trace(module, calibration[:1])
     proposal = propose(traced, families=(Kind.BITS,))
-    everywhere = Candidate({choice.name: 8 for choice in proposal.space.choices})
+    everywhere = Candidate({choice.name: bits for choice in proposal.space.choices})
     return apply(everywhere, traced, proposal, calibration)
 
 

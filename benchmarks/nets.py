@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -237,6 +238,13 @@ class ViTTiny(nn.Module):
         return self.head(self.norm(self.blocks(tokens))[:, 0])  # type: ignore[no-any-return]
 
 
+def _mlp() -> nn.Module:
+    """Dense layers whose 29 million weights no cache holds: what they take is reading them."""
+    widths = (1024, 4096, 4096, 2048, 10)
+    layers = [part for i, o in itertools.pairwise(widths) for part in (nn.Linear(i, o), nn.ReLU())]
+    return nn.Sequential(*layers[:-1])
+
+
 NETS: Mapping[str, Net] = {
     "digits-resnet": Net(SmallResNet, (1, 32, 32)),
     "resnet20": Net(lambda: CifarResNet(20), (3, 32, 32)),
@@ -249,6 +257,7 @@ NETS: Mapping[str, Net] = {
     "resnet50": Net(ResNet50, (3, 224, 224)),
     "efficientnet-b0": Net(EfficientNetB0, (3, 224, 224)),
     "vit-tiny": Net(ViTTiny, (3, 224, 224)),
+    "mlp": Net(_mlp, (1024,)),
 }
 
 

@@ -17,7 +17,7 @@ from ..hwmodels.workload import Workload
 from ..spaces.bit_widths import LEVELS, PAIRS
 from ..spaces.layer_shapes import LayerShape
 from .cpu.convspec import ConvSpec, Step
-from .cpu.dense import DenseSpec
+from .cpu.dense import DenseSpec, nibbles_pay
 from .cpu.machine import Dot, Machine
 from .cpu.tiles import PARALLEL_MACS, WinogradTile, chosen, plain_form
 from .tvm_build import cpu_machine
@@ -60,6 +60,8 @@ def _dense(layer: LayerShape, machine: Machine) -> Workload:
     )  # fmt: skip
     size = 1 if dot else 4
     weights = layer.weights * size
+    if dot and nibbles_pay(spec, LEVELS[layer.stored_bits], machine):
+        spec, weights = replace(spec, nibbles=True), weights // 2
     moved = rows * (layer.inputs + layer.outputs) * size + weights
     return workload_of(spec, machine, moved, weights)
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 from tvm import relax
 
 from .cpu.convspec import Step
-from .cpu.dense import DenseSpec, dense
+from .cpu.dense import DenseSpec, dense, nibbles_pay
 from .cpu.epilogue import quantize_numbers
-from .cpu.packing import dense_float, dense_int8, largest_pair, per_channel
+from .cpu.packing import dense_float, dense_int8, dense_nibbles, largest_pair, per_channel
 from .cpu.tiles import PARALLEL_MACS
 from .tvm_affine import leading_affine
 from .tvm_graph import Chain, ChainStep, static_shape
@@ -45,7 +47,12 @@ def lower_dense(values: Values, chain: Chain) -> None:
         steps=(*(Step(name) for name, _ in arrays), *(step.step for step in rest)),
         threads=values.target.threads if m * k * o >= PARALLEL_MACS else 1,
     )  # fmt: skip
-    packed = dense_int8(weight, zero_point, values.lanes, dot) if dot else [dense_float(weight, values.lanes)]
+    if int8 and nibbles_pay(spec, int(np.abs(weight.astype(np.int16)).max(initial=0)), values.target):
+        spec = replace(spec, nibbles=True)
+    if dot:
+        packed = (dense_nibbles if spec.nibbles else dense_int8)(weight, zero_point, values.lanes, dot)
+    else:
+        packed = [dense_float(weight, values.lanes)]
     arguments = [values.reshaped(values.as_plain(source), (m, k))]
     if int8:
         scale = values.quantizer(head.args[0])[0] if quantize else 1.0

@@ -9,6 +9,7 @@ from typing import Any
 import tvm
 from tvm.tirx.script import builder as T
 
+from ...spaces.bit_widths import LEVELS
 from .convspec import Step
 from .emit import argument, copied, dot_product, kernel, local, loop, parts, product
 from .epilogue import epilogue_buffers, finish, quantized_steps
@@ -20,7 +21,7 @@ from .tiles import row_tile
 class DenseSpec:
     """y[m, o] = steps(sum_k x[m, k] w[o, k]); `quantize` as in `ConvSpec`, and the result is float32 or uint8.
 
-    Tensors of the steps `add` and `mul` are (m, o).
+    Tensors of the steps `add` and `mul` are (m, o). With `nibbles` two weights of 4 bits are in a byte of memory.
     """
 
     m: int
@@ -31,6 +32,7 @@ class DenseSpec:
     quantize: bool = False
     steps: tuple[Step, ...] = ()
     threads: int = 1
+    nibbles: bool = False
 
     @property
     def int8(self) -> bool:
@@ -41,6 +43,11 @@ class DenseSpec:
     def corrected(self) -> bool:
         """Whether the zero point is taken from the sums, by an argument of their features, and not from the data."""
         return self.dot is not None and self.dot.data != "int16"
+
+    @property
+    def step(self) -> int:
+        """Inputs that one turn of the innermost loop sums."""
+        return (self.dot.depth if self.dot else 1) * (2 if self.nibbles else 1)
 
     @property
     def out_blocks(self) -> int:
@@ -65,6 +72,24 @@ def dense(spec: DenseSpec, machine: Machine) -> tvm.tirx.PrimFunc:
     return emitted.function
 
 
+def nibbles_pay(spec: DenseSpec, largest: int, machine: Machine) -> bool:
+    """Whether two weights in a byte are faster: unpacking takes instructions, and waiting for memory takes longer.
+
+    Measured on AVX2, of 4-bit weights beside the same ones in bytes: of one row of inputs 1.3 to 1.9 times as fast
+    where the second level of cache does not hold the bytes, of four rows 1.15 to 1.3 times where the third does not;
+    elsewhere 0.84 to 1.1 times.
+
+    Args:
+        spec: With whole bytes.
+        largest: The largest magnitude of a weight.
+        machine: The CPU.
+    """
+    if spec.dot is None or spec.dot.data == "int16" or largest > LEVELS[4]:
+        return False
+    weights = spec.k * spec.o
+    return (spec.m == 1 and weights > machine.caches[1]) or (spec.m <= 4 and weights > machine.caches[2])
+
+
 class _Dense:
     def __init__(self, spec: DenseSpec, machine: Machine) -> None:
         self.spec = spec
@@ -72,9 +97,10 @@ class _Dense:
         direct = dot is None or spec.quantize
         self.source = argument("data", (spec.m, spec.k), "float32" if direct else "uint8")
         self.numbers = argument("input", (2,)) if dot else None
-        self.depth = ceil(spec.k / dot.depth) if dot else spec.k
+        self.depth = ceil(spec.k / spec.step)
         inner = (lanes, dot.depth) if dot else (lanes,)
-        self.weight = argument("weight", (blocks, self.depth, *inner), "int8" if dot else "float32")
+        kind = "uint8" if spec.nibbles else "int8" if dot else "float32"
+        self.weight = argument("weight", (blocks, self.depth, *inner), kind)
         self.correction = argument("correction", (blocks, lanes), "int32") if spec.corrected else None
         shapes = epilogue_buffers(spec.steps, (blocks, lanes), (spec.m, spec.o))
         self.extra = [argument(name, shape) for name, shape in shapes]
@@ -85,7 +111,7 @@ class _Dense:
 
     def body(self) -> None:
         spec, dot = self.spec, self.spec.dot
-        copy = dot and (spec.quantize or spec.k % dot.depth or dot.data != "uint8")
+        copy = dot and (spec.quantize or spec.k % spec.step or dot.data != "uint8")
         self.data = self._copied() if copy else self.source
         rows, tiles = self.rows, ceil(spec.m / self.rows)
         # The last block alone where only some of its lanes exist.
@@ -104,7 +130,8 @@ class _Dense:
         if dot:
             sums = dot_product(
                 rows, blocks, spec.lanes, (self.depth,),
-                lambda i, r: (self.data, (row + i, r * dot.depth)), lambda j, r: (self.weight, (block + j, r)), dot,
+                lambda i, r: (self.data, (row + i, r * spec.step)), lambda j, r: (self.weight, (block + j, r)), dot,
+                nibbles=spec.nibbles,
             )  # fmt: skip
         else:
             sums = product(
@@ -131,7 +158,7 @@ class _Dense:
         factor, zero = T.bind(self.numbers[0]), T.bind(self.numbers[1])
         whole = T.bind(T.cast(zero, "int32"))
         shift = {"uint8": T.int32(0), "int8": T.int32(128)}.get(dot.data, whole)
-        rows = local((spec.m, self.depth * dot.depth), dot.data, "global")
+        rows = local((spec.m, self.depth * spec.step), dot.data, "global")
         with loop(spec.m, spec.threads) as m:
             for start, count, size in parts(spec.k, spec.lanes):
                 with T.serial(0, count) as part, T.vectorized(0, size) as lane:
@@ -142,6 +169,6 @@ class _Dense:
                     elif dot.data != "uint8":
                         value = T.cast(value, "int16") - T.cast(shift, "int16")
                     T.buffer_store(rows, T.cast(value, dot.data), [m, k])
-            for k in range(spec.k, self.depth * dot.depth):
+            for k in range(spec.k, self.depth * spec.step):
                 T.buffer_store(rows, T.cast(whole - shift, dot.data), [m, k])
         return rows

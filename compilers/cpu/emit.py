@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from math import ceil, prod
 from typing import Any
 
@@ -158,11 +159,13 @@ def dot_product(
     right: Callable[..., Any],
     dot: Dot,
     start: Callable[[int, int, Any], Any] | None = None,
+    nibbles: bool = False,
 ) -> Sums:
     """As `product` for integers, with int32 sums.
 
     left(i, *r) is (buffer, indices) of the first of `dot.depth` inputs; right(j, *r) is (buffer, indices) of the first
-    of lanes x `dot.depth` weights.
+    of lanes x `dot.depth` weights. With `nibbles` a turn of the loops is two steps: the inputs follow each other, and
+    a byte holds a weight + 8 of the first step in its low half, one of the second in its high half.
     """
     sums = local((rows, blocks, lanes), "int32")
     whole, kind = f"int32x{lanes}", f"x{lanes * dot.depth}"
@@ -171,35 +174,38 @@ def dot_product(
         first = T.broadcast(T.int32(0), lanes) if start is None else start(i, j, T.ramp(0, 1, lanes))
         T.buffer_store(sums, first, [i, j, T.ramp(0, 1, lanes)])
 
-    def operands(*r: Any) -> tuple[list[Any], Callable[[int], Any]]:
-        """The weights of one step, and a function to its inputs."""
-        weights = []
+    def operands(*r: Any) -> Iterator[tuple[list[Any], Callable[[int], Any]]]:
+        """The weights of one step and a function to its inputs; of two steps where weights are nibbles."""
+        loaded = []
         for j in range(blocks):
             buffer, indices = right(j, *r)
             weight = buffer.vload([*indices, 0, 0], str(buffer.dtype) + kind)
             # Bytes are widened as they are read, which costs less than twice as much memory.
-            weights.append(T.bind(T.cast(weight, "int16" + kind) if dot.data == "int16" else weight))
+            loaded.append(T.bind(T.cast(weight, "int16" + kind) if dot.data == "int16" else weight))
+        for number in range(2 if nibbles else 1):
+            weights = [T.bind(_nibble(weight, number, kind)) for weight in loaded] if nibbles else loaded
+            yield weights, partial(value, number * dot.depth, r)
 
-        def value(i: int) -> Any:
-            buffer, indices = left(i, *r)
-            if dot.depth == 1:
-                return T.bind(T.broadcast(T.cast(buffer[tuple(indices)], "int32"), lanes))
-            near = buffer.vload(list(indices), f"{dot.data}x{dot.depth}")
-            return T.bind(T.reinterpret(dot.data + kind, T.broadcast(T.reinterpret("int32", near), lanes)))
-
-        return weights, value
+    def value(ahead: int, r: tuple[Any, ...], i: int) -> Any:
+        buffer, (*indices, last) = left(i, *r)
+        last = last + ahead if ahead else last
+        if dot.depth == 1:
+            return T.bind(T.broadcast(T.cast(buffer[(*indices, last)], "int32"), lanes))
+        near = buffer.vload([*indices, last], f"{dot.data}x{dot.depth}")
+        return T.bind(T.reinterpret(dot.data + kind, T.broadcast(T.reinterpret("int32", near), lanes)))
 
     def add(i: int, j: int, change: Callable[[Any], Any]) -> None:
         T.buffer_store(sums, change(sums.vload([i, j, 0], whole)), [i, j, T.ramp(0, 1, lanes)])
 
     def step(*r: Any) -> None:
-        weights, value = operands(*r)
-        for i in range(rows):
-            near = value(i)
-            for j in range(blocks):
-                add(i, j, lambda total, near=near, j=j: dot_step(dot, lanes, total, near, weights[j]))  # type: ignore[misc]
+        for weights, near_of in operands(*r):
+            for i in range(rows):
+                near = near_of(i)
+                for j in range(blocks):
+                    weight = weights[j]
+                    add(i, j, lambda total, near=near, w=weight: dot_step(dot, lanes, total, near, w))  # type: ignore[misc]
 
-    outer, inner = _together(depth, dot.together)
+    outer, inner = _together(depth, max(1, dot.together // 2) if nibbles else dot.together)
     if not inner:
         _nest(depth, step)
         return lambda i, j, lane: sums[i, j, lane]
@@ -207,12 +213,12 @@ def dot_product(
     kind16 = f"int16x{2 * lanes}"
 
     def words_step(*r: Any) -> None:
-        weights, value = operands(*r)
-        for i in range(rows):
-            near = value(i)
-            for j in range(blocks):
-                total = words.vload([i, j, 0], kind16) + _pairs(lanes, near, weights[j])
-                T.buffer_store(words, _fenced(total, kind16), [i, j, T.ramp(0, 1, 2 * lanes)])
+        for weights, near_of in operands(*r):
+            for i in range(rows):
+                near = near_of(i)
+                for j in range(blocks):
+                    total = words.vload([i, j, 0], kind16) + _pairs(lanes, near, weights[j])
+                    T.buffer_store(words, _fenced(total, kind16), [i, j, T.ramp(0, 1, 2 * lanes)])
 
     def group(*r: Any) -> None:
         for i, j in tile:
@@ -224,6 +230,14 @@ def dot_product(
 
     _nest(outer, group)
     return lambda i, j, lane: sums[i, j, lane]
+
+
+def _nibble(packed: Any, number: int, kind: str) -> Any:
+    """The weights in the low (0) or high (1) halves of bytes, as int8."""
+    lanes = int(kind[1:])
+    four, low, eight = (T.broadcast(T.uint8(k), lanes) for k in (4, 15, 8))
+    half = T.shift_right(packed, four) if number else T.bitwise_and(packed, low)
+    return T.reinterpret("int8" + kind, half - eight)
 
 
 def _together(depth: Sequence[int], steps: int) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -104,6 +104,20 @@ def dense_int8(weight: Array, zero_point: int, lanes: int, dot: Dot) -> list[Arr
     return [np.ascontiguousarray(packed), *correction]
 
 
+def dense_nibbles(weight: Array, zero_point: int, lanes: int, dot: Dot) -> list[Array]:
+    """(o, k) int8 within -8..7 to (blocks, k / depth / 2, lanes, depth) uint8, and the correction of `dense_int8`.
+
+    A byte holds, each + 8, a weight of one step in its low half and of the next step in its high half.
+    """
+    o, k = weight.shape
+    turn = 2 * dot.depth
+    even = np.zeros((o, -(-k // turn) * turn), np.int8)
+    even[:, :k] = weight
+    packed, *correction = dense_int8(even, zero_point, lanes, dot)
+    moved = (packed + 8).astype(np.uint8)
+    return [np.ascontiguousarray(moved[:, ::2] | (moved[:, 1::2] << 4)), *correction]
+
+
 def _filled(spec: ConvSpec, weight: Array, dtype: Any) -> Array:
     """The weights with zeros for the channels that only fill a block."""
     shape = (spec.out_blocks * spec.lanes, spec.group_blocks * spec.reduce_lanes, *spec.taps)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,8 +17,8 @@ from tests.compilers.byte_dots import HERE, largest_weight
 from planish.compilers.cpu.convspec import Step
 from planish.compilers.cpu.dense import DenseSpec, dense
 from planish.compilers.cpu.epilogue import quantize_numbers
-from planish.compilers.cpu.machine import Machine
-from planish.compilers.cpu.packing import dense_float, dense_int8, per_channel
+from planish.compilers.cpu.machine import DOTS, Machine
+from planish.compilers.cpu.packing import dense_float, dense_int8, dense_nibbles, per_channel
 
 Array = NDArray[Any]
 Run = Callable[..., Array]
@@ -43,13 +44,21 @@ def specs(draw: st.DrawFn, int8: bool = False) -> DenseSpec:
     )
 
 
+@st.composite
+def nibbles(draw: st.DrawFn) -> DenseSpec:
+    spec = draw(specs(int8=True).filter(lambda spec: spec.dot is not None and spec.dot.data != "int16"))
+    assert spec.dot is not None
+    together = draw(st.sampled_from([1, 4, 8])) if spec.dot.name == "bytes" else 1
+    return replace(spec, k=draw(st.integers(1, 150)), dot=replace(spec.dot, together=together), nibbles=True)
+
+
 def check(spec: DenseSpec, run: Run, seed: int) -> None:
     """Runs the kernel of a spec on random data and compares it with torch."""
     rng = np.random.default_rng(seed)
     zero_point = int(rng.choice([0, 7, 255])) if spec.int8 else 0
     if spec.int8:
         assert spec.dot is not None
-        most = largest_weight(spec.dot)
+        most = 7 if spec.nibbles else largest_weight(spec.dot)
         weight = rng.integers(-most, min(most, 127) + 1, (spec.o, spec.k)).astype(np.int8)
         data = rng.choice([0, 1, zero_point, 254, 255], (spec.m, spec.k)).astype(np.uint8)
         if spec.quantize:
@@ -74,7 +83,10 @@ def check(spec: DenseSpec, run: Run, seed: int) -> None:
         else:
             value = torch.clamp(torch.round(value / 0.25) + 7, 0, 255)
             arguments.append(quantize_numbers(0.25, 7))
-    packed = dense_int8(weight, zero_point, spec.lanes, spec.dot) if spec.dot else [dense_float(weight, spec.lanes)]
+    if spec.dot:
+        packed = (dense_nibbles if spec.nibbles else dense_int8)(weight, zero_point, spec.lanes, spec.dot)
+    else:
+        packed = [dense_float(weight, spec.lanes)]
     numbers = [quantize_numbers(0.25, zero_point)] if spec.int8 else []
     dtype = "uint8" if spec.steps and spec.steps[-1].op == "quantize" else "float32"
     output = run(dense(spec, Machine(spec.lanes, 32)), [data, *numbers, *packed, *arguments], (spec.m, spec.o), dtype)
@@ -91,6 +103,23 @@ def test_float_products_equal_torch(run_kernel: Run, spec: DenseSpec, seed: int)
 @given(spec=specs(int8=True), seed=st.integers(0, 99))
 def test_int8_products_equal_integer_arithmetic(run_kernel: Run, spec: DenseSpec, seed: int) -> None:
     check(spec, run_kernel, seed)
+
+
+@settings(max_examples=40, derandomize=True, deadline=None)
+@given(spec=nibbles(), seed=st.integers(0, 99))
+def test_products_with_two_weights_in_a_byte_equal_integer_arithmetic(
+    run_kernel: Run, spec: DenseSpec, seed: int
+) -> None:
+    check(spec, run_kernel, seed)
+
+
+def test_two_weights_in_a_byte_take_half_the_memory() -> None:
+    dot = DOTS["bytes"]
+    weight = np.random.default_rng(0).integers(-8, 8, (24, 64)).astype(np.int8)
+    (whole, *_), (halves, *_) = dense_int8(weight, 3, 8, dot), dense_nibbles(weight, 3, 8, dot)
+    assert 2 * halves.nbytes == whole.nbytes
+    low, high = (halves & 15).astype(np.int8) - 8, (halves >> 4).astype(np.int8) - 8
+    np.testing.assert_array_equal(np.stack([low, high], 2).reshape(whole.shape), whole)
 
 
 def test_macs_are_one_for_each_weight_and_row() -> None:

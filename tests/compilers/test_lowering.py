@@ -19,6 +19,7 @@ from planish.compilers.verify import INT8_TOLERANCE
 from planish.hwmodels.device import host
 from planish.spaces import Candidate, Kind
 from planish.spaces.apply import apply
+from planish.spaces.bit_widths import PAIRS
 from planish.spaces.propose import propose
 from planish.spaces.quantize import deploy
 from planish.spaces.trace import trace
@@ -309,6 +310,22 @@ def test_four_bit_weights_run_on_the_int8_kernels(compile_model: Compile, differ
     make, shape = NETS["inverted block"]
     artifact = compile_model(quantised(made(make), shape, bits=4), shape, tolerance=INT8_TOLERANCE)
     assert difference(artifact) <= INT8_TOLERANCE
+
+
+def test_two_four_bit_weights_of_a_large_dense_layer_share_a_byte(compile_model: Compile, difference: Compile) -> None:
+    from planish.compilers.tvm_build import cpu_machine
+    from planish.compilers.tvm_workloads import plan
+
+    # More bytes than the second level of cache holds, from an odd number of inputs to part of a block.
+    model = quantised(nn.Sequential(nn.Linear(1021, 1101), nn.ReLU(), nn.Linear(1101, 5)).eval(), (1, 1021), bits=4)
+    artifact = compile_model(model, (1, 1021), tolerance=INT8_TOLERANCE)
+    assert difference(artifact) <= INT8_TOLERANCE
+    found = plan(torch.export.export(model, (torch.zeros(1, 1021),)), host())
+    large, small = (work for work in found.calls if work.macs)
+    assert "nibbles=False" in small.form
+    if cpu_machine(host()).dot_for(PAIRS[4]).data == "int16":
+        pytest.skip("this CPU multiplies 16 bits: it takes every weight as a byte")
+    assert large.weight_bytes < 0.6 * 1021 * 1101
 
 
 @pytest.mark.parametrize("lanes", [4, 8])
