@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 
 from ..hwmodels.device import Device
 from ..hwmodels.fingerprint import fingerprint, siblings
+from ..hwmodels.kernel_database import DatabaseError
 from .cpu_features import instruction_set
+from .kernel_times import database_of
 
 
 def pinned(device: Device) -> Device:
@@ -28,4 +31,14 @@ def pinned(device: Device) -> Device:
         instructions=instruction_set(),
         identity=fingerprint(device),
         siblings=siblings(device),
+        tiles=_measured_tiles(device),
     )
+
+
+def _measured_tiles(device: Device) -> dict[str, str]:
+    try:
+        return database_of(device).tiles()
+    except DatabaseError as error:
+        # Without them everything is compiled as if nothing had been measured.
+        logging.getLogger(__name__).warning("%s", error)
+        return {}

@@ -8,7 +8,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -21,8 +21,10 @@ from tvm import relax
 from ..hwmodels.device import Device
 from .artifact import Built
 from .compiler import CompileError
+from .cpu.convspec import ConvSpec
 from .cpu.fallback import schedule_rest
 from .cpu.machine import Machine, usable_dots
+from .cpu.tiles import Choice
 from .kernel_store import KernelStore
 from .linker import linker
 from .tvm_batch import split
@@ -72,6 +74,7 @@ class Fused:
     Attributes:
         kernels: Ours that are called; `calls` (symbol, site) of every call of one, in order.
         context: What beside a kernel's own key decides about its code.
+        convolutions: As in `Lowered`.
     """
 
     module: tvm.IRModule
@@ -79,6 +82,7 @@ class Fused:
     calls: list[tuple[str, str]]
     target: Any
     context: object
+    convolutions: dict[ConvSpec, tuple[Choice, int]]
 
 
 def fused(program: ExportedProgram, device: Device) -> Fused:
@@ -99,7 +103,7 @@ def fused(program: ExportedProgram, device: Device) -> Fused:
         for step in _FUSION:
             module = step(module)
         module = relax.transform.RewriteDataflowReshape()(schedule_rest(module, cpu.lanes, cpu.threads))
-    return Fused(module, lowered.kernels, lowered.calls, target, context)
+    return Fused(module, lowered.kernels, lowered.calls, target, context, lowered.convolutions)
 
 
 def finished(module: tvm.IRModule) -> tvm.IRModule:
@@ -186,6 +190,10 @@ def tvm_target(device: Device) -> Any:
 
 def cpu_machine(device: Device) -> Machine:
     """What the kernels need to know of a CPU, by the device's features."""
+    return replace(_cpu_machine(device), tiles=device.tiles)
+
+
+def _cpu_machine(device: Device) -> Machine:
     features, lanes = device.features, device.lanes
     dot = usable_dots(features, lanes)[0]
     if "avx512f" in features:

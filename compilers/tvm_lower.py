@@ -13,10 +13,11 @@ from typing import Any
 import tvm
 from tvm import relax
 
-from .cpu.convspec import EXPONENTIAL_STEPS, Step
+from .cpu.convspec import EXPONENTIAL_STEPS, ConvSpec, Step
 from .cpu.epilogue import activation
 from .cpu.machine import Machine
 from .cpu.packing import per_channel
+from .cpu.tiles import Choice
 from .tvm_batch import Split, substituted
 from .tvm_graph import UNARY, Array, Graph, Node, chains, range_of, static_shape
 from .tvm_lower_conv import lower_convolution
@@ -37,18 +38,22 @@ _BLOCKED_ELEMENTWISE = {
 
 @dataclass(frozen=True)
 class Lowered:
-    """A module whose `main` calls kernels by their symbols, the kernels, and (symbol, site) of every call in order."""
+    """A module whose `main` calls kernels by their symbols, the kernels, and (symbol, site) of every call in order.
+
+    `convolutions` are those of the program with how each is computed, and the largest sum of its weights.
+    """
 
     module: tvm.IRModule
     kernels: list[Kernel]
     calls: list[tuple[str, str]]
+    convolutions: dict[ConvSpec, tuple[Choice, int]]
 
 
 def lower(graph: Graph, target: Machine, context: object = None) -> Lowered:
     """A graph in kernels; `context` as in `Values`."""
     values = Values(graph, target, context)
     _Lowering(values).function("main")
-    return Lowered(values.builder.get(), values.kernels, values.calls)
+    return Lowered(values.builder.get(), values.kernels, values.calls, values.convolutions)
 
 
 def lower_split(found: Split, target: Machine, context: object = None) -> Lowered:
@@ -71,7 +76,7 @@ def lower_split(found: Split, target: Machine, context: object = None) -> Lowere
             joined = builder.emit(relax.op.concat(results, axis=0))
             result = builder.emit_output(relax.Call(end, [joined]))
         builder.emit_func_output(result)
-    return Lowered(builder.get(), first.kernels, first.calls * found.parts + rest.calls)
+    return Lowered(builder.get(), first.kernels, first.calls * found.parts + rest.calls, first.convolutions)
 
 
 class _Lowering:

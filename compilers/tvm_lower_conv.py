@@ -70,6 +70,7 @@ def lower_convolution(values: Values, chain: Chain) -> None:
         data, spec = values.quantized(data, *values.quantizer(head.args[0])), replace(spec, quantize=False)
     bound = largest_sum(weight, zero_point) if int8 else 0
     spec, choice = chosen(spec, values.target, values.graph.weight_count, bound)
+    values.convolutions[spec] = choice, bound
     if int8 and isinstance(choice, WinogradTile):  # it multiplies words, and is one kernel whatever the weights are
         spec = replace(spec, dot=values.target.dot)
     arguments = [data]

@@ -11,9 +11,11 @@ from typing import Any
 import tvm
 from tvm import relax, te
 
+from .cpu.convspec import ConvSpec
 from .cpu.epilogue import quantize_numbers, quantized
 from .cpu.machine import Machine
 from .cpu.packing import per_channel
+from .cpu.tiles import Choice
 from .kernel_store import kernel_key
 from .tvm_graph import ChainStep, Graph, Node, static_shape
 
@@ -71,6 +73,8 @@ class Values:
         self.plain: dict[Any, Any] = {}
         self.blocked: dict[Any, Any] = {}
         self.calls: list[tuple[str, str]] = []
+        # Every convolution, how it is computed, and the largest sum of its weights.
+        self.convolutions: dict[ConvSpec, tuple[Choice, int]] = beside.convolutions if beside else {}
         self._kernels: dict[object, Kernel] = beside._kernels if beside else {}
         self._context = context
 

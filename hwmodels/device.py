@@ -42,7 +42,8 @@ class Device:
     not predictions. `here` says that it is the machine this process runs on, so that it can be measured; `rpc`
     (`host:port/key`) where a TVM RPC server or tracker leads to it. `instructions`, `identity` (its fingerprint) and
     `siblings` (the fingerprints of its other numbers of threads) are known of one that was pinned, so that other
-    machines can compile for it and predict its latency.
+    machines can compile for it and predict its latency; so are `tiles`, how its convolutions are computed fastest by
+    measurement.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Device:
     instructions: Mapping[str, str] = field(default_factory=dict)
     identity: str = ""
     siblings: Mapping[int, str] = field(default_factory=dict)
+    tiles: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def timed(self) -> bool:

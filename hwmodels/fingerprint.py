@@ -27,7 +27,9 @@ def fingerprint(device: Device) -> str:
     if device.here:
         about |= {"machine": platform.machine(), "cpu": _processor(), "flags": sorted(cpu_flags()), "caches": _caches()}
     else:
-        about |= {"described": {key: value for key, value in asdict(device).items() if key != "siblings"}}
+        about |= {
+            "described": {key: value for key, value in asdict(device).items() if key not in ("siblings", "tiles")}
+        }
     text = json.dumps(about, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

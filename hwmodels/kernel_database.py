@@ -34,6 +34,8 @@ _TABLES = (
     "CREATE TABLE IF NOT EXISTS networks (device TEXT NOT NULL, schedules TEXT NOT NULL, key TEXT NOT NULL,"
     " workloads TEXT NOT NULL, median_s REAL NOT NULL, low_s REAL NOT NULL, high_s REAL NOT NULL,"
     " runs INTEGER NOT NULL, quiet INTEGER NOT NULL, measured REAL NOT NULL, PRIMARY KEY (device, schedules, key))",
+    "CREATE TABLE IF NOT EXISTS tiles (device TEXT NOT NULL, schedules TEXT NOT NULL, convolution TEXT NOT NULL,"
+    " tile TEXT NOT NULL, measured REAL NOT NULL, PRIMARY KEY (device, schedules, convolution))",
 )
 
 
@@ -178,6 +180,29 @@ class KernelDatabase:
         numbers = (time.median_s, time.low_s, time.high_s, time.runs, int(time.quiet), self._clock())
         return (self.device, self.schedules, key, json.dumps(value), *numbers)
 
+    def tiles(self) -> dict[str, str]:
+        """How a convolution is computed fastest, by the convolution; empty where none was measured."""
+        if not self.path.exists():
+            return {}
+        with self._reading() as connection:
+            rows = [row[2:4] for row in _tiles(connection) if row[:2] == (self.device, self.schedules)]
+        return {self._text(convolution): self._text(tile) for convolution, tile in rows}
+
+    def _text(self, value: object) -> str:
+        if not isinstance(value, str):
+            raise DatabaseError(f"{self.path} is damaged: {value!r} is no tile of a convolution. {_REMEDY}")
+        return value
+
+    def add_tiles(self, tiles: Mapping[str, str]) -> None:
+        """Adds tiles by convolution; those that are there are replaced.
+
+        Raises:
+            DatabaseError: the file cannot be written.
+        """
+        rows = [(self.device, self.schedules, name, tile, self._clock()) for name, tile in tiles.items()]
+        with self._writing() as connection:
+            _put(connection, [(self.device, self.schedules, self.title)], [], [], [], rows)
+
     def export(self, path: Path) -> int:
         """Copies everything into a new database file; the number of kernel times in it.
 
@@ -205,13 +230,15 @@ class KernelDatabase:
             networks = connection.execute(
                 "SELECT device, schedules, key, workloads, median_s, low_s, high_s, runs, quiet, measured FROM networks"
             ).fetchall()
+            tiles = _tiles(connection)
         # What is damaged is refused here, not found in this database later.
-        for device, schedules in {tuple(row[:2]) for row in [*rows, *networks]}:
+        for device, schedules in {tuple(row[:2]) for row in [*rows, *networks, *tiles]}:
             damaged = KernelDatabase(other, device, schedules)
             damaged.times()
             damaged.networks()
+            damaged.tiles()
         with self._writing() as connection:
-            _put(connection, devices, references, rows, networks)
+            _put(connection, devices, references, rows, networks, tiles)
         return len(rows)
 
     def contents(self) -> list[Contents]:
@@ -261,6 +288,7 @@ def _put(
     references: Sequence[Sequence[object]],
     times: Sequence[Sequence[object]],
     networks: Sequence[Sequence[object]],
+    tiles: Sequence[Sequence[object]] = (),
 ) -> None:
     connection.executemany(
         "INSERT INTO devices VALUES (?, ?, ?) ON CONFLICT (device, schedules) DO UPDATE SET"
@@ -280,6 +308,19 @@ def _put(
             " WHERE excluded.quiet > quiet OR (excluded.quiet = quiet AND excluded.measured >= measured)",
             rows,
         )
+    connection.executemany(
+        "INSERT INTO tiles VALUES (?, ?, ?, ?, ?) ON CONFLICT (device, schedules, convolution) DO UPDATE SET"
+        " tile = excluded.tile, measured = excluded.measured WHERE excluded.measured >= measured",
+        tiles,
+    )
+
+
+def _tiles(connection: sqlite3.Connection) -> list[tuple[object, ...]]:
+    """Every row; none in a file that an earlier version wrote, which has no such table."""
+    named = connection.execute("SELECT 1 FROM sqlite_master WHERE type = 'table' AND name = 'tiles'").fetchone()
+    if named is None:
+        return []
+    return connection.execute("SELECT device, schedules, convolution, tile, measured FROM tiles").fetchall()
 
 
 def _json(text: object, path: Path) -> object:

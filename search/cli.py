@@ -89,6 +89,7 @@ def parser() -> argparse.ArgumentParser:
     sub = command("profile", "show what every layer costs, what can be reached, and what cannot get faster and why")
     _add_keys(sub)
     sub.add_argument("--no-table", action="store_true", help="do not measure kernels for a latency model")
+    sub.add_argument("--tiles", action="store_true", help="measure how the model's convolutions are computed fastest")
     sub.add_argument("--html", type=Path, metavar="FILE", help="also write a page with pictures")
     sub = command("devices", "list every known device: usable here, or what is missing")
     held = sub.add_mutually_exclusive_group()

@@ -104,7 +104,7 @@ def profile(arguments: argparse.Namespace, command: str) -> Output:
     from .profile import profile as profile_of
 
     with _progress() as progress:
-        result = profile_of(spec, progress, table=not arguments.no_table)
+        result = profile_of(spec, progress, table=not arguments.no_table, tiles=arguments.tiles)
     if arguments.html:
         write_profile_page(result, arguments.html)
     return Output(result, text_of(gains_in_short(result)))

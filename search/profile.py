@@ -21,11 +21,12 @@ from .progress import Progress
 from .reachable import check_answers
 from .slow_sites import LayerCost, layer_costs
 from .table_measuring import TableLimits
+from .tile_measuring import measure_tiles
 from .workers import Failure
 
 
 def profile(
-    spec: Spec, progress: Progress, *, table: bool = True, limits: TableLimits | None = None
+    spec: Spec, progress: Progress, *, table: bool = True, limits: TableLimits | None = None, tiles: bool = False
 ) -> dict[str, object]:
     """Compiles and times the original and the cheapest corners of its space, and builds its latency table.
 
@@ -37,6 +38,7 @@ def profile(
         progress: Told of every step.
         table: Whether to build the table: two to five minutes on a device that was never seen, then under one.
         limits: Of the table.
+        tiles: Whether to measure how the model's convolutions are computed fastest, and keep it for the user.
 
     Returns:
         By device: the original's latency, a row a layer (MACs, bytes, measured seconds, share, the roofline's bound and
@@ -106,6 +108,8 @@ def profile(
             devices[label] = _device(label, peaks, rows, calls, metrics)
             if label in tables:
                 devices[label]["latency_model"] = _table(tables[label])
+            if tiles and device.here and evaluator.compilers[label].name == "tvm":
+                devices[label]["tiles"] = measure_tiles(evaluator, label, progress)
             if not device.timed:
                 devices[label]["predicted_error"] = evaluator.predictor.error(label)
     for label in evaluator.devices if space.choices else ():

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import tvm
 from numpy.typing import NDArray
 
 from .convspec import ConvSpec
 from .depthwise import depthwise
 from .direct import convolution
+from .epilogue import epilogue_buffers
 from .machine import Machine
 from .packing import weight_depthwise, weight_float, weight_int8
 from .tiles import Choice, WinogradTile
@@ -24,6 +26,23 @@ def conv_kernel(spec: ConvSpec, choice: Choice, machine: Machine) -> tvm.tirx.Pr
     if isinstance(choice, WinogradTile):
         return winograd(spec, choice, machine.pairs)
     return depthwise(spec, choice.ow) if spec.depthwise else convolution(spec, choice)
+
+
+def conv_arguments(spec: ConvSpec, choice: Choice, machine: Machine) -> list[tuple[tuple[int, ...], str]]:
+    """Shape and type of every argument of `conv_kernel`, the output last."""
+    plain = spec.in_lanes != spec.lanes
+    data = (spec.n, spec.c, spec.h, spec.w) if plain else (spec.n, spec.in_blocks, spec.h, spec.w, spec.lanes)
+    out = (spec.n, spec.out_blocks, spec.oh, spec.ow, spec.lanes)
+    weight = np.zeros((spec.o, 1 if spec.depthwise else spec.c // spec.groups, *spec.kernel), np.int8)
+    packed = conv_weights(spec, choice, machine, weight if spec.int8 else weight.astype(np.float32))
+    extra = epilogue_buffers(spec.steps, (spec.out_blocks, spec.lanes), out)
+    return [
+        (data, "uint8" if spec.int8 and not spec.quantize else "float32"),
+        *([((2,), "float32")] if spec.int8 else []),
+        *((array.shape, str(array.dtype)) for array in packed),
+        *((shape, "float32") for _, shape in extra),
+        (out, spec.out_dtype),
+    ]
 
 
 def conv_weights(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,7 @@ class Machine:
         fmas: Vector multiply-accumulates of float32 that start in a cycle, each ready after `latency` cycles.
         caches: Bytes of the three levels of cache.
         line_cycles: Cycles to read 64 bytes from the second level, the third and memory, one after the other.
+        tiles: How convolutions are computed that were measured, both as written by `repr`.
     """
 
     lanes: int
@@ -83,6 +84,8 @@ class Machine:
     latency: int = 5
     caches: tuple[int, int, int] = (32 << 10, 1 << 20, 16 << 20)
     line_cycles: tuple[float, float, float] = (0.5, 1.0, 5.0)
+    # Not part of a kernel's key: a choice is in it anyway.
+    tiles: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def pairs(self) -> Dot:

@@ -72,9 +72,12 @@ def chosen(spec: ConvSpec, machine: Machine, model_weights: int = 0, largest_sum
     best: tuple[float, ConvSpec, Choice] | None = None
     for threads in sorted({1, machine.threads if spec.macs >= PARALLEL_MACS else 1}):
         own = replace(spec, threads=threads)
-        tile, cycles = _by_cycles(own, machine, model_weights, largest_sum)[0]
+        ranked = _by_cycles(own, machine, model_weights, largest_sum)
+        tile, cycles = ranked[0]
         if best is None or cycles < best[0]:
-            best = cycles, own, tile
+            # What was measured is taken where it is a way to compute this.
+            measured = machine.tiles.get(repr(own))
+            best = cycles, own, next((other for other, _ in ranked if repr(other) == measured), tile)
     assert best is not None
     return best[1:]
 

@@ -172,3 +172,40 @@ def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path) -> None:
     database = KernelDatabase(tmp_path / "file" / "times.sqlite", "device", "v1")
     with pytest.raises(DatabaseError, match="cannot be written"):
         database.add([_kernel(1)], {})
+
+
+def test_tiles_come_out_as_they_were_added_for_their_device_and_version_alone(database: KernelDatabase) -> None:
+    assert database.tiles() == {}
+    database.add_tiles({"conv a": "tile 1", "conv b": "tile 2"})
+    database.add_tiles({"conv b": "tile 3"})
+    assert database.tiles() == {"conv a": "tile 1", "conv b": "tile 3"}
+    assert KernelDatabase(database.path, "another", "v1").tiles() == {}
+    assert KernelDatabase(database.path, "device", "v2").tiles() == {}
+
+
+def test_tiles_travel_with_the_times(database: KernelDatabase, tmp_path: Path) -> None:
+    database.add([_kernel(1)], {})
+    database.add_tiles({"conv": "tile"})
+    copy = tmp_path / "copy.sqlite"
+    assert database.export(copy) == 1
+    assert KernelDatabase(copy, "device", "v1").tiles() == {"conv": "tile"}
+
+
+def test_a_file_of_before_there_were_tiles_holds_none(database: KernelDatabase, tmp_path: Path) -> None:
+    database.add([_kernel(1)], {})
+    with sqlite3.connect(database.path) as connection:
+        connection.execute("DROP TABLE tiles")
+    assert database.tiles() == {}
+    assert database.export(tmp_path / "copy.sqlite") == 1
+    database.add_tiles({"conv": "tile"})
+    assert database.tiles() == {"conv": "tile"}
+
+
+def test_a_tile_that_is_no_text_is_damage(database: KernelDatabase) -> None:
+    database.add_tiles({"conv": "tile"})
+    with sqlite3.connect(database.path) as connection:
+        connection.execute("UPDATE tiles SET tile = x'00ff'")
+    with pytest.raises(DatabaseError, match=r"is damaged: .* is no tile"):
+        database.tiles()
+    with pytest.raises(DatabaseError, match="is damaged"):
+        KernelDatabase(database.path.parent / "other.sqlite", "device", "v1").merge(database.path)
