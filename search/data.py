@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -41,10 +42,14 @@ class Normalise:
         """(n, ...) of any of the stored types to float32, same shape."""
         if self == Normalise():
             return raw.to(torch.float32)
-        shape = (-1,) + (1,) * (raw.ndim - 2)
-        mean = torch.tensor(self.mean, device=raw.device).reshape(shape)
-        std = torch.tensor(self.std, device=raw.device).reshape(shape)
+        mean, std = (_column(numbers, raw.ndim, raw.device) for numbers in (self.mean, self.std))
         return (raw.to(torch.float32) * self.scale - mean) / std
+
+
+@cache
+def _column(numbers: tuple[float, ...], dimensions: int, device: torch.device) -> Tensor:
+    """The numbers along the second of so many dimensions; kept, because a GPU would wait for them in every step."""
+    return torch.tensor(numbers, device=device).reshape((-1,) + (1,) * (dimensions - 2))
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,6 +116,10 @@ class Split:
             raise TaskError(f"a sample of {count} was asked for; ask for at least 1, or None for all {len(self)}")
         order = torch.randperm(len(self), generator=torch.Generator().manual_seed(0))[:count]
         return self.take(order)
+
+    def to(self, device: torch.device) -> Split:
+        """The split with its samples on a device."""
+        return replace(self, inputs=self.inputs.to(device), targets=self.targets.to(device))
 
     def take(self, indices: Tensor) -> Split:
         """The split of these samples, in this order."""

@@ -22,6 +22,10 @@ class Moves:
         """Those of some images."""
         return Moves(self.offsets[:, indices], self.mirrored[indices])
 
+    def to(self, device: torch.device) -> Moves:
+        """The same on a device."""
+        return Moves(self.offsets.to(device), self.mirrored.to(device))
+
 
 @dataclass(frozen=True)
 class Augment:
@@ -61,12 +65,13 @@ class Augment:
         if not self:
             return images
         n, _, height, width = images.shape
-        offsets, device = moves.offsets.to(images.device), images.device
-        rows = offsets[0, :, None] + torch.arange(height, device=device)
+        device = images.device
+        moves = moves.to(device)
+        rows = moves.offsets[0, :, None] + torch.arange(height, device=device)
         columns = torch.arange(width, device=device).expand(n, width)
         if self.flip:
-            columns = torch.where(moves.mirrored.to(device)[:, None], columns.flip(1), columns)
-        columns = offsets[1, :, None] + columns
+            columns = torch.where(moves.mirrored[:, None], columns.flip(1), columns)
+        columns = moves.offsets[1, :, None] + columns
         padded = functional.pad(images, (self.shift,) * 4, value=self.fill)
         # Channels last, so that one gather takes every image's own rows and columns.
         images_index = torch.arange(n, device=device)[:, None, None]

@@ -153,6 +153,7 @@ class _Training:
             samples=samples,
             own=self.seed,
             folder=folder,
+            device=self.device,
         )
         self.steps_per_epoch = math.ceil(self.lessons.samples / self.recipe.batch)
         self.identity |= {"shared_seed": seed, "samples": self.lessons.samples}
@@ -194,8 +195,9 @@ class _Training:
         """Trains one epoch; 0 is the first."""
         draws = generator(self.seed, epoch)
         self.lessons.begin(epoch)
-        order = torch.randperm(self.lessons.samples, generator=draws)
-        sums = torch.zeros(5, dtype=torch.float64)
+        order = torch.randperm(self.lessons.samples, generator=draws).to(self.device)
+        # The parts of the loss, and the norm of the gradient.
+        sums = torch.zeros(6, dtype=torch.float64, device=self.device)
         devices = [self.device] if self.device.type == "cuda" else []
         self.student.train()
         names = (*self.stages, *self.hints)
@@ -206,32 +208,37 @@ class _Training:
                 number = epoch * self.steps_per_epoch + step
                 parts = self._step(indices, tap if isinstance(tap, FeatureTap) else None, number)
                 sums += parts * len(indices)
-        loss, ce, kl, attention, hints = (sums / self.lessons.samples).tolist()
+        self._check("loss", sums[0], epoch)
+        self._check("norm of the gradient", sums[5], epoch)
+        loss, ce, kl, attention, hints, _ = (sums / self.lessons.samples).tolist()
         self.epochs.append(Epoch(epoch + 1, loss, ce, kl, attention, hints, self.optimiser.param_groups[0]["lr"]))
         return self.epochs[-1]
 
     def _step(self, indices: Tensor, tap: FeatureTap | None, number: int) -> Tensor:
         for group in self.optimiser.param_groups:
             group["lr"] = learning_rate(self.recipe, number, self.steps_per_epoch * self.total_epochs)
-        inputs, targets, wanted = self.lessons.batch(indices, self.device)
+        inputs, targets, wanted = self.lessons.batch(indices)
         logits = self.student(inputs)
         found = tap.features if tap is not None else ()
         features = found[: len(self.stages)], found[len(self.stages) :]
         parts = losses(self.recipe, logits, features, targets, wanted)
         loss = parts[0]
-        self._check("loss", loss.detach(), number)
+        waits = self.device.type == "cpu"  # a GPU goes on meanwhile, and is asked after the epoch
+        if waits:
+            self._check("loss", loss.detach(), *divmod(number, self.steps_per_epoch))
         self.optimiser.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         norm = nn.utils.clip_grad_norm_([p for _, p in trainable(self.student)], self.recipe.clip)
-        self._check("norm of the gradient", norm, number)
+        if waits:
+            self._check("norm of the gradient", norm, *divmod(number, self.steps_per_epoch))
         self.optimiser.step()
-        return parts.detach().cpu().to(torch.float64)
+        return torch.cat((parts.detach(), norm.detach()[None])).to(torch.float64)
 
-    def _check(self, what: str, value: Tensor, step: int) -> None:
+    def _check(self, what: str, value: Tensor, epoch: int, step: int | None = None) -> None:
         if not bool(value.isfinite()):
-            epoch, inside = divmod(step, self.steps_per_epoch)
+            where = "" if step is None else f", step {step + 1}"
             raise DistillError(
-                f"the {what} is {float(value)} in epoch {epoch + 1}, step {inside + 1}; "
+                f"the {what} is {float(value)} in epoch {epoch + 1}{where}; "
                 f"the learning rate {self.recipe.learning_rate} may be too high, or the student broken from the start"
             )
 

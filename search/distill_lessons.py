@@ -20,6 +20,7 @@ from .distill_teacher import Targets, Teacher
 from .errors import UserError
 from .tensor_file import TensorFileError, read_tensors, write_tensors
 
+_CPU = torch.device("cpu")
 _log = logging.getLogger(__name__)
 
 # Always of the same samples together, so that every process computes the same bits.
@@ -29,6 +30,8 @@ _CHUNK = 2048
 # Beyond these the teacher is asked for every batch: of inputs that never move, in memory; of an epoch, on the disk.
 _MEMORY_BYTES = 512 * 2**20
 _DISK_BYTES = 64 * 2**20
+# What an epoch shows is on a GPU beforehand up to so many bytes, else it goes there batch by batch.
+_GPU_BYTES = 2**30
 
 
 class Lessons:
@@ -44,6 +47,7 @@ class Lessons:
         samples: int = 0,
         own: int = 0,
         folder: Path | None = None,
+        device: torch.device = _CPU,
     ) -> None:
         """Nothing is computed before `begin`.
 
@@ -55,11 +59,13 @@ class Lessons:
             samples: In an epoch, every epoch others until all were shown; 0 stands for all.
             own: The student's own seed, by which those that begin an epoch at once share the work.
             folder: Where logits are kept for the other students; None keeps nothing.
+            device: Where batches are to be.
         """
         self._train, self._teacher, self._seed, self._own, self._folder = train, teacher, seed, own, folder
         self.samples = min(samples, len(train)) or len(train)
         self._augments = moves and bool(train.augment)
-        self._shown = train
+        self._device = device
+        self._shown = self._near(train)
         self._moves: Moves | None = None
         self._known: Targets | None = None
         self._warned = False
@@ -70,31 +76,38 @@ class Lessons:
         """Chooses what an epoch shows (0 is the first) and how it moves; reads or computes the teacher's logits."""
         whole = self.samples == len(self._train)
         if not whole:
-            self._shown = self._train.take(self._chosen(epoch))
+            self._shown = self._near(self._train.take(self._chosen(epoch)))
         if self._augments:
-            self._moves = self._train.augment.draw(self.samples, generator(self._seed, epoch, "moves"))
+            moves = self._train.augment.draw(self.samples, generator(self._seed, epoch, "moves"))
+            self._moves = moves.to(self._shown.inputs.device)
         same = whole and not self._augments
         if self._teacher is None or (same and self._known is not None):
             return
         self._known = None
         if self._folder is not None and self._bytes() <= _DISK_BYTES and not self._teacher.stages + self._teacher.hints:
-            self._known = Targets(self._shared("still" if same else f"{epoch:05}", self._folder))
+            logits = self._shared("still" if same else f"{epoch:05}", self._folder)
+            self._known = Targets(logits.to(self._device))
         elif same and self._bytes() <= _MEMORY_BYTES:
             self._known = self._all()
 
-    def batch(self, indices: Tensor, device: torch.device) -> tuple[Tensor, Tensor, Targets | None]:
+    def batch(self, indices: Tensor) -> tuple[Tensor, Tensor, Targets | None]:
         """Normalised inputs (n, ...) of some of the epoch's samples, their classes, and what the teacher says of them.
 
         Args:
             indices: Each below `samples`.
-            device: Where all of it is to be.
         """
-        inputs, targets = self._inputs(indices, device), self._shown.targets[indices].to(device)
+        inputs, targets = self._inputs(indices), self._shown.targets[indices.to(self._shown.targets.device)]
+        targets = targets.to(self._device)
         if self._teacher is None:
             return inputs, targets, None
         if self._known is None:
             return inputs, targets, self._teacher.answer(inputs)
-        return inputs, targets, self._known.take(indices).to(device)
+        return inputs, targets, self._known.take(indices.to(self._device))
+
+    def _near(self, shown: Split) -> Split:
+        """The split on the device, where that has room for it: every step would wait for its copies otherwise."""
+        size = shown.inputs.numel() * shown.inputs.element_size()
+        return shown.to(self._device) if self._device.type != "cpu" and size <= _GPU_BYTES else shown
 
     def _chosen(self, epoch: int) -> Tensor:
         """The samples of an epoch: the next ones in a random order of all, which is drawn anew when it has ended."""
@@ -106,9 +119,10 @@ class Lessons:
             parts.append(order[places[places // count == number] % count])
         return torch.cat(parts)
 
-    def _inputs(self, indices: Tensor, device: torch.device) -> Tensor:
+    def _inputs(self, indices: Tensor) -> Tensor:
         shown = self._shown
-        inputs = shown.inputs[indices].to(device)
+        indices = indices.to(shown.inputs.device)
+        inputs = shown.inputs[indices].to(self._device)
         if self._moves is not None:
             inputs = shown.augment.move(inputs, self._moves.take(indices))
         return shown.normalise(inputs)
@@ -136,7 +150,7 @@ class Lessons:
 
     def _answers(self, start: int, end: int) -> Targets:
         assert self._teacher is not None
-        return self._teacher.answer(self._inputs(torch.arange(start, end), self._teacher.device))
+        return self._teacher.answer(self._inputs(torch.arange(start, end)))
 
     def _shared(self, name: str, folder: Path) -> Tensor:
         """The logits of all samples, on the CPU, from the folder or put there."""

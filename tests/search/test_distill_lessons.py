@@ -57,7 +57,7 @@ def test_the_teacher_speaks_of_the_inputs_that_are_shown(tmp_path: Path, augment
     given = lessons(network, tmp_path if kept else None, split(augment=augment))
     for epoch in (0, 1, 4):
         given.begin(epoch)
-        inputs, _, wanted = given.batch(torch.tensor([49, 3, 0, 20]), CPU)
+        inputs, _, wanted = given.batch(torch.tensor([49, 3, 0, 20]))
         with torch.no_grad():
             torch.testing.assert_close(said(wanted), network(inputs))
 
@@ -69,14 +69,14 @@ def test_every_sample_moves_alike_for_every_student_and_differently_in_every_epo
         given = lessons(Network(), None, own=student)
         for epoch in (0, 1):
             given.begin(epoch)
-            inputs = given.batch(indices, CPU)[0]
+            inputs = given.batch(indices)[0]
             shown.append(torch.empty_like(inputs).index_copy(0, indices, inputs))
     assert torch.equal(shown[0], shown[2])
     assert torch.equal(shown[1], shown[3])
     assert not torch.equal(shown[0], shown[1])
     other = lessons(Network(), None, seed=4)
     other.begin(0)
-    assert not torch.equal(other.batch(torch.arange(50), CPU)[0], shown[0])
+    assert not torch.equal(other.batch(torch.arange(50))[0], shown[0])
 
 
 def test_what_is_kept_is_not_asked_for_again_and_comes_to_the_same(tmp_path: Path) -> None:
@@ -86,7 +86,7 @@ def test_what_is_kept_is_not_asked_for_again_and_comes_to_the_same(tmp_path: Pat
         first.begin(epoch)
         after.begin(epoch)
         indices = torch.arange(50)
-        assert torch.equal(said(first.batch(indices, CPU)[2]), said(after.batch(indices, CPU)[2]))
+        assert torch.equal(said(first.batch(indices)[2]), said(after.batch(indices)[2]))
     assert (network.asked, second.asked) == (2 + 2 * 50, 2)
     assert len(list(tmp_path.iterdir())) == 2 * 3
 
@@ -100,7 +100,7 @@ def test_students_that_begin_at_once_share_the_work(tmp_path: Path) -> None:
         given = lessons(networks[number], tmp_path, split(200), own=number)
         both.wait()
         given.begin(0)
-        results[number] = said(given.batch(torch.arange(200), CPU)[2])
+        results[number] = said(given.batch(torch.arange(200))[2])
 
     threads = [threading.Thread(target=run, args=(number,)) for number in (0, 1)]
     for thread in threads:
@@ -117,7 +117,7 @@ def expected(part: Split) -> Tensor:
     answers, length = [], len(part)
     for chunk in range(0, length, 20):  # in the same batches, for the same bits
         for start in range(chunk, min(chunk + 20, length), 8):
-            answers.append(said(given.batch(torch.arange(start, min(start + 8, chunk + 20, length)), CPU)[2]))
+            answers.append(said(given.batch(torch.arange(start, min(start + 8, chunk + 20, length)))[2]))
     return torch.cat(answers)
 
 
@@ -133,7 +133,7 @@ def test_a_file_that_is_damaged_or_of_others_is_written_again(tmp_path: Path, da
         file.write_bytes({"torn": whole[:-9], "other": b"no tensors", "empty": b""}[damage])
     again = lessons(Network(), tmp_path)
     again.begin(0)
-    assert torch.equal(said(again.batch(torch.arange(50), CPU)[2]), said(given.batch(torch.arange(50), CPU)[2]))
+    assert torch.equal(said(again.batch(torch.arange(50))[2]), said(given.batch(torch.arange(50))[2]))
     assert file.read_bytes() == whole
 
 
@@ -143,7 +143,7 @@ def test_a_folder_that_cannot_be_written_costs_nothing_but_time(
     (tmp_path / "file").write_text("in the way")
     given = lessons(Network(), tmp_path / "file" / "deeper")
     given.begin(0)
-    assert torch.equal(said(given.batch(torch.arange(50), CPU)[2]), expected(split()))
+    assert torch.equal(said(given.batch(torch.arange(50))[2]), expected(split()))
     assert caplog.text.count("are not kept") == 1
 
 
@@ -152,7 +152,7 @@ def test_too_much_to_keep_is_asked_for_by_the_batch(tmp_path: Path, monkeypatch:
     network = Network()
     given = lessons(network, tmp_path)
     given.begin(0)
-    inputs, _, wanted = given.batch(torch.arange(7), CPU)
+    inputs, _, wanted = given.batch(torch.arange(7))
     assert network.asked == 2 + 7
     assert torch.equal(said(wanted), network(inputs))
     assert not list(tmp_path.iterdir())
@@ -171,7 +171,7 @@ def test_epochs_of_some_samples_show_all_of_them_in_turn(tmp_path: Path, kept: b
     seen: list[list[float]] = []
     for epoch in range(5):
         given.begin(epoch)
-        inputs, targets, wanted = given.batch(torch.arange(20), CPU)
+        inputs, targets, wanted = given.batch(torch.arange(20))
         seen.append(inputs[:, 0, 0, 0].tolist())
         assert targets.tolist() == [int(value) % 10 for value in seen[-1]]
         with torch.no_grad():
@@ -180,14 +180,14 @@ def test_epochs_of_some_samples_show_all_of_them_in_turn(tmp_path: Path, kept: b
     assert sorted(flat[:50]) == sorted(flat[50:]) == list(range(50))
     assert flat[:50] != flat[50:]
     other.begin(3)
-    assert other.batch(torch.arange(20), CPU)[0][:, 0, 0, 0].tolist() == seen[3]
+    assert other.batch(torch.arange(20))[0][:, 0, 0, 0].tolist() == seen[3]
 
 
 def test_without_a_teacher_only_inputs_are_shown() -> None:
     part = split()
     given = Lessons(part, None, moves=False, seed=0)
     given.begin(0)
-    inputs, targets, wanted = given.batch(torch.arange(5), CPU)
+    inputs, targets, wanted = given.batch(torch.arange(5))
     assert wanted is None
     assert targets.tolist() == part.targets[:5].tolist()
     assert torch.equal(inputs, part.batch(slice(0, 5)))
@@ -199,3 +199,19 @@ def test_inputs_that_do_not_move_are_asked_for_once(tmp_path: Path) -> None:
     for epoch in (0, 1, 2):
         given.begin(epoch)
     assert network.asked == 2 + 50
+
+
+@pytest.mark.parametrize("samples", [0, 20])
+def test_what_an_epoch_shows_is_on_the_device_before_its_steps(samples: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The meta device has shapes and no values; what stays on the CPU is told from what is there.
+    device = torch.device("meta")
+    given = Lessons(split(), None, moves=True, seed=0, samples=samples, device=device)
+    given.begin(0)
+    inputs, targets, _ = given.batch(torch.arange(5).to(device))
+    assert (inputs.device, targets.device, inputs.shape) == (device, device, (5, 3, 8, 8))
+    # Too large for it, batches go there one by one.
+    monkeypatch.setattr(distill_lessons, "_GPU_BYTES", 20 * 3 * 8 * 8 - 1)
+    given = Lessons(split(), None, moves=True, seed=0, samples=samples, device=device)
+    given.begin(0)
+    inputs, targets, _ = given.batch(torch.arange(5))
+    assert (inputs.device, targets.device, inputs.shape) == (device, device, (5, 3, 8, 8))
