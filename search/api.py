@@ -56,13 +56,21 @@ def launch(
         progress.close()
 
 
-def resume(path: str | Path, *, task: Task | None = None, workers: int | None = None, quiet: bool = False) -> Run:
+def resume(
+    path: str | Path,
+    *,
+    task: Task | None = None,
+    workers: int | None = None,
+    train_only: bool = False,
+    quiet: bool = False,
+) -> Run:
     """Carries on with a run.
 
     Args:
         path: The run's folder.
         task: The task that the run was launched with from Python; None where it was launched by names.
         workers: Another number of workers.
+        train_only: Train what is left to train, on whatever processor; nothing is timed.
         quiet: Show no progress.
 
     Raises:
@@ -70,7 +78,7 @@ def resume(path: str | Path, *, task: Task | None = None, workers: int | None = 
     """
     progress = _progress(quiet)
     try:
-        return resume_run(Path(path), progress, workers, task)
+        return resume_run(Path(path), progress, workers, task, train_only=train_only)
     finally:
         progress.close()
 

@@ -76,6 +76,9 @@ def parser() -> argparse.ArgumentParser:
     sub = command("resume", "carry on with a run that was stopped")
     sub.add_argument("run", type=Path, metavar="RUN")
     sub.add_argument("--workers", type=int, metavar="N", help=KEYS["workers"].help)
+    sub.add_argument(
+        "--train-only", action="store_true", help="train what is left, on whatever processor; time nothing"
+    )
     sub = command("status", "show how far a run is and the best so far")
     sub.add_argument("run", type=Path, metavar="RUN")
     sub = command("report", "write RUN/report.html, one page that holds everything about a run")

@@ -45,7 +45,7 @@ def resume(arguments: argparse.Namespace, command: str) -> Output:
     from .controller import resume_run
 
     with _progress() as progress:
-        run = resume_run(arguments.run, progress, arguments.workers)
+        run = resume_run(arguments.run, progress, arguments.workers, train_only=arguments.train_only)
     return _run_output(run.path, run.front, run.summary())
 
 

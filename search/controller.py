@@ -37,7 +37,7 @@ from .sampler import OPENS, WITH_TABLE, Proposer, opening, strongest
 from .shipping import stored
 from .steps import Steps
 from .task_note import write_task
-from .timed_on import keep_devices
+from .timed_on import keep_devices, lanes_of
 from .trial import State
 from .workers import Failure, Pool, Shared, cluster
 
@@ -50,9 +50,18 @@ PYTHON_MODEL = "python:"
 
 
 def search_run(
-    spec: Spec, out: Path, progress: Progress, command: str = "planish.search.launch", task: Task | None = None
+    spec: Spec,
+    out: Path,
+    progress: Progress,
+    command: str = "planish.search.launch",
+    task: Task | None = None,
+    *,
+    train_only: bool = False,
 ) -> Run:
     """Launches a search, or carries on with it where the folder holds one of the same specification.
+
+    With `train_only` it carries on with the distillation rungs and ends before anything is timed, whatever processor
+    this machine has.
 
     Raises:
         UserError: the specification, the task, a device or the folder is not usable, or a budget is out of reach.
@@ -65,18 +74,28 @@ def search_run(
             f"the run in {out} was launched from Python; carry on with planish.search.resume({str(out)!r}, task=...)"
         )
     RunDirectory.examine(out, spec)  # also before the model is loaded, which may take a minute
-    evaluator = Evaluator(spec, task)
+    # The space is that of the device on which the run began, whose vectors may be others than this machine's.
+    lanes = spec.space.lanes or (lanes_of(out) if train_only else 0)
+    evaluator = Evaluator(replace(spec, space=replace(spec.space, lanes=lanes)), task)
     described = [{"name": label, "title": d.title, "threads": d.threads} for label, d in evaluator.devices.items()]
     known = out.joinpath("spec.toml").exists()
     origin = provenance(spec, command, described)
     with RunDirectory.create(out, spec, origin) as folder:
         if known:
             folder.add_resumption(origin)
-        return _Search(evaluator, folder, progress, task).run()
+        search = _Search(evaluator, folder, progress, task)
+        return search.train() if train_only else search.run()
 
 
-def resume_run(path: Path, progress: Progress, workers: int | None = None, task: Task | None = None) -> Run:
-    """Carries on with the run in a folder.
+def resume_run(
+    path: Path,
+    progress: Progress,
+    workers: int | None = None,
+    task: Task | None = None,
+    *,
+    train_only: bool = False,
+) -> Run:
+    """Carries on with the run in a folder; `train_only` as for `search_run`.
 
     Raises:
         UserError: it is not a run, another controller works on it, or its task is not to be had by name.
@@ -84,7 +103,8 @@ def resume_run(path: Path, progress: Progress, workers: int | None = None, task:
     spec = RunDirectory.open(path).spec()
     if workers is not None:
         spec = replace(spec, workers=workers)
-    return search_run(spec, path, progress, f"planish resume {path.name}", task)
+    command = f"planish resume {path.name}" + (" --train-only" if train_only else "")
+    return search_run(spec, path, progress, command, task, train_only=train_only)
 
 
 class _Search:
@@ -131,11 +151,37 @@ class _Search:
             self._finalists(self._rungs())
         return self._end()
 
-    def _shared(self) -> Shared:
+    def train(self) -> Run:
+        """The distillation rungs that are left, of candidates that are all scored; nothing is timed or compiled.
+
+        Raises:
+            UserError: the run is not that far, or its space is another.
+        """
+        self.folder.write_space(self.space)
+        phase = self.ledger.phase() or "nothing"
+        if phase in ("finalists", "done"):
+            self.progress.note("all of it is trained; carry on where the run began with: planish resume")
+            return Run(self.folder.path)
+        if not phase.startswith("distill"):
+            raise UserError(
+                f"the run in {self.folder.path} has come to {phase} and not to training; carry on where it began"
+            )
+        from .training_device import gpus_here
+
+        gpus = gpus_here(self.spec.distill.device) if self.spec.address == "local" else 0
+        with cluster(self.spec.address, self.spec.workers, gpus) as self.workers:
+            gpu_part(self.spec, 1)
+            self.shared = self._shared(timed=False)
+            self._rungs()
+        self.progress.note("trained; carry on where the run began with: planish resume")
+        return Run(self.folder.path)
+
+    def _shared(self, *, timed: bool = True) -> Shared:
         """What the workers get; on a cluster the task goes into the object store, and a device may be a node's."""
         evaluator = self.evaluator
         if self.spec.address != "local":
             self.folder.listener = Counters(self.folder.path.name).event
+        if self.spec.address != "local" and timed:
             for label, name in zip(self.spec.labels(), self.spec.device, strict=True):
                 if evaluator.devices[label].here and offered(name):
                     worker = DeviceWorker(name)

@@ -27,23 +27,49 @@ def keep_devices(run: Path, devices: Mapping[str, Device]) -> None:
         UserError: a device is another processor now, or the file is damaged.
     """
     path = run / NAME
-    now = {label: {"device": fingerprint(device), "processor": _processor(device)} for label, device in devices.items()}
+    now = {
+        label: {"device": fingerprint(device), "processor": _processor(device), "lanes": device.lanes}
+        for label, device in devices.items()
+    }
     if not path.exists():
         write_json(path, now)
         return
-    try:
-        before = {str(label): (str(d["device"]), str(d["processor"])) for label, d in parsed(path.read_bytes()).items()}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(
-            f"{path} does not say what the run was timed on: {error}; on the machine where it began, delete the file"
-        ) from None
-    for label, (identity, processor) in before.items():
+    for label, (identity, processor, _) in _read(path).items():
         if label in now and now[label]["device"] != identity:
             raise UserError(
                 f"the latencies of the run in {run} are of another {label} ({processor}) than this one "
                 f"({now[label]['processor']}); carry on where it began, or on a Ray cluster where that machine offers "
-                f"device:{label} (docs/distributed.md), or start anew with another --out"
+                f"device:{label} (docs/distributed.md); here only train (planish resume --train-only), or start anew "
+                "with another --out"
             )
+
+
+def lanes_of(run: Path) -> int:
+    """Channels to a vector of the devices that a run began on: its space was made for them.
+
+    Raises:
+        UserError: the run does not say it.
+    """
+    path = run / NAME
+    if not path.exists():
+        raise UserError(f"{path} is missing: the run has not begun; begin it on the machine of its device")
+    return max(lanes for _, _, lanes in _read(path).values())
+
+
+def _read(path: Path) -> dict[str, tuple[str, str, int]]:
+    """(fingerprint, processor, lanes) by label."""
+    try:
+        found = {
+            str(label): (str(d["device"]), str(d["processor"]), int(d["lanes"]))
+            for label, d in parsed(path.read_bytes()).items()
+        }
+        if not found:
+            raise ValueError("it names no device")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(
+            f"{path} does not say what the run was timed on: {error}; on the machine where it began, delete the file"
+        ) from None
+    return found
 
 
 def _processor(device: Device) -> str:

@@ -109,3 +109,30 @@ def test_weights_that_are_gone_stop_the_search_with_one_line_and_ctrl_c_says_how
     assert "Traceback" not in output
     assert not [e for e in events(run) if e["event"] == "end" and e["state"] == "failed"]
     assert max(facts(run).values()) == 1
+
+
+def test_another_processor_trains_and_nothing_else_and_the_run_ends_where_it_began(
+    planish: Command, predicted: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    process = start(predicted, run)
+    wait_for(run, "rung", 1)
+    process.kill()
+    process.wait()
+    # As if it had begun on a machine of another processor.
+    own = (run / "devices.json").read_text(encoding="utf-8")
+    note = {label: entry | {"device": "of another"} for label, entry in json.loads(own).items()}
+    (run / "devices.json").write_text(json.dumps(note), encoding="utf-8")
+    refused = planish("resume", run)
+    assert refused.returncode == 2
+    assert "are of another cpu" in refused.stderr
+    trained = planish("resume", run, "--train-only")
+    assert trained.returncode == 0, trained.stderr
+    assert "trained; carry on where the run began" in trained.stderr
+    found = Counter(str(event["event"]) for event in events(run))
+    assert found["rung"] == 4 + 3
+    assert "finalists" not in {event.get("phase") for event in events(run)}
+    (run / "devices.json").write_text(own, encoding="utf-8")
+    done = planish("resume", run)
+    assert done.returncode == 0, done.stderr
+    assert (run / "front.json").read_bytes() == (undisturbed / "front.json").read_bytes()

@@ -10,7 +10,7 @@ import pytest
 
 from planish.hwmodels.device import parse_device
 from planish.search.errors import UserError
-from planish.search.timed_on import NAME, keep_devices
+from planish.search.timed_on import NAME, keep_devices, lanes_of
 
 
 def test_the_same_processor_carries_on_and_another_is_refused(tmp_path: Path) -> None:
@@ -30,7 +30,7 @@ def test_other_threads_are_another_device(tmp_path: Path) -> None:
         keep_devices(tmp_path, {"cpu": parse_device("cpu?threads=2")})
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"cpu": 3}', '{"cpu": {"device": "x"}}', "[" * 100_000])
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"cpu": 3}', '{"cpu": {"device": "x"}}', "[" * 100_000])
 def test_a_damaged_file_is_a_line(tmp_path: Path, text: str) -> None:
     (tmp_path / NAME).write_text(text)
     with pytest.raises(UserError, match=rf"{NAME} does not say what the run was timed on"):
@@ -41,4 +41,12 @@ def test_a_damaged_file_is_a_line(tmp_path: Path, text: str) -> None:
 def test_the_file_names_no_host(tmp_path: Path) -> None:
     keep_devices(tmp_path, {"cpu": parse_device("cpu")})
     found = json.loads((tmp_path / NAME).read_text())
-    assert found["cpu"].keys() == {"device", "processor"}
+    assert found["cpu"].keys() == {"device", "processor", "lanes"}
+
+
+def test_the_lanes_are_those_of_the_widest_device_that_the_run_began_on(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=rf"{NAME} is missing"):
+        lanes_of(tmp_path)
+    devices = {"a": replace(parse_device("cpu"), lanes=4), "b": replace(parse_device("cpu"), lanes=16)}
+    keep_devices(tmp_path, devices)
+    assert lanes_of(tmp_path) == 16
