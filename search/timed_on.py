@@ -52,7 +52,7 @@ def lanes_of(run: Path) -> int:
     """
     path = run / NAME
     if not path.exists():
-        raise UserError(f"{path} is missing: the run has not begun; begin it on the machine of its device")
+        raise UserError(f"{path} is missing; carry on with the run where it began, once, with this version of planish")
     return max(lanes for _, _, lanes in _read(path).values())
 
 
