@@ -7,7 +7,8 @@ carries on with what is missing.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -131,11 +132,7 @@ class _Search:
                 "the model's space is empty: no layer has an option "
                 f"({'; '.join(f'{k}: {v}' for k, v in list(self.space.left_out.items())[:3])})"
             )
-        from .training_device import gpus_here
-
-        gpus = gpus_here(self.spec.distill.device) if self.spec.address == "local" else 0
-        with cluster(self.spec.address, self.spec.workers, gpus) as self.workers:
-            on_gpu = gpu_part(self.spec, 1) > 0  # before any work: a GPU that is asked for and not there
+        with self._session() as on_gpu:
             self.shared = self._shared()
             pool = Pool(self.shared, self.workers)
             try:
@@ -166,15 +163,24 @@ class _Search:
             raise UserError(
                 f"the run in {self.folder.path} has come to {phase} and not to training; carry on where it began"
             )
-        from .training_device import gpus_here
-
-        gpus = gpus_here(self.spec.distill.device) if self.spec.address == "local" else 0
-        with cluster(self.spec.address, self.spec.workers, gpus) as self.workers:
-            gpu_part(self.spec, 1)
+        with self._session():
             self.shared = self._shared(timed=False)
             self._rungs()
         self.progress.note("trained; carry on where the run began with: planish resume")
         return Run(self.folder.path)
+
+    @contextmanager
+    def _session(self) -> Iterator[bool]:
+        """A Ray session with its number of workers, and whether they train on a GPU.
+
+        Raises:
+            UserError: there is no cluster at the address, or a GPU is asked for that is not there.
+        """
+        from .training_device import gpus_here
+
+        gpus = gpus_here(self.spec.distill.device) if self.spec.address == "local" else 0
+        with cluster(self.spec.address, self.spec.workers, gpus) as self.workers:
+            yield gpu_part(self.spec, 1) > 0
 
     def _shared(self, *, timed: bool = True) -> Shared:
         """What the workers get; on a cluster the task goes into the object store, and a device may be a node's."""

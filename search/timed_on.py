@@ -40,7 +40,7 @@ def keep_devices(run: Path, devices: Mapping[str, Device]) -> None:
                 f"the latencies of the run in {run} are of another {label} ({processor}) than this one "
                 f"({now[label]['processor']}); carry on where it began, or on a Ray cluster where that machine offers "
                 f"device:{label} (docs/distributed.md); here only train (planish resume --train-only), or start anew "
-                "with another --out"
+                f"with another --out; where it is the same processor, and only says otherwise of itself, delete {path}"
             )
 
 
