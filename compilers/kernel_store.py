@@ -96,7 +96,8 @@ class KernelStore:
                     " digest TEXT NOT NULL, bytes INTEGER NOT NULL, used REAL NOT NULL)"
                 )
                 return use(connection)
-        except (sqlite3.Error, OSError) as error:
+        # SQLite quotes what is damaged in its message, and the sqlite3 module decodes that strictly.
+        except (sqlite3.Error, OSError, UnicodeDecodeError) as error:
             if not self._warned:
                 self._warned = True
                 _log.warning(

@@ -135,7 +135,7 @@ class KernelDatabase:
         try:
             median, low, high = (float(number) for number in numbers[:3])
             runs, quiet = int(numbers[3]), bool(numbers[4])
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             raise DatabaseError(f"{self.path} is damaged: the times of {key} are no numbers. {_REMEDY}") from None
         if not 0 < low <= median <= high < inf:
             raise DatabaseError(f"{self.path} is damaged: {key} takes {low} to {high} s. {_REMEDY}")
@@ -252,7 +252,11 @@ class KernelDatabase:
             " GROUP BY t.device, t.schedules ORDER BY 7 DESC"
         )
         with self._reading() as connection:
-            return [Contents(*row) for row in connection.execute(query).fetchall()]
+            rows = connection.execute(query).fetchall()
+        for row in rows:
+            if not all(isinstance(text, str) for text in row[:3]) or not isinstance(row[6], (int, float)):
+                raise DatabaseError(f"{self.path} is damaged: it holds times of {row[:3]} from {row[6]!r} s. {_REMEDY}")
+        return [Contents(*row) for row in rows]
 
     @contextmanager
     def _reading(self) -> Iterator[sqlite3.Connection]:
@@ -340,7 +344,7 @@ def _workload(fields: object, path: Path) -> Workload:
             int(fields["bits"]), int(fields["weight_bytes"]), int(fields["threads"]), str(fields["form"]),
             float(fields["cycles"]),
         )  # fmt: skip
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise DatabaseError(f"{path} is damaged: a workload cannot be read ({error}). {_REMEDY}") from None
 
 
@@ -351,5 +355,6 @@ def _told(path: Path, verb: str) -> Iterator[None]:
     except sqlite3.OperationalError as error:
         remedy = "Another process holds it; try again" if "locked" in str(error) else _REMEDY
         raise DatabaseError(f"the kernel database {path} cannot be {verb}: {error}. {remedy}") from error
-    except (sqlite3.Error, OSError) as error:
+    # SQLite quotes what is damaged in its message, and the sqlite3 module decodes that strictly.
+    except (sqlite3.Error, OSError, UnicodeDecodeError) as error:
         raise DatabaseError(f"the kernel database {path} cannot be {verb}: {error}. {_REMEDY}") from error

@@ -46,7 +46,7 @@ def test_what_was_used_least_recently_makes_room(tmp_path: Path) -> None:
     assert [store.get(key) is not None for key in "abc"] == [True, False, True]
 
 
-@pytest.mark.parametrize("fault", ["garbage", "a folder", "another table"])
+@pytest.mark.parametrize("fault", ["garbage", "a folder", "another table", "no text"])
 def test_a_file_that_cannot_be_used_is_named_once_and_costs_nothing_else(
     tmp_path: Path, fault: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -55,6 +55,9 @@ def test_a_file_that_cannot_be_used_is_named_once_and_costs_nothing_else(
         path.write_bytes(b"no database" * 1000)
     elif fault == "a folder":
         path.mkdir()
+    elif fault == "no text":
+        KernelStore(path).put({"b": b"two"})
+        path.write_bytes(path.read_bytes().replace(b"CREATE TABLE objects", b"CREATE \x80ABLE objects"))
     else:
         with sqlite3.connect(path) as connection:
             connection.execute("CREATE TABLE objects (name TEXT)")

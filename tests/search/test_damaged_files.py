@@ -172,10 +172,22 @@ def test_a_database_with_any_damage_is_read_or_told(database: Path, data: st.Dat
     path = database.parent / "damaged.sqlite"
     path.write_bytes(struck(database.read_bytes(), data))
     found = KernelDatabase(path, "device", "schedules")
-    for read in (found.times, found.networks, found.contents, lambda: found.reference_s("reference")):
+    for read in (found.times, found.networks, found.tiles, found.contents, lambda: found.reference_s("reference")):
         with suppress(DatabaseError):
             read()
     with suppress(DatabaseError):
+        found.add([], {"reference": 2e-6})
+
+
+def test_a_database_whose_fault_is_no_text_is_told(database: Path) -> None:
+    # SQLite says what it cannot parse, and here that is no UTF-8.
+    path = database.parent / "damaged.sqlite"
+    path.write_bytes(database.read_bytes().replace(b"CREATE TABLE about", b"CREATE \x80ABLE about"))
+    found = KernelDatabase(path, "device", "schedules")
+    for read in (found.times, found.networks, found.tiles, found.contents, lambda: found.reference_s("reference")):
+        with pytest.raises(DatabaseError, match="cannot be read"):
+            read()
+    with pytest.raises(DatabaseError, match="cannot be written"):
         found.add([], {"reference": 2e-6})
 
 
