@@ -81,62 +81,64 @@ class HeldOut:
 def measure(evaluator: Any, label: str, candidates: Sequence[Any], database: Any, kept: Path) -> list[HeldOut]:
     """Every candidate that can be built and timed; what the file `kept` has of a quiet machine is not timed again."""
     from planish.compilers.kernel_times import times_version
-    from planish.search.latency_table import plan_of
 
-    known: dict[str, dict[str, Any]] = {}
+    known: dict[str, Row] = {}
     if kept.exists():
         rows = [json.loads(line) for line in kept.read_text(encoding="utf-8").splitlines()]
         known = {row["key"]: row for row in rows if row["version"] == times_version() and row["quiet"]}
-    plans = {}
-    for candidate in candidates:
-        try:
-            plans[candidate.key()] = plan_of(evaluator, label, candidate)
-        except (ValueError, RuntimeError) as error:
-            print(f"left out: {str(error).splitlines()[0]}", file=sys.stderr)
-    missing = [c for c in candidates if c.key() in plans and c.key() not in known]
-    for start in range(0, len(missing), TOGETHER):
-        found = time_some(evaluator, label, missing[start : start + TOGETHER], plans, database)
-        known |= {row["key"]: row for row in found}
+    found = []
+    for start in range(0, len(candidates), TOGETHER):
+        plans, new = measure_some(evaluator, label, candidates[start : start + TOGETHER], known, database)
         with kept.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(row | {"version": times_version()}) + "\n" for row in found)
-    return [
-        HeldOut(plan, known[key]["median_s"], known[key]["quiet"], known[key]["memory_error"])
-        for key, plan in plans.items()
-        if key in known
-    ]
+            file.writelines(json.dumps(row | {"version": times_version()}) + "\n" for row in new.values())
+        rows_of = known | new
+        found += [
+            HeldOut(plan, rows_of[key]["median_s"], rows_of[key]["quiet"], rows_of[key]["memory_error"])
+            for key, plan in plans.items()
+            if key in rows_of
+        ]
+    return found
 
 
-def time_some(
-    evaluator: Any, label: str, candidates: Sequence[Any], plans: dict[str, Any], database: Any
-) -> list[dict[str, Any]]:
-    """Compiles and times some candidates beside the reference: key, median_s, quiet and memory_error of each."""
+def measure_some(
+    evaluator: Any, label: str, candidates: Sequence[Any], known: dict[str, Row], database: Any
+) -> tuple[dict[str, Any], dict[str, Row]]:
+    """The plans of some candidates, and rows of those that are not known, compiled and timed beside the reference.
+
+    A row has key, median_s, quiet and memory_error.
+    """
     from planish.compilers.manifest import read
     from planish.compilers.network_timer import time_networks
+    from planish.compilers.tvm_workloads import plan
     from planish.hwmodels.quiet import settled
     from planish.search import table_measuring as tables
 
-    differences = {}
+    plans: dict[str, Any] = {}
+    artifacts: dict[str, Path] = {}
     with tempfile.TemporaryDirectory() as folder:
-        artifacts = {}
         for candidate in candidates:
             key = candidate.key()
             try:
-                artifacts[key] = tables.compiled_skeleton(evaluator, label, candidate, Path(folder, key))
+                program = tables.program_of(evaluator, candidate)
+                plans[key] = plan(program, evaluator.devices[label])
+                if key not in known:
+                    artifacts[key] = tables.compiled(evaluator, label, program, Path(folder, key))
             except (ValueError, RuntimeError) as error:
                 print(f"left out: {str(error).splitlines()[0]}", file=sys.stderr)
-                continue
-            differences[key] = abs(plans[key].working_bytes - read(artifacts[key]).working_bytes)
+        if not artifacts:
+            return plans, {}
         reference = tables.compiled_reference(evaluator, label, Path(folder, "reference"))
-        known = database.reference_s(f"network {reference.manifest.kernels[0][0]}")
+        quiet_s = database.reference_s(f"network {reference.manifest.kernels[0][0]}")
         timed = time_networks(
-            artifacts, reference.path, evaluator.devices[label], known_reference_s=known, rounds=1000,
-            limit_s=NETWORK_S * len(candidates),
+            artifacts, reference.path, evaluator.devices[label], known_reference_s=quiet_s, rounds=1000,
+            limit_s=NETWORK_S * len(artifacts),
         )  # fmt: skip
+        differences = {key: abs(plans[key].working_bytes - read(path).working_bytes) for key, path in artifacts.items()}
     times = {key: settled(samples, timed.reference_s) for key, samples in timed.samples.items()}
-    return [
-        {"key": key, "median_s": t.median_s, "quiet": t.quiet, "memory_error": differences[key]}
+    return plans, {
+        key: {"key": key, "median_s": t.median_s, "quiet": t.quiet, "memory_error": differences[key]}
         for key, t in times.items()
-    ]
+    }
 
 
 def size_errors(evaluator: Any, candidates: Sequence[Any]) -> list[int]:

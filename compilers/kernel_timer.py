@@ -18,6 +18,7 @@ from .kernel_store import KernelStore
 from .linker import linker
 from .runner import device_lock, environment
 from .tvm_build import kernel_objects, tvm_target
+from .tvm_values import Kernel
 from .tvm_workloads import KernelWork
 
 # Kernels in one library and one child: they share its start, and lose their samples together when one crashes.
@@ -120,15 +121,13 @@ def _linked(
     for start in range(0, len(keys), _TOGETHER):
         group = keys[start : start + _TOGETHER]
         kernels = {work.kernel.symbol: work.kernel for work in [reference, *(works[key] for key in group)]}
-        objects = []
-        with target:
-            for symbol, kernel in kernels.items():
-                try:
-                    objects += kernel_objects([kernel], target, folder, store)
-                except Exception as error:
-                    # One kernel that TVM cannot compile costs its own time only.
-                    reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
-                    failed |= {key: reason for key in group if works[key].kernel.symbol == symbol}
+
+        def lost(kernel: Kernel, error: Exception, group: Sequence[str] = group) -> None:
+            """One kernel that TVM cannot compile costs its own time only."""
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+            failed.update({key: reason for key in group if works[key].kernel.symbol == kernel.symbol})
+
+        objects = kernel_objects(list(kernels.values()), target, folder, store, lost)
         library = folder / f"kernels{start}.so"
         command = [linker(device) or "c++", "-shared", "-fPIC", "-o", str(library), *(str(file) for file in objects)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)

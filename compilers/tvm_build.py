@@ -6,7 +6,8 @@ import math
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -21,6 +22,7 @@ from tvm import relax
 from ..hwmodels.device import Device
 from .artifact import Built
 from .compiler import CompileError
+from .cores import cores
 from .cpu.convspec import ConvSpec
 from .cpu.fallback import schedule_rest
 from .cpu.machine import Machine, usable_dots
@@ -129,29 +131,60 @@ def _told(device: Device) -> Iterator[None]:
         ) from error
 
 
-def kernel_objects(kernels: Sequence[Kernel], target: Any, folder: Path, store: KernelStore) -> list[Path]:
-    """The object files of kernels, from the store or compiled now and stored."""
-    files: list[Path] = []
-    new: dict[str, bytes] = {}
+def kernel_objects(
+    kernels: Sequence[Kernel],
+    target: Any,
+    folder: Path,
+    store: KernelStore,
+    failed: Callable[[Kernel, Exception], None] | None = None,
+) -> list[Path]:
+    """The object files of kernels, from the store or compiled now, on all the cores that are allowed, and stored.
+
+    Args:
+        kernels: Each with a symbol of its own.
+        target: TVM's.
+        folder: Where the files go.
+        store: Of object code.
+        failed: Told of a kernel that cannot be compiled, which has no file then; by default that is raised.
+    """
+    missing: list[Kernel] = []
     old: list[str] = []
     for kernel in kernels:
-        file = folder / f"{kernel.symbol}.o"
         code = store.get(kernel.key)
         if code is None:
-            new[kernel.key] = code = _compiled(kernel, target, file)
+            missing.append(kernel)
         else:
-            file.write_bytes(code)
+            _object_file(folder, kernel).write_bytes(code)
             old.append(kernel.key)
-        files.append(file)
-    store.put(new)
+    found: dict[str, bytes | Exception] = {}
+    # TVM releases Python's lock: two threads take half the time (measured), and what they write is the same.
+    with ThreadPoolExecutor(cores()) as threads:
+        compiled = threads.map(lambda kernel: _compiled(kernel, target, _object_file(folder, kernel)), missing)
+        found.update(zip((kernel.key for kernel in missing), compiled, strict=True))
+    store.put({key: code for key, code in found.items() if isinstance(code, bytes)})
     store.touch(old)
-    return files
+    for kernel in missing:
+        error = found[kernel.key]
+        if isinstance(error, Exception):
+            if failed is None:
+                raise error
+            failed(kernel, error)
+    lost = {kernel.key for kernel in missing if isinstance(found[kernel.key], Exception)}
+    return [_object_file(folder, kernel) for kernel in kernels if kernel.key not in lost]
 
 
-def _compiled(kernel: Kernel, target: Any, file: Path) -> bytes:
-    function = kernel.build().with_attr("global_symbol", kernel.symbol)
-    tvm.compile(tvm.IRModule({kernel.symbol: function}), target).mod.write_to_file(str(file))
-    return file.read_bytes()
+def _object_file(folder: Path, kernel: Kernel) -> Path:
+    return folder / f"{kernel.symbol}.o"
+
+
+def _compiled(kernel: Kernel, target: Any, file: Path) -> bytes | Exception:
+    try:
+        with target:  # of this thread
+            function = kernel.build().with_attr("global_symbol", kernel.symbol)
+            tvm.compile(tvm.IRModule({kernel.symbol: function}), target).mod.write_to_file(str(file))
+        return file.read_bytes()
+    except Exception as error:
+        return error
 
 
 def pack_constants(compiler: str, module: Any, is_system_lib: bool, prefix: str, folder: str) -> str:

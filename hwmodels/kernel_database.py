@@ -59,8 +59,13 @@ class NetworkTime:
     time: Settled
 
     def key(self) -> str:
-        """Equal for networks of the same calls (16 hexadecimal digits)."""
-        return hashlib.sha256(" ".join(work.key() for work in self.workloads).encode()).hexdigest()[:16]
+        """See `network_key`."""
+        return network_key(self.workloads)
+
+
+def network_key(workloads: Sequence[Workload]) -> str:
+    """Equal for networks of the same calls (16 hexadecimal digits)."""
+    return hashlib.sha256(" ".join(work.key() for work in workloads).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)

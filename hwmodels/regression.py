@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import log
@@ -20,25 +21,29 @@ _EPILOGUES = ("quantize=True", "'quantize'", "'add'", "'mul'", "'relu'", "'silu'
 _FUSED = ("_pack", "unpack", "pad", "transpose", "strided_slice", "concat", "quantize", "_add", "_multiply", "_relu")
 _SIZES = ("n", "c", "o", "h", "w", "oh", "ow", "kh", "kw", "stride", "groups", "m", "k", "heads", "s", "t", "bytes")
 _COUNTS = 4  # of the features: what is counted of a workload, before its sizes
-# Folds that tell the error of what is predicted.
-_FOLDS = 5
-# Fewer measured kernels than this are no ground for a forest.
+# Fewer measured kernels than this are no ground for a regression.
 LEAST = 20
+# The process's scales are fitted to so many kernels, and it interpolates between so many: its cost grows with their
+# cube.
+_FOR_SCALES, _MOST = 400, 2500
 
 
 @dataclass(frozen=True)
 class KernelRegression:
-    """Times of unseen kernels: a line through the compiler's own estimate, and a forest on what that leaves.
+    """Times of unseen kernels: a line through the compiler's own estimate, and a Gaussian process on what that leaves.
 
-    Everything is fitted to logarithms, because a tenth too much weighs the same for every kernel. Extremely randomised
-    trees (Geurts et al. 2006) take any mix of sizes without scaling; between kernels of near sizes they interpolate.
+    Everything is fitted to logarithms, because a tenth too much weighs the same for every kernel. The process
+    (Rasmussen and Williams 2006; once differentiable Matern covariance on standardised features, noise fitted too)
+    interpolates between kernels of near sizes, and says how far it has to.
 
     Attributes:
-        error: The standard deviation of log(predicted / measured) on kernels that were not fitted to.
+        error: The standard deviation of log(predicted / measured) of kernels, each predicted from the others.
     """
 
     line: Any
-    forest: Any
+    process: Any
+    centre: NDArray[np.float64]
+    scale: NDArray[np.float64]
     ops: tuple[str, ...]
     error: float
 
@@ -49,34 +54,40 @@ class KernelRegression:
         Raises:
             ValueError: fewer than `LEAST` were given.
         """
+        from sklearn.linear_model import Ridge
+
         if len(times) < LEAST:
             raise ValueError(f"{len(times)} measured kernels are too few to predict others from; measure {LEAST}")
+        rng = np.random.default_rng(seed)
+        if len(times) > _MOST:
+            times = [times[place] for place in np.sort(rng.choice(len(times), _MOST, replace=False))]
         ops = tuple(sorted({t.workload.op for t in times}))
         x = np.array([_features(t.workload, ops) for t in times])
         y = np.log([t.time.median_s for t in times])
-        rng = np.random.default_rng(seed)
-        folds = rng.permutation(len(times)) % _FOLDS
-        left_out = np.empty(len(times))
-        for fold in range(_FOLDS):
-            inside = folds != fold
-            line, forest = _fitted(x[inside], y[inside], len(ops), seed)
-            left_out[~inside] = _predicted(line, forest, x[~inside], len(ops))
-        error = log_error(np.exp(left_out), np.exp(y))
-        return KernelRegression(*_fitted(x, y, len(ops), seed), ops, error)
+        # No coefficient below zero, and counts only here: so more work of the same shapes never takes less.
+        line = Ridge(1.0, positive=True).fit(x[:, : _COUNTS + len(ops)], y)
+        rest = y - line.predict(x[:, : _COUNTS + len(ops)])
+        sizes = _without_counts(x)
+        centre, scale = sizes.mean(0), sizes.std(0)
+        scale = np.where(scale > 0, scale, 1.0)
+        process, left_out = _process((sizes - centre) / scale, rest, rng)
+        error = log_error(np.exp(left_out), np.exp(rest))
+        return KernelRegression(line, process, centre, scale, ops, error)
 
     def predict(self, workloads: Sequence[Workload]) -> NDArray[np.float64]:
         """Seconds of each, shape (n,); an operator that was never measured counts as the average one of its size."""
         if not workloads:
             return np.empty(0)
         x = np.array([_features(work, self.ops) for work in workloads])
-        return np.exp(_predicted(self.line, self.forest, x, len(self.ops)))
+        rest = self.process.predict((_without_counts(x) - self.centre) / self.scale)
+        return np.asarray(np.exp(self.line.predict(x[:, : _COUNTS + len(self.ops)]) + rest), np.float64)
 
     def spread(self, workloads: Sequence[Workload]) -> NDArray[np.float64]:
-        """How far the trees disagree about each, shape (n,): the standard deviation of log seconds."""
+        """How uncertain each is, shape (n,): the process's standard deviation of log seconds."""
         if not workloads:
             return np.empty(0)
-        x = np.array([_features(work, self.ops) for work in workloads])[:, _COUNTS:]
-        return np.asarray(np.std([tree.predict(x) for tree in self.forest.estimators_], axis=0), np.float64)
+        x = _without_counts(np.array([_features(work, self.ops) for work in workloads]))
+        return np.asarray(self.process.predict((x - self.centre) / self.scale, return_std=True)[1], np.float64)
 
 
 def _features(work: Workload, ops: Sequence[str]) -> list[float]:
@@ -90,15 +101,26 @@ def _features(work: Workload, ops: Sequence[str]) -> list[float]:
     ]  # fmt: skip
 
 
-def _fitted(x: NDArray[Any], y: NDArray[Any], ops: int, seed: int) -> tuple[Any, Any]:
-    from sklearn.ensemble import ExtraTreesRegressor
-    from sklearn.linear_model import Ridge
-
-    # No coefficient below zero, and counts only here: so more work of the same shapes never takes less.
-    line = Ridge(1.0, positive=True).fit(x[:, : _COUNTS + ops], y)
-    forest = ExtraTreesRegressor(200, max_features=0.8, random_state=seed, n_jobs=1)
-    return line, forest.fit(x[:, _COUNTS:], y - line.predict(x[:, : _COUNTS + ops]))
+def _without_counts(x: NDArray[Any]) -> NDArray[Any]:
+    """Features of kernels without what is counted, except for the cycles, which tell a kernel's form."""
+    return np.delete(x, np.s_[1:_COUNTS], axis=1)
 
 
-def _predicted(line: Any, forest: Any, x: NDArray[Any], ops: int) -> NDArray[np.float64]:
-    return np.asarray(line.predict(x[:, : _COUNTS + ops]) + forest.predict(x[:, _COUNTS:]), np.float64)
+def _process(x: NDArray[Any], y: NDArray[Any], rng: np.random.Generator) -> tuple[Any, NDArray[np.float64]]:
+    """A Gaussian process of what features (n, f) give values (n,), and each of these predicted from the others."""
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.gaussian_process import GaussianProcessRegressor
+    from sklearn.gaussian_process.kernels import ConstantKernel, Matern, WhiteKernel
+
+    kernel = ConstantKernel(0.1, (1e-4, 1e2)) * Matern(3.0, (0.1, 100.0), nu=1.5) + WhiteKernel(1e-3, (1e-6, 1.0))
+    few = rng.choice(len(x), _FOR_SCALES, replace=False) if len(x) > _FOR_SCALES else np.arange(len(x))
+    with warnings.catch_warnings():
+        # A scale at the end of its range is one that hardly matters.
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        process = GaussianProcessRegressor(kernel, normalize_y=True).fit(x[few], y[few])
+    if len(few) < len(x):
+        process = GaussianProcessRegressor(process.kernel_, optimizer=None, normalize_y=True).fit(x, y)
+    # Leaving one out is a division by the inverse's diagonal (Rasmussen and Williams 2006, 5.12).
+    lower = np.linalg.inv(process.L_)
+    left_out = y - process._y_train_std * process.alpha_ / np.square(lower).sum(0)
+    return process, left_out

@@ -27,8 +27,8 @@ class UnknownKernel(ValueError):
 class TableModel:
     """Sums the times of a network's kernels: from the table, or else predicted from those that are in it.
 
-    `times` is by the workload's key. Predictions state their own error: the table's intervals, the regression's error
-    of every kernel that was not measured, and the corrector's of whole networks.
+    `times` is by the workload's key. Predictions state their own error: the table's intervals, how uncertain the
+    regression is of every kernel that was not measured, and the corrector's error of whole networks.
     """
 
     device: Device
@@ -72,8 +72,9 @@ class TableModel:
                     f"{len(unknown)} kernels are not in the table of {self.device.name}, the first of them {first.op} "
                     f"{dict(first.shapes)}; measure them with `planish profile`"
                 )
-            seconds[unknown] = self.regression.predict([workloads[place] for place in unknown])
-            variances[unknown] = (self.regression.error * seconds[unknown]) ** 2
+            missing = [workloads[place] for place in unknown]
+            seconds[unknown] = self.regression.predict(missing)
+            variances[unknown] = (self.regression.spread(missing) * seconds[unknown]) ** 2
         return seconds, variances
 
     def unmeasured(self, workloads: Sequence[Workload]) -> list[Workload]:

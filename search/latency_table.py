@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,25 +19,33 @@ from ..hwmodels.regression import LEAST as LEAST_KERNELS
 from ..hwmodels.regression import KernelRegression
 from ..hwmodels.table import TableModel
 from ..hwmodels.transfer import TransferModel
-from ..spaces.apply import skeleton
-from ..spaces.quantize import deploy
 from .fitted import fitted
 from .sampler import strongest, uniform_policies
-from .table_measuring import TableLimits, TableMeasuring, by_error, by_weight, quiet_s, reference_program, spread
+from .table_measuring import (
+    Networks,
+    TableLimits,
+    TableMeasuring,
+    by_error,
+    by_weight,
+    program_of,
+    quiet_s,
+    reference_program,
+    spread,
+)
 from .transferred import ENOUGH, carried_over, source_of
 
 if TYPE_CHECKING:
-    from ..compilers.tvm_workloads import Plan
-    from ..spaces.space import Candidate
+    from ..compilers.tvm_workloads import KernelWork, Plan
+    from ..spaces.space import Candidate, SearchSpace
     from .evaluate import Evaluator
     from .progress import Progress
 
 
 # A device that was never seen, and one whose kernels of another model are known: under five minutes, and under one.
-FIRST = TableLimits(candidates=28, kernels=220, networks=12, kernel_s=45.0, network_s=40.0)
-AGAIN = TableLimits(candidates=12, kernels=50, networks=6, kernel_s=10.0, network_s=12.0)
+FIRST = TableLimits(candidates=32, least=12, build_s=170.0, kernels=400, kernel_s=50.0, network_s=40.0)
+AGAIN = TableLimits(candidates=10, least=6, build_s=30.0, kernels=60, kernel_s=8.0, network_s=8.0)
 # One of whose processor another number of threads has a table: networks alone, and the kernels where that fails.
-PROBES = TableLimits(candidates=28, kernels=0, networks=20, kernel_s=0.0, network_s=40.0)
+PROBES = TableLimits(candidates=20, least=12, build_s=100.0, kernels=0, kernel_s=0.0, network_s=40.0)
 
 
 @dataclass(frozen=True)
@@ -84,12 +94,9 @@ def plan_of(evaluator: Evaluator, label: str, candidate: Candidate) -> Plan:
         ValueError: the candidate cannot be built.
         CompileError: it cannot be compiled.
     """
-    import torch
-
     from ..compilers.tvm_workloads import plan
 
-    module = deploy(skeleton(candidate, evaluator.traced, evaluator.proposal))
-    return plan(torch.export.export(module, (evaluator.traced.example,)), evaluator.devices[label])
+    return plan(program_of(evaluator, candidate), evaluator.devices[label])
 
 
 def predict(table: LatencyTable, evaluator: Evaluator, label: str, candidate: Candidate) -> Prediction:
@@ -117,48 +124,62 @@ def build_table(
         seed: Of the random candidates.
         limits: By default `AGAIN` where the database knows the device, else `FIRST`. Where it knows the processor with
             another number of threads, that table is carried over if a few networks say that it can be.
-        more: Candidates whose kernels are to be in the table too.
+        more: Candidates that are to be in the table too.
 
     Raises:
         DatabaseError: the database is damaged.
+        CompileError: the original cannot be compiled.
         RunError: the original cannot be run.
         BusyMachine: others use the cores that measuring needs.
     """
+    start = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="planish-networks-") as folder:
+        return _built(evaluator, label, database, progress, seed, limits, more, Path(folder), start)
+
+
+def table_candidates(space: SearchSpace, count: int, seed: int = 0, more: Sequence[Candidate] = ()) -> list[Candidate]:
+    """What a table is made from: the original first, then such that any beginning of the list covers the space."""
+    rng = np.random.default_rng(seed)
+    uniform = spread(uniform_policies(space), count // 3)
+    chosen = [space.original(), *more, *strongest(space)]
+    for policy in [*uniform[::2], *uniform[1::2]]:
+        chosen += [policy, space.sample(rng)]
+    chosen += [space.sample(rng) for _ in range(count)]
+    return list({candidate.key(): candidate for candidate in chosen}.values())[: max(count, len(more) + 1)]
+
+
+def _built(
+    evaluator: Evaluator,
+    label: str,
+    database: KernelDatabase,
+    progress: Progress,
+    seed: int,
+    limits: TableLimits | None,
+    more: Sequence[Candidate],
+    folder: Path,
+    start: float,
+) -> LatencyTable:
     from ..compilers.tvm_workloads import plan
 
-    start = time.monotonic()
     device = evaluator.devices[label]
     known = database.times()
     carries = limits is None and len(known) < ENOUGH and source_of(device, database) is not None
     limits = limits or (AGAIN if len(known) >= ENOUGH else FIRST)
     notes: list[str] = []
-    space = evaluator.proposal.space
-    rng = np.random.default_rng(seed)
-    original = space.original()
-    chosen = [original, *more, *strongest(space), *spread(uniform_policies(space), limits.candidates // 3)]
-    while len(chosen) < limits.candidates:
-        chosen.append(space.sample(rng))
-    unique = list({candidate.key(): candidate for candidate in chosen}.values())
-    progress.begin(f"plan candidates for {device.name}", len(unique))
-    plans: dict[str, Plan] = {}
-    candidates: dict[str, Candidate] = {}
-    for candidate in unique:
-        try:
-            plans[candidate.key()] = plan_of(evaluator, label, candidate)
-            candidates[candidate.key()] = candidate
-        except (ValueError, RuntimeError) as error:
-            if candidate is original:
-                raise
-            notes.append(f"a candidate cannot be planned: {str(error).splitlines()[0]}")
-        progress.advance()
-    works = {key: work for plan in plans.values() for key, work in plan.kernels.items()}
+    candidates = table_candidates(evaluator.proposal.space, limits.candidates, seed, more)
+    measuring = TableMeasuring(device, database, PROBES if carries else limits, progress, known, notes=notes)
+    planned = Networks()
+    measuring.build(evaluator, label, candidates, planned, folder)
     reference = plan(reference_program(), device)
-    works |= reference.kernels
-    first = [*reference.kernels, *plans[original.key()].kernels]
-    measuring = TableMeasuring(device, database, limits, progress, known, notes=notes)
     if not device.rpc:
         wait_for_quiet(device.threads)
     before = set(known)
+    works: dict[str, KernelWork] = {}
+
+    def look() -> None:
+        works.update(item for one in (*planned.plans.values(), reference) for item in one.kernels.items())
+
+    look()
 
     def finished(model: TableModel | TransferModel, found: HeldOut | None, source: str = "") -> LatencyTable:
         times = [*(t.time for t in known.values()), *(n.time for n in networks)]
@@ -176,15 +197,19 @@ def build_table(
         )
 
     if carries:
-        measuring.limits = PROBES
         measuring.kernels([key for key in reference.kernels if key not in known], works, reference, 1.0)
-        networks = measuring.networks(evaluator, label, plans, candidates, quiet_s(reference, known))
+        networks = measuring.networks(evaluator, label, planned, folder, quiet_s(reference, known))
         carried, origin = carried_over(device, database, networks)
         if carried is not None and carried.trusted:
             return finished(carried, carried.probes, origin)
         reached = "" if carried is None else f": {carried.probes.within_10:.0%} of the probes are within 10 %"
         notes.append(f"{origin} is not carried over{reached}; kernels are measured")
         measuring.limits = limits
+        planned.artifacts.clear()  # they are timed
+        measuring.build(evaluator, label, candidates, planned, folder)
+        look()
+    plans = planned.plans
+    first = [*reference.kernels, *plans[candidates[0].key()].kernels]
     # Half by the time that goes to them, half by how uncertain what the first half tells of them is.
     wanted = [key for key in by_weight(plans.values(), works, first) if key not in known]
     half = limits.kernels // 2 if len(known) + limits.kernels // 2 >= LEAST_KERNELS else limits.kernels
@@ -193,6 +218,6 @@ def build_table(
     if left and len(known) >= LEAST_KERNELS:
         left = by_error(plans.values(), left, KernelRegression.fit(list(known.values()), seed))
     measuring.kernels(left[: limits.kernels - half], works, reference, limits.kernel_s / 2)
-    networks = measuring.networks(evaluator, label, plans, candidates, quiet_s(reference, known))
+    networks = measuring.networks(evaluator, label, planned, folder, quiet_s(reference, known))
     model = fitted(device, known, networks, seed)
     return finished(model, model.corrector.held_out)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import tempfile
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from ..compilers.compiler import CompileError
-from ..hwmodels.kernel_database import DatabaseError, KernelDatabase, KernelTime, NetworkTime
+from ..hwmodels.kernel_database import DatabaseError, KernelDatabase, KernelTime, NetworkTime, network_key
 from ..hwmodels.load import BusyMachine, LoadWatch
 from ..hwmodels.quiet import settled
 from ..spaces.apply import skeleton
@@ -34,13 +33,30 @@ _Item = TypeVar("_Item")
 
 @dataclass(frozen=True)
 class TableLimits:
-    """How much is measured: candidates whose kernels are looked at, kernels, whole networks, and seconds of each."""
+    """How much is measured.
+
+    Attributes:
+        candidates: That are planned, compiled and timed as whole networks.
+        least: Of them, however long it takes.
+        build_s: Seconds after which no further one is planned and compiled.
+        kernels: That are timed alone.
+        kernel_s: Seconds of timing them; `network_s` likewise of whole networks.
+    """
 
     candidates: int
+    least: int
+    build_s: float
     kernels: int
-    networks: int
     kernel_s: float
     network_s: float
+
+
+@dataclass
+class Networks:
+    """Candidates by key as they are planned, and the artifacts of those that have to be timed."""
+
+    plans: dict[str, Plan] = field(default_factory=dict)
+    artifacts: dict[str, Path] = field(default_factory=dict)
 
 
 @dataclass
@@ -84,41 +100,57 @@ class TableMeasuring:
             self._keep(new, name, timed.reference_s)
         self.failed |= timed.failed
 
+    def build(
+        self, evaluator: Evaluator, label: str, candidates: Sequence[Candidate], networks: Networks, folder: Path
+    ) -> None:
+        """Plans candidates, and compiles those of which no time on a quiet machine is known, until the limits end it.
+
+        Those that were tried before are passed over. The first one of all must succeed.
+        """
+        from ..compilers.tvm_workloads import plan
+
+        known = {network.key() for network in self.database.networks() if network.time.quiet}
+        self.progress.begin(f"compile networks for {self.device.name}", self.limits.candidates, len(networks.plans))
+        start = time.monotonic()
+        for candidate in candidates:
+            key, done = candidate.key(), len(networks.plans)
+            late = time.monotonic() - start > self.limits.build_s
+            if done >= self.limits.candidates or (late and done >= self.limits.least):
+                break
+            if key in networks.plans or f"network {key}" in self.failed:
+                continue
+            try:
+                program = program_of(evaluator, candidate)
+                networks.plans[key] = plan(program, self.device)
+                if network_key(networks.plans[key].calls) not in known:
+                    networks.artifacts[key] = compiled(evaluator, label, program, folder / key)
+            except (ValueError, RuntimeError) as error:
+                if candidate is candidates[0]:
+                    raise
+                self.failed[f"network {key}"] = (str(error).splitlines() or [type(error).__name__])[0]
+            self.progress.advance()
+
     def networks(
-        self, evaluator: Evaluator, label: str, plans: Mapping[str, Plan], candidates: Mapping[str, Candidate],
-        quiet_reference_s: float | None,
-    ) -> list[NetworkTime]:  # fmt: skip
-        """Compiles and times some of the planned candidates; all networks that are known of the device."""
+        self, evaluator: Evaluator, label: str, networks: Networks, folder: Path, quiet_reference_s: float | None
+    ) -> list[NetworkTime]:
+        """Times the compiled candidates; all networks that are known of the device."""
         from ..compilers.network_timer import time_networks
 
         found = {network.key(): network for network in self.database.networks()}
-        keys = list(plans)
-        estimates = {key: sum(work.cycles for work in plans[key].calls) for key in keys}
-        # The original, and the rest spread over the range of latencies.
-        chosen = [keys[0], *spread(sorted(keys[1:], key=estimates.__getitem__), self.limits.networks - 1)]
-        chosen = list(dict.fromkeys(chosen))
-        self.progress.begin(f"compile networks for {self.device.name}", len(chosen))
-        with tempfile.TemporaryDirectory(prefix="planish-networks-") as folder:
-            artifacts: dict[str, Path] = {}
-            for key in chosen:
-                try:
-                    artifacts[key] = compiled_skeleton(evaluator, label, candidates[key], Path(folder, key))
-                except CompileError as error:
-                    if key == keys[0]:
-                        raise
-                    self.failed[f"network {key}"] = str(error)
-                self.progress.advance()
-            reference = compiled_reference(evaluator, label, Path(folder, "reference"))
-            name = f"network {reference.manifest.kernels[0][0]}"
-            known_s = self.database.reference_s(name) or quiet_reference_s
-            self.progress.begin(f"time networks on {self.device.name}", len(artifacts))
-            with LoadWatch() as watch:
-                timed = time_networks(
-                    artifacts, reference.path, self.device, known_reference_s=known_s,
-                    limit_s=self.limits.network_s, advance=_advancer(self.progress),
-                )  # fmt: skip
+        if not networks.artifacts:
+            return list(found.values())
+        reference = compiled_reference(evaluator, label, folder / "reference")
+        name = f"network {reference.manifest.kernels[0][0]}"
+        known_s = self.database.reference_s(name) or quiet_reference_s
+        self.progress.begin(f"time networks on {self.device.name}", len(networks.artifacts))
+        with LoadWatch() as watch:
+            timed = time_networks(
+                networks.artifacts, reference.path, self.device, known_reference_s=known_s,
+                limit_s=self.limits.network_s, advance=_advancer(self.progress),
+            )  # fmt: skip
         _refuse(watch, self.device)
         self.failed |= {f"network {key}": reason for key, reason in timed.failed.items()}
+        plans = networks.plans
         new = [NetworkTime(plans[key].calls, settled(s, timed.reference_s)) for key, s in timed.samples.items()]
         found |= {network.key(): network for network in new}
         if new:
@@ -161,18 +193,36 @@ def compiled_reference(evaluator: Evaluator, label: str, folder: Path) -> Artifa
     )
 
 
+def program_of(evaluator: Evaluator, candidate: Candidate) -> ExportedProgram:
+    """A candidate's structure, whose weights nothing was fitted to, as it is compiled.
+
+    Raises:
+        ValueError: it cannot be built.
+    """
+    import torch
+
+    module = deploy(skeleton(candidate, evaluator.traced, evaluator.proposal))
+    return torch.export.export(module, (evaluator.traced.example,))
+
+
 def compiled_skeleton(evaluator: Evaluator, label: str, candidate: Candidate, folder: Path) -> Path:
-    """The artifact of a candidate's structure, whose weights nothing was fitted to.
+    """The artifact of `program_of`.
+
+    Raises:
+        ValueError: the candidate cannot be built.
+        CompileError: it cannot be compiled.
+    """
+    return compiled(evaluator, label, program_of(evaluator, candidate), folder)
+
+
+def compiled(evaluator: Evaluator, label: str, program: ExportedProgram, folder: Path) -> Path:
+    """The artifact of a candidate's program.
 
     Raises:
         CompileError: it cannot be compiled.
     """
-    import torch
-
     from ..compilers.verify import INT8_TOLERANCE
 
-    module = deploy(skeleton(candidate, evaluator.traced, evaluator.proposal))
-    program = torch.export.export(module, (evaluator.traced.example,))
     inputs = evaluator.task.data.validation.batch(slice(0, 1)).unsqueeze(1)
     compiler, device = evaluator.compilers[label], evaluator.devices[label]
     return compiler.compile(program, device, folder, inputs, tolerance=INT8_TOLERANCE).path

@@ -52,7 +52,7 @@ def measure_tiles(evaluator: Evaluator, label: str, progress: Progress, limit_s:
         found |= {contest.convolution: contest for contest in contests(program, device)}
     works = {w.workload.key(): w for contest in found.values() for w in contest.works.values()}
     database = database_of(device)
-    limits = TableLimits(0, len(works), 0, limit_s, 0.0)
+    limits = TableLimits(0, 0, 0.0, len(works), limit_s, 0.0)
     measuring = TableMeasuring(device, database, limits, progress, database.times())
     measuring.kernels(list(works), works, plan(reference_program(), device), limit_s)
     tiles, changed = {}, []

@@ -252,11 +252,13 @@ def evaluator_in_worker(shared: Shared) -> Any:
     """An evaluator in a process of its own, on one thread: workers share the machine's cores."""
     import torch
 
+    from ..compilers.cores import limit_cores
     from .evaluate import Evaluator
 
     if shared.place.is_dir():
         os.chdir(shared.place)
     torch.set_num_threads(1)
+    limit_cores(1)
     task = None if shared.task is None else fetched(shared.task)
     evaluator = Evaluator(shared.spec, task, shared.devices)
     evaluator.times = shared.times

@@ -55,12 +55,12 @@ def skeleton(candidate: Candidate, traced: TracedModel, proposal: Proposal) -> n
         ValueError: the candidate is not of this space.
         ApplyError: the result does not compute what its shape promises.
     """
-    return _build(candidate, traced, proposal, None)
+    return _build(candidate, traced, proposal, None, fitted=False)
 
 
 def rebuild(candidate: Candidate, traced: TracedModel, proposal: Proposal, saved: Mapping[str, Tensor]) -> nn.Module:
     """The compressed model with the weights of `state`; needs no calibration, because they hold what it found."""
-    module = _build(candidate, traced, proposal, None)
+    module = _build(candidate, traced, proposal, None, fitted=False)
     restore(module, saved)
     return module
 
@@ -97,12 +97,18 @@ def notes(module: nn.Module) -> tuple[str, ...]:
 
 def simplify(candidate: Candidate, traced: TracedModel, proposal: Proposal) -> Candidate:
     """The candidate with None for every option that `apply` ignores next to the others; it gives the same model."""
-    module = _build(candidate, traced, proposal, None)
+    module = _build(candidate, traced, proposal, None, fitted=False)
     ignored = {f"{remark.site}:{remark.kind.value}" for remark in _remarks(module) if remark.ignored}
     return Candidate({name: None if name in ignored else option for name, option in candidate.options.items()})
 
 
-def _build(candidate: Candidate, traced: TracedModel, proposal: Proposal, calibration: Tensor | None) -> nn.Module:
+def _build(
+    candidate: Candidate,
+    traced: TracedModel,
+    proposal: Proposal,
+    calibration: Tensor | None,
+    fitted: bool = True,
+) -> nn.Module:
     chosen = _chosen(candidate, proposal)
     module = copy.deepcopy(traced.module).eval()
     extents = {layer.name: extent_of(layer) for layer in traced.layers if layer.op in ("conv2d", "linear")}
@@ -117,7 +123,7 @@ def _build(candidate: Candidate, traced: TracedModel, proposal: Proposal, calibr
     for site, option in chosen.get(Kind.RANK, {}).items():
         remarks += factorise_site(module, site, str(option), extents[site], moments.get(site))
     for site, option in chosen.get(Kind.CLUSTER, {}).items():
-        remarks += share_site(module, site, int(option or 0))
+        remarks += share_site(module, site, int(option or 0), fitted)
     _check(module, traced)
     if calibration is not None and chosen.keys() - {Kind.BITS}:
         correct_batch_norms(module, calibration, memory)

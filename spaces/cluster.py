@@ -63,13 +63,14 @@ class SharedLinear(nn.Linear):
         return F.linear(input, weight_of(self), self.bias)
 
 
-def share(layer: nn.Conv2d | nn.Linear, entries: int) -> SharedConv2d | SharedLinear:
+def share(layer: nn.Conv2d | nn.Linear, entries: int, fitted: bool = True) -> SharedConv2d | SharedLinear:
     """The layer with its weight replaced by the nearest of at most `entries` (<= 256) values, by k-means.
 
     The codebook has exactly `entries` values, used or not, so that its shape does not depend on the weights.
-    (Han, Mao and Dally 2016, "Deep Compression".)
+    (Han, Mao and Dally 2016, "Deep Compression".) Not `fitted`, it is where k-means would begin: structure alone.
     """
-    codebook = kmeans(layer.weight.detach().flatten(), entries)
+    values = layer.weight.detach().flatten()
+    codebook = kmeans(values, entries) if fitted else _quantiles(values.sort().values, entries)
     middles = (codebook[1:] + codebook[:-1]) / 2
     shared = SharedWeight(codebook, torch.bucketize(layer.weight.detach(), middles))
     return SharedLinear(layer, shared) if isinstance(layer, nn.Linear) else SharedConv2d(layer, shared)
@@ -124,10 +125,14 @@ def kmeans(values: Tensor, entries: int) -> Tensor:
     """
     ordered = values.double().sort().values
     sums = torch.cat([ordered.new_zeros(1), ordered.cumsum(0)])
-    ranks = ((torch.arange(entries, dtype=torch.float64) + 0.5) / entries * len(ordered)).long()
     even = torch.linspace(float(ordered[0]), float(ordered[-1]), entries, dtype=torch.float64)
-    fits = [_improved(ordered, sums, *_lloyd(ordered, sums, start)) for start in (ordered[ranks], even)]
+    fits = [_improved(ordered, sums, *_lloyd(ordered, sums, start)) for start in (_quantiles(ordered, entries), even)]
     return max(fits, key=lambda fit: _explained(*fit))[0].to(values.dtype)
+
+
+def _quantiles(ordered: Tensor, entries: int) -> Tensor:
+    ranks = ((torch.arange(entries, dtype=torch.float64) + 0.5) / entries * len(ordered)).long()
+    return ordered[ranks]
 
 
 def _improved(ordered: Tensor, sums: Tensor, centres: Tensor, edges: Tensor) -> tuple[Tensor, Tensor]:

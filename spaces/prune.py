@@ -179,7 +179,8 @@ def _group_norm(module: nn.Module, group: Group) -> Tensor:
         for tensor, dim in _tensors(module, member):
             if tensor.is_floating_point() and tensor.requires_grad:
                 flat = tensor.detach().double().movedim(dim, 0).reshape(tensor.shape[dim], -1)
-                norms = torch.stack([flat[list(positions)].square().sum() for positions in member.indices])
+                sums = flat.square().sum(1)
+                norms = torch.stack([sums[list(positions)].sum() for positions in member.indices])
                 total += norms / norms.mean().clamp_min(1e-30)
     return total
 

@@ -71,15 +71,15 @@ def factorise_site(module: nn.Module, site: str, option: str, extent: Extent, mo
     return [Remark(site, Kind.RANK, f"rank {rank} became {fitted} in what is left", False)]
 
 
-def share_site(module: nn.Module, site: str, entries: int) -> list[Remark]:
-    """Shares the weights of every layer at the site that is large enough to gain from it."""
+def share_site(module: nn.Module, site: str, entries: int, fitted: bool = True) -> list[Remark]:
+    """Shares the weights of every layer at the site that is large enough to gain from it; `fitted` as in `share`."""
     small = []
     names = _layers_at(module, site)
     for name in names:
         layer = module.get_submodule(name)
         assert isinstance(layer, nn.Conv2d | nn.Linear)
         if worth_sharing(layer.weight.numel(), entries):
-            module.set_submodule(name, share(layer, entries))
+            module.set_submodule(name, share(layer, entries, fitted))
         else:
             small.append(name)
     if not names:

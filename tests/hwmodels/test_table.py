@@ -8,12 +8,14 @@ from math import isnan, log
 import numpy as np
 import pytest
 
+from planish.hwmodels import regression as regression_file
 from planish.hwmodels.corrector import Corrector
 from planish.hwmodels.device import host
 from planish.hwmodels.held_out import held_out
 from planish.hwmodels.kernel_database import KernelTime
 from planish.hwmodels.quiet import Settled
 from planish.hwmodels.regression import KernelRegression
+from planish.hwmodels.relative_fit import log_error
 from planish.hwmodels.table import TableModel, UnknownKernel
 from planish.hwmodels.transfer import TransferModel
 from planish.hwmodels.workload import Workload
@@ -84,11 +86,31 @@ def test_more_work_of_the_same_shapes_never_takes_less() -> None:
             assert model.predict([more]).latency_s >= now
 
 
-def test_trees_agree_on_what_they_saw_and_not_between() -> None:
+def test_what_lies_far_from_what_was_measured_is_less_certain() -> None:
     regression = KernelRegression.fit(list(TIMES.values()))
-    assert regression.spread(GRID) == pytest.approx(np.zeros(len(GRID)), abs=1e-9)
-    assert (regression.spread([_work(24, 24, 128), _work(48, 24, 96)]) > 1e-2).all()
+    between, beyond = [_work(24, 24, 128), _work(48, 24, 96)], [_work(512, 512, 4096), _work(2, 300, 9)]
+    assert regression.spread(between).max() < regression.spread(beyond).min()
     assert len(regression.spread([])) == 0
+
+
+def test_the_error_is_that_of_kernels_predicted_from_the_others() -> None:
+    times = list(TIMES.values())
+    stated = KernelRegression.fit(times).error
+    errors = []
+    for place in range(0, len(times), 4):
+        left = [time for number, time in enumerate(times) if number != place]
+        work = times[place].workload
+        errors.append(log(KernelRegression.fit(left).predict([work])[0] / times[place].time.median_s))
+    assert 0.5 < log_error(np.exp(errors), np.ones(len(errors))) / stated < 2
+
+
+def test_many_kernels_are_a_sample_and_the_same_seed_the_same_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(regression_file, "_MOST", 60)
+    monkeypatch.setattr(regression_file, "_FOR_SCALES", 40)
+    unseen = [_work(24, 24, 128), _work(12, 48, 64)]
+    first, again, other = (KernelRegression.fit(list(TIMES.values()), seed).predict(unseen) for seed in (1, 1, 2))
+    assert list(first) == list(again) != list(other)
+    assert first == pytest.approx([_seconds(work) for work in unseen], rel=0.3)
 
 
 def test_too_few_kernels_are_no_ground_for_a_regression() -> None:

@@ -39,7 +39,7 @@ from planish.search.tasks import Task
 
 pytestmark = pytest.mark.tvm
 
-SMALL = TableLimits(candidates=11, kernels=26, networks=9, kernel_s=0.5, network_s=0.5)
+SMALL = TableLimits(candidates=11, least=9, build_s=60.0, kernels=26, kernel_s=0.5, network_s=0.5)
 
 
 @pytest.fixture(autouse=True)
@@ -143,8 +143,7 @@ def test_another_number_of_threads_carries_the_table_over_if_networks_say_that_i
         return 0.8 * alone if follows else alone * float(np.exp(rng.normal(0, 1)))
 
     def measured(self: TableMeasuring, *given: Any) -> list[NetworkTime]:
-        plans = given[2]
-        times = [(plan.calls, seconds(plan.calls)) for plan in plans.values()]
+        times = [(plan.calls, seconds(plan.calls)) for plan in given[2].plans.values()]
         return [NetworkTime(tuple(calls), Settled(s, 0.99 * s, 1.01 * s, 20, True)) for calls, s in times]
 
     monkeypatch.setattr(TableMeasuring, "networks", measured)
@@ -213,7 +212,7 @@ def test_what_is_uncertain_and_takes_time_is_measured_next() -> None:
 def test_times_that_cannot_be_kept_are_used_all_the_same(evaluator: Evaluator, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way of a folder")
     database = database_of(evaluator.devices["cpu"], tmp_path / "file" / "times.sqlite")
-    found = build_table(evaluator, "cpu", database, Progress(None), limits=replace(SMALL, candidates=4, networks=2))
+    found = build_table(evaluator, "cpu", database, Progress(None), limits=replace(SMALL, candidates=4))
     assert found.measured >= 15
     assert len(found.notes) == 1
     assert "times are not kept" in found.notes[0]
