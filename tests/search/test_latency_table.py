@@ -17,6 +17,7 @@ import pytest
 import torch
 from torch import nn
 
+from planish.compilers.compiler import CompileError
 from planish.compilers.kernel_times import database_of
 from planish.hwmodels.cycles import CountedCycles
 from planish.hwmodels.kernel_database import KernelDatabase, NetworkTime
@@ -31,11 +32,12 @@ from planish.search.config import load_spec
 from planish.search.data import Data, Split
 from planish.search.evaluate import Evaluator, Job
 from planish.search.fitted import fitted
-from planish.search.latency_table import LatencyTable, build_table, plan_of, predict
+from planish.search.latency_table import LatencyTable, build_table, plan_of, predict, table_candidates
 from planish.search.library import latency_model
 from planish.search.progress import Progress
-from planish.search.table_measuring import TableLimits, TableMeasuring, by_error
+from planish.search.table_measuring import Networks, TableLimits, TableMeasuring, by_error
 from planish.search.tasks import Task
+from planish.spaces import Kind
 
 pytestmark = pytest.mark.tvm
 
@@ -188,6 +190,73 @@ def test_a_search_predicts_two_threads_from_what_is_known_of_one(
     model = latency_model(two_threads, label)[0]
     assert isinstance(model, TransferModel)
     assert model.trusted
+
+
+def test_any_beginning_of_the_candidates_covers_the_space(evaluator: Evaluator) -> None:
+    space = evaluator.proposal.space
+    found = table_candidates(space, 20, seed=1)
+    assert len({candidate.key() for candidate in found}) == len(found) == 20
+    assert found[0] == space.original()
+    assert table_candidates(space, 20, seed=1) == found != table_candidates(space, 20, seed=2)
+    chosen = [space.encode(candidate) for candidate in found[:12]]
+    constant = [choice for place, choice in enumerate(space.choices) if len({int(c[place]) for c in chosen}) == 1]
+    assert all(choice.kind is Kind.CLUSTER for choice in constant)  # codebooks change no latency
+    more = [space.sample(np.random.default_rng(n)) for n in range(30)]
+    assert table_candidates(space, 20, more=more)[: len(more) + 1] == [space.original(), *more]
+
+
+def test_no_candidate_is_begun_when_time_is_up_but_the_least(
+    evaluator: Evaluator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built: list[Path] = []
+
+    def compiled(evaluator: Evaluator, label: str, program: object, folder: Path) -> Path:
+        built.append(folder)
+        return folder
+
+    monkeypatch.setattr(table_measuring, "compiled", compiled)
+    database = database_of(evaluator.devices["cpu"], tmp_path / "times.sqlite")
+    candidates = table_candidates(evaluator.proposal.space, 8)
+
+    def build(networks: Networks, **limits: Any) -> int:
+        measuring = TableMeasuring(evaluator.devices["cpu"], database, replace(SMALL, **limits), Progress(None), {})
+        measuring.build(evaluator, "cpu", candidates, networks, tmp_path)
+        return len(networks.plans)
+
+    networks = Networks()
+    assert build(networks, candidates=8, least=3, build_s=-1.0) == 3
+    assert list(networks.artifacts) == [candidate.key() for candidate in candidates[:3]]
+    assert build(networks, candidates=5, least=3, build_s=600.0) == 5
+    assert built == [tmp_path / candidate.key() for candidate in candidates[:5]]
+    # What was timed on a quiet machine is planned and not compiled.
+    key = candidates[0].key()
+    database.add([NetworkTime(networks.plans[key].calls, Settled(1e-3, 1e-3, 1e-3, 9, True))], {})
+    again = Networks()
+    assert build(again, candidates=2, least=2, build_s=600.0) == 2
+    assert list(again.artifacts) == [candidates[1].key()]
+
+
+def test_a_candidate_that_cannot_be_built_is_told_and_the_original_must_be(
+    evaluator: Evaluator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    candidates = table_candidates(evaluator.proposal.space, 4)
+    refused = {candidates[2].key()}
+
+    def compiled(evaluator: Evaluator, label: str, program: object, folder: Path) -> Path:
+        if folder.name in refused:
+            raise CompileError("no way")
+        return folder
+
+    monkeypatch.setattr(table_measuring, "compiled", compiled)
+    database = database_of(evaluator.devices["cpu"], tmp_path / "times.sqlite")
+    measuring = TableMeasuring(evaluator.devices["cpu"], database, replace(SMALL, candidates=4), Progress(None), {})
+    networks = Networks()
+    measuring.build(evaluator, "cpu", candidates, networks, tmp_path)
+    assert measuring.failed == {f"network {candidates[2].key()}": "no way"}
+    assert len(networks.artifacts) == 3
+    refused.add(candidates[0].key())
+    with pytest.raises(CompileError, match="no way"):
+        measuring.build(evaluator, "cpu", candidates, Networks(), tmp_path)
 
 
 def test_what_is_uncertain_and_takes_time_is_measured_next() -> None:
