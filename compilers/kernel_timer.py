@@ -30,12 +30,13 @@ class KernelProtocol:
     """How kernels are timed.
 
     Attributes:
-        runs: Samples of every kernel in a round, each of about `sample_s`.
+        runs: Samples of every kernel in a round, a process of its own, each of about `sample_s`: few, because where
+            memory lies differs from process to process, and with it how fast a kernel is.
         rounds: What is not settled after one round is measured again, with all that waits, up to so many times.
         time_limit_s: For a round of `_TOGETHER` kernels.
     """
 
-    runs: int = 8
+    runs: int = 4
     sample_s: float = 1e-4
     rounds: int = 10
     time_limit_s: float = 120.0
