@@ -39,9 +39,9 @@ TURN_S = 0.02
 # Engines of several threads keep them spinning for some 50 ms, on the cores that the next one needs.
 _SPIN_S = 0.2
 # Largest difference from torch, relative to the largest output.
-TOLERANCE = {"fp32": 1e-3, "int8": 0.1, "int4": 0.1}
-# Bits of the weights; the peers get the same weights as bytes.
-BITS = {"int8": 8, "int4": 4}
+TOLERANCE = {"fp32": 1e-3, "int8": 0.1, "int4": 0.1, "w8": 1e-3, "w4": 1e-3}
+# The option of the layers; the peers get the same weights as bytes.
+BITS: dict[str, int | str] = {"int8": 8, "int4": 4, "w8": "w8", "w4": "w4"}
 
 Row = dict[str, Any]
 
@@ -134,7 +134,8 @@ def _difference(output: Any, expected: Any) -> float:
 def summarise(rows: Sequence[Row]) -> dict[str, float | None]:
     """Geometric means and worst cases of peer time over our time, by precision; the best peer counts."""
     summary: dict[str, float | None] = {}
-    for precision in ("fp32", "int8", *(["int4"] if any(r["precision"] == "int4" for r in rows) else [])):
+    asked = [precision for precision in TOLERANCE if any(r["precision"] == precision for r in rows)]
+    for precision in dict.fromkeys(("fp32", "int8", *asked)):
         ratios = [
             r["best_peer_over_planish"] for r in rows if r["precision"] == precision and r["best_peer_over_planish"]
         ]

@@ -20,7 +20,7 @@ from planish.compilers.registry import compiler_for
 from planish.compilers.verify import FLOAT_TOLERANCE, INT8_TOLERANCE
 from planish.hwmodels.device import parse_device
 from planish.spaces.apply import apply
-from planish.spaces.integer import IntegerConv2d, IntegerLinear
+from planish.spaces.integer import IntegerConv2d, IntegerLinear, WeightOnlyLinear
 from planish.spaces.propose import propose
 from planish.spaces.quantize import deploy
 from planish.spaces.space import Candidate, Kind
@@ -159,11 +159,14 @@ def folded(module: nn.Module) -> nn.Module:
     return fuse(module) if any(isinstance(layer, nn.BatchNorm2d) for layer in module.modules()) else module
 
 
-def quantised(module: nn.Module, calibration: Tensor, bits: int = 8) -> nn.Module:
-    """Every convolution and linear layer with int8 inputs and weights of 8 or 4 bits, as the search makes it."""
+def quantised(module: nn.Module, calibration: Tensor, bits: int | str = 8) -> nn.Module:
+    """Every convolution and linear layer that has the option with it, as the search makes it.
+
+    8 and 4 are the bits of weights whose layers have int8 inputs, "w8" and "w4" of weights alone.
+    """
     traced = trace(module, calibration[:1])
     proposal = propose(traced, families=(Kind.BITS,))
-    everywhere = Candidate({choice.name: bits for choice in proposal.space.choices})
+    everywhere = Candidate({c.name: bits if bits in c.options else None for c in proposal.space.choices})
     return apply(everywhere, traced, proposal, calibration)
 
 
@@ -188,12 +191,28 @@ class _Simulated(nn.Module):
         return functional.conv2d(x, weight, layer.bias, layer.stride, layer.padding, layer.dilation, layer.groups)
 
 
+class _SimulatedWeights(nn.Module):
+    """A layer of whole weights in that form: they alone are dequantised."""
+
+    def __init__(self, layer: WeightOnlyLinear) -> None:
+        super().__init__()
+        self.layer = layer
+        self.weight = nn.Parameter(layer.weight.float() * layer.scale[:, None], requires_grad=False)
+        self.zeros = torch.zeros(len(layer.weight), dtype=torch.int32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = torch.fake_quantize_per_channel_affine(self.weight, self.layer.scale, self.zeros, 0, -128, 127)
+        return functional.linear(x, weight, self.layer.bias)
+
+
 def simulated(module: nn.Module) -> nn.Module:
     """The deployed form with its integer layers simulated: the same model, as ONNX can say it."""
     result = deploy(module)
     for name, layer in list(result.named_modules()):
         if isinstance(layer, IntegerConv2d | IntegerLinear):
             result.set_submodule(name, _Simulated(layer))
+        elif isinstance(layer, WeightOnlyLinear):
+            result.set_submodule(name, _SimulatedWeights(layer))
     return result.eval()
 
 

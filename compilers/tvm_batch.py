@@ -155,7 +155,7 @@ def _layers(graph: Graph, batch: int) -> list[Layer]:
 
 def _weights(graph: Graph, node: Node) -> tuple[int, int]:
     """Bytes of the weights as kernels read them, and multiply-accumulates of an image."""
-    if node.op in ("qconv2d", "qlinear"):
+    if node.op in ("qconv2d", "qlinear", "wlinear"):
         weight = node.mark.attributes["weight"] if node.mark else None
     else:
         weight = graph.array(node.args[1]) if node.op in ("relax.nn.conv2d", "relax.matmul") else None

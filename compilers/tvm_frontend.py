@@ -19,7 +19,9 @@ from .compiler import CompileError
 # Each of these becomes one convolution or one matrix product in Relax.
 _PRODUCTS = frozenset(
     f"{name}.default"
-    for name in ("conv1d", "conv2d", "conv3d", "linear", "matmul", "mm", "bmm", "addmm", "qconv2d", "qlinear")
+    for name in (
+        *("conv1d", "conv2d", "conv3d", "linear", "matmul", "mm", "bmm", "addmm", "qconv2d", "qlinear", "wlinear"),
+    )
 ) | {"conv2d.padding"}
 
 
@@ -92,6 +94,11 @@ def import_program(program: ExportedProgram) -> Imported:
             bias=tensors[bias.name],
             zero_point=int(zero_point),
         )
+
+    def wlinear(node: Any, importer: Any) -> Any:
+        x, *rest = node.args
+        weight, scale, bias = (tensors[value.name] for value in rest)
+        return marked("wlinear", importer, [importer.env[x]], node, weight=weight, scale=scale, bias=bias)
 
     def activation(op: str) -> Callable[[Any, Any], Any]:
         return lambda node, importer: marked(op, importer, [importer.env[node.args[0]]], node)
@@ -169,6 +176,7 @@ def import_program(program: ExportedProgram) -> Imported:
         "quantize.default": quantize,
         "qconv2d.default": qconv2d,
         "qlinear.default": qlinear,
+        "wlinear.default": wlinear,
         "batch_norm.default": batch_norm,
         "conv2d.padding": named_padding,
         **dict.fromkeys(("dropout.default", "feature_dropout.default"), dropout),

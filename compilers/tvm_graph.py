@@ -29,7 +29,7 @@ UNARY = {
     "relax.erf": "erf",
 }
 _MARKED_UNARY = ("hardswish", "hardsigmoid")
-_PRODUCTS = ("relax.nn.conv1d", "relax.nn.conv2d", "relax.nn.conv3d", "relax.matmul", "qconv2d", "qlinear")
+_PRODUCTS = ("relax.nn.conv1d", "relax.nn.conv2d", "relax.nn.conv3d", "relax.matmul", "qconv2d", "qlinear", "wlinear")
 
 
 @dataclass(frozen=True)
@@ -212,7 +212,7 @@ def range_of(graph: Graph, chain: Chain) -> list[int]:
 
 def is_head(graph: Graph, node: Node) -> bool:
     """Whether one of our kernels can compute this node."""
-    if node.op in ("qconv2d", "qlinear"):
+    if node.op in ("qconv2d", "qlinear", "wlinear"):
         return True
     if node.op == "relax.nn.conv2d":
         weight = graph.array(node.args[1])

@@ -38,12 +38,7 @@ def layer_workloads(device: Device) -> Callable[[Sequence[LayerShape]], list[Wor
     def one(layer: LayerShape) -> Workload:
         return _dense(layer, machine) if layer.op == "linear" else _convolution(layer, machine)
 
-    return lambda layers: [one(replace(layer, entries=0, stored_bits=_kind(layer))) for layer in layers]
-
-
-def _kind(layer: LayerShape) -> int:
-    """What of the stored bits a kernel of bytes may depend on."""
-    return layer.stored_bits if layer.bits == 8 else layer.bits
+    return lambda layers: [one(replace(layer, entries=0)) for layer in layers]
 
 
 def _dot(layer: LayerShape, machine: Machine) -> Dot | None:
@@ -60,6 +55,10 @@ def _dense(layer: LayerShape, machine: Machine) -> Workload:
     )  # fmt: skip
     size = 1 if dot else 4
     weights = layer.weights * size
+    if not dot and layer.stored_bits < 32:
+        bits = 4 if layer.stored_bits == 4 and layer.inputs % 8 == 0 else 8
+        steps = (Step("scale"), Step("bias"))
+        spec, weights = replace(spec, weight_bits=bits, steps=steps), layer.weights * bits // 8
     if dot and nibbles_pay(spec, LEVELS[layer.stored_bits], machine):
         spec, weights = replace(spec, nibbles=True), weights // 2
     moved = rows * (layer.inputs + layer.outputs) * size + weights

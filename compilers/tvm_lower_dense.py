@@ -7,10 +7,11 @@ from dataclasses import replace
 import numpy as np
 from tvm import relax
 
+from ..spaces.bit_widths import LEVELS
 from .cpu.convspec import Step
 from .cpu.dense import DenseSpec, dense, nibbles_pay
 from .cpu.epilogue import quantize_numbers
-from .cpu.packing import dense_float, dense_int8, dense_nibbles, largest_pair, per_channel
+from .cpu.packing import dense_float, dense_int8, dense_nibbles, dense_whole, largest_pair, per_channel
 from .cpu.tiles import PARALLEL_MACS
 from .tvm_affine import leading_affine
 from .tvm_graph import Chain, ChainStep, static_shape
@@ -19,14 +20,14 @@ from .tvm_values import Values
 
 def lower_dense(values: Values, chain: Chain) -> None:
     """Emits the call of the kernel that computes a chain which begins with a dense layer; its result is plain."""
-    head, int8 = chain.head, chain.head.op == "qlinear"
+    head, int8, whole = chain.head, chain.head.op == "qlinear", chain.head.op in ("qlinear", "wlinear")
     source, quantize = values.quantized_source(head.args[0]) if int8 else (head.args[0], False)
     shape = static_shape(source)
     steps = list(chain.steps)
     zero_point = 0
-    if int8:
+    if whole:
         attributes = head.mark.attributes  # type: ignore[union-attr]
-        weight, zero_point = attributes["weight"], attributes["zero_point"]
+        weight, zero_point = attributes["weight"], attributes.get("zero_point", 0)
         steps = [
             ChainStep(Step("scale"), array=attributes["scale"].astype(np.float64)),
             ChainStep(Step("bias"), array=attributes["bias"].astype(np.float64)),
@@ -38,19 +39,24 @@ def lower_dense(values: Values, chain: Chain) -> None:
         weight = matrix.T
     o, k = weight.shape
     affine, rest = leading_affine(steps, o)
-    if not int8:
+    if not whole:
         weight = weight * affine[0].reshape(-1, 1)
-    arrays = ([("scale", affine[0])] if int8 else []) + [("bias", affine[1])]
+    arrays = ([("scale", affine[0])] if whole else []) + [("bias", affine[1])]
     m, dot = int(np.prod(shape[:-1])), values.target.dot_for(largest_pair(weight)) if int8 else None
     spec = DenseSpec(
         m=m, k=k, o=o, lanes=values.lanes, dot=dot, quantize=quantize,
         steps=(*(Step(name) for name, _ in arrays), *(step.step for step in rest)),
         threads=values.target.threads if m * k * o >= PARALLEL_MACS else 1,
     )  # fmt: skip
-    if int8 and nibbles_pay(spec, int(np.abs(weight.astype(np.int16)).max(initial=0)), values.target):
+    largest = int(np.abs(weight.astype(np.int16)).max(initial=0)) if whole else 0
+    if whole and not int8:
+        spec = replace(spec, weight_bits=4 if largest <= LEVELS[4] and k % 8 == 0 else 8)
+    if int8 and nibbles_pay(spec, largest, values.target):
         spec = replace(spec, nibbles=True)
     if dot:
         packed = (dense_nibbles if spec.nibbles else dense_int8)(weight, zero_point, values.lanes, dot)
+    elif whole:
+        packed = [dense_whole(weight, values.lanes, spec.weight_bits)]
     else:
         packed = [dense_float(weight, values.lanes)]
     arguments = [values.reshaped(values.as_plain(source), (m, k))]
@@ -66,7 +72,7 @@ def lower_dense(values: Values, chain: Chain) -> None:
             arguments.append(relax.const(per_channel(step.array, spec.out_blocks, values.lanes)))
         elif step.operand is not None:
             arguments.append(values.reshaped(values.as_plain(step.operand), (m, o)))
-    name = f"{'q' if int8 else ''}dense_{m}x{k}_{o}"
+    name = f"{'q' if int8 else 'w' if whole else ''}dense_{m}x{k}_{o}"
     kernel = values.kernel(spec, lambda: dense(spec, values.target), name)
     value = values.call(kernel, arguments, relax.TensorType((m, o), spec.out_dtype), head)
     values.plain[chain.last.var] = values.reshaped(value, (*shape[:-1], o))

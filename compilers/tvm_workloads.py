@@ -138,6 +138,8 @@ def workload_of(subject: object, cpu: Machine, moved: int, constant: int) -> Wor
     if isinstance(subject, DenseSpec):
         shapes = {"m": subject.m, "k": subject.k, "o": subject.o}
         cycles = ceil(subject.o / cpu.lanes) * cpu.lanes * subject.m * subject.k / cpu.macs_per_cycle(subject.dot)
+        if subject.weight_bits < 32:  # widened and converted, once for every row of a tile
+            cycles *= 1 + 2 / min(subject.m, 4)
         bits = 8 if subject.int8 else 32
         return Workload(
             "", "linear", shapes, subject.macs, moved, bits, constant, subject.threads, repr(subject),

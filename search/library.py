@@ -218,8 +218,8 @@ def _worthwhile(site: Site, space: SearchSpace) -> tuple[Site, dict[str, str]]:
 
 
 def _timed(layer: LayerShape) -> LayerShape:
-    """What decides how long a layer takes; how its weights are stored does not."""
-    return replace(layer, entries=0, stored_bits=min(layer.bits, 32), bias=True)
+    """What decides how long a layer takes: the bits of its weights do, a codebook does not."""
+    return replace(layer, entries=0, bias=True)
 
 
 def _seconds(evaluator: Evaluator, label: str, layers: Sequence[LayerShape]) -> dict[LayerShape, float]:

@@ -5,3 +5,8 @@ LEVELS = {8: 127, 4: 7}
 # The largest sum of magnitudes of two neighbouring weights: 255 times it fits into 16 bits, in which CPUs without
 # VNNI add the products of two bytes.
 PAIRS = {8: 128, 4: 14}
+# Options of a linear layer that leave its inputs float32, by name: the bits of its weights.
+WEIGHT_ONLY = {"w8": 8, "w4": 4}
+# Weights of a linear layer of one row from which on reading them takes the time: 4 MB of float32, more than a core's
+# second level of cache holds.
+MEMORY_BOUND = 2**20

@@ -16,6 +16,7 @@ _SCHEMAS = {
     "planish::qconv2d": "(Tensor x, Tensor weight, Tensor scale, Tensor bias, int zero_point,"
     " int[] stride, int[] padding, int[] dilation, int groups) -> Tensor",
     "planish::qlinear": "(Tensor x, Tensor weight, Tensor scale, Tensor bias, int zero_point) -> Tensor",
+    "planish::wlinear": "(Tensor x, Tensor weight, Tensor scale, Tensor bias) -> Tensor",
 }
 
 
@@ -69,6 +70,19 @@ def qlinear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, zero_point: 
     return F.linear(x.to(kind) - zero_point, weight.to(kind)).float() * scale + bias
 
 
+@torch.library.custom_op("planish::wlinear", mutates_args=(), schema=_SCHEMAS["planish::wlinear"])
+def wlinear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+    """(sum x * weight) * scale + bias in float32.
+
+    Args:
+        x: float32 (..., i).
+        weight: int8 (o, i).
+        scale: float32 (o,), the weight's.
+        bias: float32 (o,).
+    """
+    return F.linear(x, weight.float()) * scale + bias
+
+
 class IntegerConv2d(nn.Module):
     """A convolution in integers: quantises its float input, returns floats."""
 
@@ -115,6 +129,24 @@ class IntegerLinear(nn.Module):
         return result
 
 
+class WeightOnlyLinear(nn.Module):
+    """A linear layer with int8 weights on float inputs."""
+
+    weight: Tensor
+    scale: Tensor
+    bias: Tensor
+
+    def __init__(self, weight: Tensor, scale: Tensor, bias: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight)
+        self.register_buffer("scale", scale)
+        self.register_buffer("bias", bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = wlinear(x, self.weight, self.scale, self.bias)
+        return result
+
+
 def _exact_dtype(weight: Tensor) -> torch.dtype:
     """float32 if no sum of products with 0..255 can reach 2^24, else float64, which holds every 32-bit sum."""
     largest = 255 * int(weight.flatten(1).long().abs().sum(1).max()) if weight.numel() else 0
@@ -150,11 +182,16 @@ def _(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, zero_point: int) -
     return x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=torch.float32)
 
 
+@wlinear.register_fake
+def _(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
 @register_flop_formula(torch.ops.planish.qconv2d)
 def _(x: torch.Size, weight: torch.Size, *_: object, out_shape: torch.Size, **__: object) -> int:
     return 2 * out_shape.numel() * weight[1:].numel()
 
 
-@register_flop_formula(torch.ops.planish.qlinear)
+@register_flop_formula([torch.ops.planish.qlinear, torch.ops.planish.wlinear])
 def _(x: torch.Size, weight: torch.Size, *_: object, out_shape: torch.Size, **__: object) -> int:
     return 2 * out_shape.numel() * weight[1]

@@ -13,6 +13,7 @@ from math import prod
 import torch
 from torch import nn
 
+from .bit_widths import WEIGHT_ONLY
 from .blocks import group_count
 from .cluster import index_bits, worth_sharing
 from .lowrank import Extent, Rank, fit_rank
@@ -71,9 +72,11 @@ class LayerShape:
         """Of the weights with their scales or codebook and of the bias; see `size.stored_bytes`."""
         constants = 4 * self.outputs if self.bias else 0
         shared = self.entries * 4 + _packed(self.weights * index_bits(self.entries)) if self.entries else None
-        if self.bits < 32:
+        if self.stored_bits < 32:
             plain = _packed(self.weights * self.stored_bits)
-            constants += self.outputs * SCALE_BYTES + SCALE_BYTES + ZERO_POINT_BYTES
+            constants += self.outputs * SCALE_BYTES
+            if self.bits < 32:  # the input's scale and zero point
+                constants += SCALE_BYTES + ZERO_POINT_BYTES
             return constants + (plain if shared is None else min(plain, shared))
         return constants + (4 * self.weights if shared is None else shared)
 
@@ -112,7 +115,9 @@ def layers_at(
         found = tuple(
             replace(part, entries=int(entries)) if worth_sharing(part.weights, int(entries)) else part for part in found
         )
-    if bits is not None:
+    if bits in WEIGHT_ONLY:
+        found = tuple(replace(part, stored_bits=WEIGHT_ONLY[str(bits)]) for part in found)
+    elif bits is not None:
         found = tuple(replace(part, bits=8, stored_bits=int(bits)) for part in found)
     return found
 

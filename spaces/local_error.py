@@ -13,9 +13,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from .moments import Moments, batches, fit
 from .propose import Proposal, extent_of
 from .prune import Group, choose_channels, kept_channels, narrow
-from .quantize import Quantized, input_ranges
+from .quantize import Range, input_ranges
 from .space import Choice, Kind, Option
-from .stages import factorise_site, replace_site, share_site
+from .stages import factorise_site, quantised, replace_site, share_site
 from .trace import TracedModel, reason_of
 
 PROBES = 4  # random directions of the output in which every image's change is looked at
@@ -100,7 +100,7 @@ class _Builder:
         self._proposal, self._moments, self._module = proposal, moments, module
         self._extents = {layer.name: extent_of(layer) for layer in traced.layers if layer.op in ("conv2d", "linear")}
 
-    def replaced(self, choice: Choice, option: Option, ranges: Mapping[str, object]) -> _Change:
+    def replaced(self, choice: Choice, option: Option, ranges: Mapping[str, Range]) -> _Change:
         """The layer with an option of any kind but PRUNE."""
         site = choice.site
         holder = nn.Module()
@@ -114,7 +114,7 @@ class _Builder:
         else:
             layer = holder.layer
             assert isinstance(layer, nn.Conv2d | nn.Linear)
-            holder.layer = Quantized(layer, int(option or 0), ranges[site])  # type: ignore[arg-type]
+            holder.layer = quantised(layer, option, ranges[site])
         compute = holder.layer
         assert isinstance(compute, nn.Module)
         return _Change(site, compute.eval())

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from .bit_widths import MEMORY_BOUND
 from .blocks import block_options
 from .cluster import worth_sharing
 from .coupling import Coupling, couple
@@ -45,7 +46,8 @@ def propose(traced: TracedModel, *, lanes: int = 16, families: Collection[Kind] 
     Options: BLOCK "grouped", "separable", "pointwise", "identity"; PRUNE the fraction of channels removed, such that
     what stays is a multiple of `lanes`; RANK "svd:R", "spatial:R", "tucker:RIxRO" with fewer MACs than the layer;
     CLUSTER the number of codebook entries, for storage only; BITS 8 (weights and inputs) or 4 (weights on a 4-bit
-    grid, read as bytes: sums that fit into 16 bits, fewer instructions where a CPU has none for products of bytes).
+    grid, read as bytes: sums that fit into 16 bits, fewer instructions where a CPU has none for products of bytes), and
+    for linear layers of one row whose weights take the time to read, "w8" or "w4" (weights alone).
     None leaves the layer as it is.
 
     Every layer with parameters has a choice or a reason in `left_out`, under its name or, if it has choices of other
@@ -92,6 +94,12 @@ def _options(kind: Kind, module: nn.Module, layer: Layer, lanes: int) -> list[Op
     """The options of a replaceable layer besides None, or why it has none."""
     assert isinstance(module, nn.Conv2d | nn.Linear)
     if kind is Kind.BITS:
+        if (
+            isinstance(module, nn.Linear)
+            and module.weight.numel() >= MEMORY_BOUND
+            and extent_of(layer).writes == (1, 1)
+        ):
+            return ["w8", 8, "w4", 4]
         return list(WIDTHS)
     if kind is Kind.CLUSTER:
         books = [entries for entries in CODEBOOKS if worth_sharing(module.weight.numel(), entries)]

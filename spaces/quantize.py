@@ -13,8 +13,10 @@ from torch import Tensor, nn
 
 from .bit_widths import LEVELS, PAIRS
 from .cluster import SharedConv2d, SharedLinear, materialise, weight_of
-from .integer import IntegerConv2d, IntegerLinear, qconv2d, qlinear, quantize
+from .integer import IntegerConv2d, IntegerLinear, WeightOnlyLinear, qconv2d, qlinear, quantize
 from .moments import batches, run, watching
+from .rounding import column, round_through
+from .weight_only import WeightQuantized
 
 __all__ = ["LEVELS", "PAIRS", "Quantized", "Range", "deploy", "input_ranges", "qconv2d", "qlinear", "quantize"]
 
@@ -74,12 +76,12 @@ class Quantized(nn.Module):
         steps = _steps(x, input_scale, zero_point)
         weight = weight_of(self.inner)
         weight_scale = self.weight_scale(weight.detach())
-        whole = _whole(weight / _column(weight_scale, weight), self.bits, _axis(self.inner))
+        whole = _whole(weight / column(weight_scale, weight), self.bits, _axis(self.inner))
         scale = input_scale * weight_scale
         bias = self.inner.bias
         if self.training:
             # The weights are fewer than the outputs, which would be read and written twice more, and their gradients.
-            return self._sums(steps, whole * _column(scale, whole), bias)
+            return self._sums(steps, whole * column(scale, whole), bias)
         bias = torch.zeros_like(weight_scale) if bias is None else bias
         if isinstance(self.inner, nn.Linear):
             return self._sums(steps, whole, None) * scale + bias
@@ -104,7 +106,7 @@ class Quantized(nn.Module):
         """The same layer with int8 weights, calling the integer operators."""
         weight = weight_of(self.inner).detach()
         weight_scale = self.weight_scale(weight)
-        whole = _whole(weight / _column(weight_scale, weight), self.bits, _axis(self.inner)).to(torch.int8)
+        whole = _whole(weight / column(weight_scale, weight), self.bits, _axis(self.inner)).to(torch.int8)
         scale, zero_point = self.input_scale()
         bias = torch.zeros_like(weight_scale) if self.inner.bias is None else self.inner.bias.detach().clone()
         values = (whole, scale * weight_scale, bias, float(scale), int(zero_point))
@@ -119,12 +121,12 @@ class Quantized(nn.Module):
 def deploy(module: nn.Module) -> nn.Module:
     """A copy in eval mode that torch.export sees as it will be computed.
 
-    Quantised layers call `planish::quantize` and `planish::qconv2d` or `planish::qlinear` on int8 weights, and shared
-    weights are written out.
+    Quantised layers call `planish::quantize` and `planish::qconv2d` or `planish::qlinear` on int8 weights, or
+    `planish::wlinear` where weights alone are quantised; shared weights are written out.
     """
     result = copy.deepcopy(module).eval().requires_grad_(False)
     for name, layer in list(result.named_modules()):
-        if isinstance(layer, Quantized):
+        if isinstance(layer, Quantized | WeightQuantized):
             result.set_submodule(name, layer.integer())
         elif isinstance(layer, SharedConv2d | SharedLinear) and not _inside_quantized(result, name):
             result.set_submodule(name, materialise(layer).requires_grad_(False))
@@ -154,23 +156,6 @@ def input_ranges(module: nn.Module, names: Mapping[str, object], inputs: Tensor)
         name: Range(lows[name], highs[name], _best_shrink(torch.cat(parts), lows[name], highs[name]))
         for name, parts in samples.items()
     }
-
-
-class _Round(torch.autograd.Function):
-    """Rounds half to even; the gradient passes as if it did not."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return torch.round(x)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        return gradients[0]
-
-
-def _round(x: Tensor) -> Tensor:
-    result: Tensor = _Round.apply(x)  # type: ignore[no-untyped-call]
-    return result
 
 
 class _Steps(torch.autograd.Function):
@@ -218,10 +203,6 @@ def _steps(x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
     return result
 
 
-def _column(scale: Tensor, weight: Tensor) -> Tensor:
-    return scale.reshape(-1, *[1] * (weight.ndim - 1))
-
-
 def _axis(layer: nn.Module) -> int:
     """The axis of a layer's weights along which neighbours are limited together."""
     single = isinstance(layer, nn.Conv2d) and layer.in_channels == 1
@@ -247,9 +228,9 @@ def _whole(steps: Tensor, bits: int, axis: int) -> Tensor:
     """Weights in steps of their scale as whole numbers that keep to `LEVELS` and `PAIRS`."""
     levels = LEVELS[bits]
     if bits == 8:
-        return _round(steps * (levels / _sums_of_pairs(steps.detach(), axis)).clamp_max(1.0))
+        return round_through(steps * (levels / _sums_of_pairs(steps.detach(), axis)).clamp_max(1.0))
     # Rounded first: the largest weight lies at the limit, and one that is cut off there would learn no more.
-    return torch.clamp(_round(steps), -levels, levels)
+    return torch.clamp(round_through(steps), -levels, levels)
 
 
 def _best_clip(weight: Tensor, bits: int, axis: int) -> Tensor:
@@ -257,7 +238,7 @@ def _best_clip(weight: Tensor, bits: int, axis: int) -> Tensor:
     peak = _peak(weight, bits, axis).clamp_min(1e-12)
     errors = []
     for clip in CLIPS:
-        scale = _column(peak * clip / LEVELS[bits], weight)
+        scale = column(peak * clip / LEVELS[bits], weight)
         errors.append((_whole(weight / scale, bits, axis) * scale - weight).square().flatten(1).sum(1))
     return CLIPS[torch.stack(errors).argmin(0)].clone()
 
@@ -274,4 +255,5 @@ def _best_shrink(values: Tensor, low: float, high: float) -> float:
 
 def _inside_quantized(module: nn.Module, name: str) -> bool:
     parent, _, _ = name.rpartition(".")
-    return isinstance(module.get_submodule(parent), Quantized | IntegerConv2d | IntegerLinear)
+    whole = Quantized | WeightQuantized | IntegerConv2d | IntegerLinear | WeightOnlyLinear
+    return isinstance(module.get_submodule(parent), whole)

@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .cluster import SharedConv2d, SharedLinear, SharedWeight, index_bits
 from .quantize import Quantized
+from .weight_only import WeightQuantized
 
 SCALE_BYTES = 4  # float32
 ZERO_POINT_BYTES = 1
@@ -20,10 +21,10 @@ def stored_bytes(module: nn.Module) -> int:
     """The bytes that the module's weights and constants take in storage, rounded up for every tensor.
 
     A quantised layer stores its weights in its bits, a scale for every output channel, and the scale and zero point of
-    its input; a shared weight stores its codebook in float32 and packed indices. A layer that is both stores whichever
-    is smaller, since either gives the same integers. Everything else (biases, batch norms) is stored as it is; what
-    only training needs (batch counters, clips, the momentum of ranges) is not stored, and a tensor that two modules
-    hold is stored once.
+    its input where that is quantised too; a shared weight stores its codebook in float32 and packed indices. A layer
+    that is both stores whichever is smaller, since either gives the same integers. Everything else (biases, batch
+    norms) is stored as it is; what only training needs (batch counters, clips, the momentum of ranges) is not stored,
+    and a tensor that two modules hold is stored once.
     """
     return _total(module, coded=False)
 
@@ -45,7 +46,7 @@ def _total(module: nn.Module, coded: bool) -> int:
     for layer in module.modules():
         if layer in covered:
             continue
-        if isinstance(layer, Quantized):
+        if isinstance(layer, Quantized | WeightQuantized):
             covered.update(layer.inner.modules())
             total += _quantized_bytes(layer, counted, coded)
         elif isinstance(layer, SharedWeight):
@@ -75,9 +76,11 @@ def count_macs(module: nn.Module, example: Tensor) -> int:
     return counter.get_total_flops() // 2
 
 
-def _quantized_bytes(layer: Quantized, counted: set[int], coded: bool) -> int:
+def _quantized_bytes(layer: Quantized | WeightQuantized, counted: set[int], coded: bool) -> int:
     inner = layer.inner
-    constants = len(layer.clip) * SCALE_BYTES + SCALE_BYTES + ZERO_POINT_BYTES
+    constants = len(layer.clip) * SCALE_BYTES
+    if isinstance(layer, Quantized):
+        constants += SCALE_BYTES + ZERO_POINT_BYTES
     if inner.bias is not None:
         constants += _plain_bytes(inner.bias, counted)
     shared = inner.shared if isinstance(inner, SharedConv2d | SharedLinear) else None

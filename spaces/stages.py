@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from .bit_widths import WEIGHT_ONLY
 from .blocks import Grouped, Separable, build_block
 from .cluster import share, worth_sharing
 from .lowrank import Extent, Rank, factorise, fit_rank
@@ -14,6 +15,7 @@ from .moments import Moments
 from .prune import Group, choose_channels, kept_channels, narrow
 from .quantize import Quantized, Range, input_ranges
 from .space import Kind, Option
+from .weight_only import WeightQuantized
 
 Kept = Sequence[tuple[Group, Tensor]]
 
@@ -90,14 +92,23 @@ def share_site(module: nn.Module, site: str, entries: int, fitted: bool = True) 
 
 def quantise_sites(module: nn.Module, options: Mapping[str, Option], calibration: Tensor | None) -> list[Remark]:
     """Quantises every layer at the sites; without calibration their input ranges are placeholders to be loaded."""
-    bits = {name: int(option or 0) for site, option in options.items() for name in _layers_at(module, site)}
+    found = {name: option for site, option in options.items() for name in _layers_at(module, site)}
+    bits = {name: option for name, option in found.items() if option not in WEIGHT_ONLY}
     empty = [site for site in options if not _layers_at(module, site)]
     ranges: Mapping[str, Range] = {} if calibration is None else input_ranges(module, bits, calibration)
-    for name, width in bits.items():
+    for name, option in found.items():
         layer = module.get_submodule(name)
         assert isinstance(layer, nn.Conv2d | nn.Linear)
-        module.set_submodule(name, Quantized(layer, width, ranges.get(name, Range(0.0, 1.0))))
+        module.set_submodule(name, quantised(layer, option, ranges.get(name, Range(0.0, 1.0))))
     return [Remark(site, Kind.BITS, "there is no weight left to quantise", True) for site in empty]
+
+
+def quantised(layer: nn.Conv2d | nn.Linear, option: Option, seen: Range) -> Quantized | WeightQuantized:
+    """The layer with an option of BITS; `seen` are the values of its input, where that is quantised too."""
+    if option in WEIGHT_ONLY:
+        assert isinstance(layer, nn.Linear)  # `propose` offers it to no other
+        return WeightQuantized(layer, WEIGHT_ONLY[str(option)])
+    return Quantized(layer, int(option or 0), seen)
 
 
 def _same_channels(site: str, kept: Kept) -> bool:

@@ -22,6 +22,8 @@ class DenseSpec:
     """y[m, o] = steps(sum_k x[m, k] w[o, k]); `quantize` as in `ConvSpec`, and the result is float32 or uint8.
 
     Tensors of the steps `add` and `mul` are (m, o). With `nibbles` two weights of 4 bits are in a byte of memory.
+    `weight_bits` are those of the weights that float32 data are multiplied with: 32, 8, or 4, of which eight are in an
+    int32 and k a multiple of eight.
     """
 
     m: int
@@ -33,6 +35,7 @@ class DenseSpec:
     steps: tuple[Step, ...] = ()
     threads: int = 1
     nibbles: bool = False
+    weight_bits: int = 32
 
     @property
     def int8(self) -> bool:
@@ -47,6 +50,8 @@ class DenseSpec:
     @property
     def step(self) -> int:
         """Inputs that one turn of the innermost loop sums."""
+        if self.weight_bits == 4:
+            return 8
         return (self.dot.depth if self.dot else 1) * (2 if self.nibbles else 1)
 
     @property
@@ -73,7 +78,7 @@ def dense(spec: DenseSpec, machine: Machine) -> tvm.tirx.PrimFunc:
 
 
 def nibbles_pay(spec: DenseSpec, largest: int, machine: Machine) -> bool:
-    """Whether two weights in a byte are faster: unpacking takes instructions, and waiting for memory takes longer.
+    """Whether two weights in a byte are faster for bytes: unpacking takes instructions, waiting for memory longer.
 
     Measured on AVX2, of 4-bit weights beside the same ones in bytes: of one row of inputs 1.3 to 1.9 times as fast
     where the second level of cache does not hold the bytes, of four rows 1.15 to 1.3 times where the third does not;
@@ -99,7 +104,9 @@ class _Dense:
         self.numbers = argument("input", (2,)) if dot else None
         self.depth = ceil(spec.k / spec.step)
         inner = (lanes, dot.depth) if dot else (lanes,)
-        kind = "uint8" if spec.nibbles else "int8" if dot else "float32"
+        kind = {32: "float32", 8: "int8", 4: "int32"}[spec.weight_bits]
+        if dot:
+            kind = "uint8" if spec.nibbles else "int8"
         self.weight = argument("weight", (blocks, self.depth, *inner), kind)
         self.correction = argument("correction", (blocks, lanes), "int32") if spec.corrected else None
         shapes = epilogue_buffers(spec.steps, (blocks, lanes), (spec.m, spec.o))
@@ -136,7 +143,8 @@ class _Dense:
         else:
             sums = product(
                 rows, blocks, spec.lanes, (self.depth,),
-                lambda i, r: self.data[row + i, r], lambda j, r, lane: self.weight[block + j, r, lane],
+                lambda i, r, part: self.data[row + i, r * spec.step + part],
+                lambda j, r, part, lane: self._float(self.weight[block + j, r, lane], part), parts=spec.step,
             )  # fmt: skip
         sums = copied(sums, rows, blocks, spec.lanes, "int32" if dot else "float32")
         lanes = spec.o % spec.lanes if partial else spec.lanes
@@ -149,6 +157,14 @@ class _Dense:
             place = (row + i, (block + j) * spec.lanes + lane)
             value = finish(spec.steps, self.extra, value, (block + j, lane), place)
             T.buffer_store(self.out, value, list(place))
+
+    def _float(self, weight: Any, part: int) -> Any:
+        """The weights of one input, of which several may be in a number, as float32."""
+        if self.spec.weight_bits == 32:
+            return weight
+        if self.spec.weight_bits == 4:  # to the top, and back with its sign
+            weight = T.shift_right(T.shift_left(weight, T.int32(28 - 4 * part)), T.int32(28))
+        return T.cast(weight, "float32")
 
     def _copied(self) -> Any:
         """The data as the products take them: quantised, widened, filled up to whole steps."""

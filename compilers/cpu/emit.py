@@ -116,10 +116,12 @@ def product(
     left: Callable[..., Any],
     right: Callable[..., Any],
     start: Callable[[int, int, Any], Any] | None = None,
+    parts: int = 0,
 ) -> Sums:
     """Sums of left(i, *r) * right(j, *r, lane) over the indices r of `depth`, in registers: (rows, blocks, lanes).
 
     They begin at start(i, j, lane), or at zero. The result gives the sum of (i, j, lane); i and j must be numbers.
+    With `parts` a turn of the loops is so many steps, whose number follows `*r`.
     """
     sums = local((rows, blocks, lanes))
     tile = [(i, j) for i in range(rows) for j in range(blocks)]
@@ -129,11 +131,12 @@ def product(
 
     def step(*r: Any) -> None:
         with T.vectorized(0, lanes) as lane:
-            weights = [T.bind(right(j, *r, lane)) for j in range(blocks)]
-            for i in range(rows):
-                value = T.bind(left(i, *r))
-                for j in range(blocks):
-                    T.buffer_store(sums, sums[i, j, lane] + value * weights[j], [i, j, lane])
+            for place in [(*r, part) for part in range(parts)] if parts else [r]:
+                weights = [T.bind(right(j, *place, lane)) for j in range(blocks)]
+                for i in range(rows):
+                    value = T.bind(left(i, *place))
+                    for j in range(blocks):
+                        T.buffer_store(sums, sums[i, j, lane] + value * weights[j], [i, j, lane])
 
     _nest(depth, step)
     return lambda i, j, lane: sums[i, j, lane]

@@ -93,6 +93,20 @@ def dense_float(weight: Array, lanes: int) -> Array:
     return np.ascontiguousarray(filled.reshape(blocks, lanes, k).transpose(0, 2, 1))
 
 
+def dense_whole(weight: Array, lanes: int, bits: int) -> Array:
+    """(o, k) int8 to (blocks, k, lanes) int8; of 4 bits, within -8..7 and k = 8 j, to (blocks, j, lanes) int32.
+
+    There a number holds the weights of eight inputs that follow each other, the first in its lowest 4 bits.
+    """
+    packed = dense_float(weight.astype(np.float32), lanes).astype(np.int8)
+    if bits == 8:
+        return packed
+    found = np.zeros((len(packed), packed.shape[1] // 8, lanes), np.uint32)
+    for place in range(8):
+        found |= (packed[:, place::8] & 15).astype(np.uint32) << np.uint32(4 * place)
+    return found.view(np.int32)
+
+
 def dense_int8(weight: Array, zero_point: int, lanes: int, dot: Dot) -> list[Array]:
     """(o, k) int8 to (blocks, k / depth, lanes, depth), and where it is needed the correction as in `weight_int8`."""
     o, k = weight.shape

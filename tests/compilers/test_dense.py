@@ -18,7 +18,7 @@ from planish.compilers.cpu.convspec import Step
 from planish.compilers.cpu.dense import DenseSpec, dense
 from planish.compilers.cpu.epilogue import quantize_numbers
 from planish.compilers.cpu.machine import DOTS, Machine
-from planish.compilers.cpu.packing import dense_float, dense_int8, dense_nibbles, per_channel
+from planish.compilers.cpu.packing import dense_float, dense_int8, dense_nibbles, dense_whole, per_channel
 
 Array = NDArray[Any]
 Run = Callable[..., Array]
@@ -52,6 +52,13 @@ def nibbles(draw: st.DrawFn) -> DenseSpec:
     return replace(spec, k=draw(st.integers(1, 150)), dot=replace(spec.dot, together=together), nibbles=True)
 
 
+@st.composite
+def weights_alone(draw: st.DrawFn) -> DenseSpec:
+    spec, bits = draw(specs()), draw(st.sampled_from([8, 4]))
+    k = 8 * draw(st.integers(1, 12)) if bits == 4 else draw(st.integers(1, 80))
+    return replace(spec, k=k, weight_bits=bits)
+
+
 def check(spec: DenseSpec, run: Run, seed: int) -> None:
     """Runs the kernel of a spec on random data and compares it with torch."""
     rng = np.random.default_rng(seed)
@@ -64,7 +71,8 @@ def check(spec: DenseSpec, run: Run, seed: int) -> None:
         if spec.quantize:
             data = (rng.integers(-300, 300, data.shape) / 8).astype(np.float32)
     else:
-        weight = rng.integers(-3, 4, (spec.o, spec.k)).astype(np.float32)
+        most = {32: 3, 8: 127, 4: 7}[spec.weight_bits]
+        weight = rng.integers(-most, most + 1, (spec.o, spec.k)).astype(np.float32)
         data = rng.integers(-4, 5, (spec.m, spec.k)).astype(np.float32)
     seen = torch.from_numpy(data).double()
     if spec.quantize:
@@ -85,6 +93,8 @@ def check(spec: DenseSpec, run: Run, seed: int) -> None:
             arguments.append(quantize_numbers(0.25, 7))
     if spec.dot:
         packed = (dense_nibbles if spec.nibbles else dense_int8)(weight, zero_point, spec.lanes, spec.dot)
+    elif spec.weight_bits < 32:
+        packed = [dense_whole(weight.astype(np.int8), spec.lanes, spec.weight_bits)]
     else:
         packed = [dense_float(weight, spec.lanes)]
     numbers = [quantize_numbers(0.25, zero_point)] if spec.int8 else []
@@ -111,6 +121,23 @@ def test_products_with_two_weights_in_a_byte_equal_integer_arithmetic(
     run_kernel: Run, spec: DenseSpec, seed: int
 ) -> None:
     check(spec, run_kernel, seed)
+
+
+@settings(max_examples=40, derandomize=True, deadline=None)
+@given(spec=weights_alone(), seed=st.integers(0, 99))
+def test_products_of_floats_with_whole_weights_equal_torch(run_kernel: Run, spec: DenseSpec, seed: int) -> None:
+    check(spec, run_kernel, seed)
+
+
+def test_whole_weights_for_floats_take_a_byte_or_half_of_one() -> None:
+    weight = np.random.default_rng(0).integers(-7, 8, (20, 16)).astype(np.int8)
+    whole, halves = dense_whole(weight, 8, 8), dense_whole(weight, 8, 4)
+    assert (whole.shape, str(whole.dtype)) == ((3, 16, 8), "int8")
+    assert (halves.shape, str(halves.dtype)) == ((3, 2, 8), "int32")
+    np.testing.assert_array_equal(whole.transpose(0, 2, 1).reshape(24, 16)[:20], weight)
+    for block, r, lane in np.ndindex(3, 16, 8):
+        found = int(halves[block, r // 8, lane]) >> 4 * (r % 8) & 15
+        assert (found ^ 8) - 8 == whole[block, r, lane]
 
 
 def test_two_weights_in_a_byte_take_half_the_memory() -> None:

@@ -19,11 +19,15 @@ from planish.compilers.kernel_store import KernelStore
 from planish.compilers.kernel_timer import KernelProtocol, time_kernels
 from planish.compilers.network_timer import time_networks
 from planish.compilers.tvm_compiler import TvmCompiler
+from planish.compilers.tvm_layers import layer_workloads
 from planish.compilers.tvm_values import Kernel
 from planish.compilers.tvm_workloads import KernelWork, Plan, plan
 from planish.hwmodels.device import host, parse_device
 from planish.hwmodels.measurement import MeasureProtocol
 from planish.hwmodels.workload import Workload
+from planish.spaces.layer_shapes import shape_of
+from planish.spaces.quantize import Range, deploy
+from planish.spaces.stages import quantised
 
 pytestmark = pytest.mark.tvm
 
@@ -251,3 +255,19 @@ def spoiled() -> Callable[[Path, Path], Path]:
         return folder
 
     return spoil
+
+
+@pytest.mark.parametrize(("option", "stored", "bits"), [(8, 8, 8), (4, 4, 8), ("w8", 8, 32), ("w4", 4, 32)])
+def test_a_dense_layer_known_from_its_shape_reads_the_weights_that_its_program_reads(
+    option: int | str, stored: int, bits: int
+) -> None:
+    layer = quantised(nn.Linear(1024, 1200), option, Range(-1.0, 1.0))
+    (call,) = [
+        work for work in plan(program(deploy(nn.Sequential(layer)), torch.zeros(1, 1024)), host()).calls if work.macs
+    ]
+    shape = replace(shape_of(nn.Linear(1024, 1200), (1, 1)), bits=bits, stored_bits=stored)
+    (found,) = layer_workloads(host())([shape])
+    assert (found.op, found.macs, found.bits, found.shapes) == (call.op, call.macs, call.bits, call.shapes)
+    # Beside the weights a call has two numbers of its input, and a scale, an offset and a correction for every channel.
+    assert found.weight_bytes <= call.weight_bytes <= found.weight_bytes + 3 * 4 * 1200 + 8
+    assert found.cycles == pytest.approx(call.cycles, rel=0.05)
