@@ -37,7 +37,8 @@ def measure(artifacts: Mapping[str, Path], device: Device, protocol: MeasureProt
             drifted = drift(next(iter(times.values()))) > protocol.drift
             if not drifted:
                 break
-    return {name: Measurement(device.name, tuple(values), drifted) for name, values in times.items()}
+    count = protocol.processes
+    return {name: Measurement(device.name, tuple(values), drifted, count) for name, values in times.items()}
 
 
 def drift(values: list[float]) -> float:

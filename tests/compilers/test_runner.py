@@ -282,6 +282,7 @@ def test_the_runs_of_all_processes_make_one_measurement(scripted: Callable[..., 
     assert asked == [["a", "b"]] * 2
     assert measured["a"].run_s == (1.0, 1.0, 1.0, 1.01, 1.01, 1.01)
     assert measured["b"].run_s == (5.0,) * 6
+    assert [found.processes for found in measured.values()] == [2, 2]
     assert not measured["a"].drifted
 
 

@@ -58,6 +58,18 @@ def test_the_interval_covers_the_true_median_in_95_percent_of_samples() -> None:
         assert np.mean(inside) > 0.95 - 4 * (0.95 * 0.05 / 4000) ** 0.5
 
 
+def test_the_interval_reaches_to_the_median_of_every_process() -> None:
+    # Two processes in which a model is as fast as can be, and one in which its memory lies badly.
+    runs = (*[1.0, 1.01] * 5, *[1.2, 1.22] * 5, *[1.0, 1.02] * 5)
+    whole = Measurement("cpu", runs, processes=3)
+    assert whole.latency_s == median(runs) == pytest.approx(1.015)
+    assert whole.ci95 == pytest.approx((1.0, 1.21))
+    assert median_interval(runs) == (1.0, 1.2)
+    assert Measurement("cpu", runs).ci95 == median_interval(runs)
+    with pytest.raises(ValueError, match="30 runs are not as many of each of 4 processes"):
+        Measurement("cpu", runs, processes=4)
+
+
 def test_the_median_of_nothing_is_an_error() -> None:
     with pytest.raises(ValueError, match="no values"):
         median_interval([])
