@@ -63,7 +63,7 @@ class Measurement:
     def ci95(self) -> tuple[float, float]:
         """The 95 % interval of the median (see `median_interval`), widened to the median of every process.
 
-        Where memory lies differs from process to process, and with it how fast a model is: the runs of one are not
+        How fast a model is differs from process to process, for as long as each lives: the runs of one are not
         independent, and how much they agree says little about the next one.
         """
         low, high = median_interval(self.run_s)

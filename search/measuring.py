@@ -22,7 +22,7 @@ _log = logging.getLogger(__name__)
 # Artifacts in one child process: they share its start and the original's runs.
 _TOGETHER = 8
 _ORIGINAL = "original"
-# While the search goes on: one process in four ran small models 5 to 20 % slower than the others (measured on AVX2).
+# While the search goes on: some processes run small models slower than most do (benchmarks/process_spread.py).
 _PROCESSES, _LEAST_RUNS = 3, 3
 # A device that does not answer is waited for: so often, with a pause that doubles up to so many seconds.
 _TRIES, _BETWEEN_S = 20, 15.0

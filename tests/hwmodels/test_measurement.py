@@ -59,7 +59,7 @@ def test_the_interval_covers_the_true_median_in_95_percent_of_samples() -> None:
 
 
 def test_the_interval_reaches_to_the_median_of_every_process() -> None:
-    # Two processes in which a model is as fast as can be, and one in which its memory lies badly.
+    # Two processes in which a model is as fast as can be, and one in which it is slower throughout.
     runs = (*[1.0, 1.01] * 5, *[1.2, 1.22] * 5, *[1.0, 1.02] * 5)
     whole = Measurement("cpu", runs, processes=3)
     assert whole.latency_s == median(runs) == pytest.approx(1.015)
