@@ -30,8 +30,8 @@ class KernelProtocol:
     """How kernels are timed.
 
     Attributes:
-        runs: Samples of every kernel in a round, a process of its own, each of about `sample_s`: few, because how fast a
-            kernel is differs from process to process.
+        runs: Samples of every kernel in a round, a process of its own, each of about `sample_s`: few, because how fast
+            a kernel is differs from process to process.
         rounds: What is not settled after one round is measured again, with all that waits, up to so many times.
         time_limit_s: For a round of `_TOGETHER` kernels.
     """
