@@ -1,6 +1,6 @@
 """The child process that runs compiled models: `python -m planish.compilers.child REQUEST.json RESULT.json`.
 
-It imports the runtime that the artifacts need and nothing else of Planish's, so that a crash or a hang costs one
+It imports the runtime that the artifacts need and little else of Planish's, so that a crash or a hang costs one
 request and the timings are those of a user's process. The request is
 `{"artifacts": {name: folder}, "runs": n, "warmup_s": s, "kernels": bool, "rpc": address, "threads": t,
 "time_limit_s": s}`; with 0 runs it only checks; an empty address stands for this machine. Each line of standard output
@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..hwmodels.rapl import EnergyCounters, PowerMeter
 from . import manifest as manifests
 from .loader import LOADERS, REMOTE_LOADERS, Loaded, remote_session
 
@@ -86,6 +87,8 @@ def _timed(
     """The samples of all in turn, and their kernels' times where they are asked for."""
     times: dict[str, list[float]] = {name: [] for name in loaded}
     beside: dict[str, list[float]] = {name: [] for name in loaded}
+    counters = None if request["rpc"] else EnergyCounters.here()
+    meters = {name: PowerMeter(counters) for name in loaded}
     if request["runs"]:
         numbers = {}
         for name, model in loaded.items():
@@ -96,7 +99,7 @@ def _timed(
             before = None
             for name, model in loaded.items():
                 announce(name)
-                times[name].append(_sample(model, numbers[name]))
+                times[name].append(_sample(model, numbers[name], meters[name]))
                 # The first is the reference: timed between every two others, so that each has it on both sides.
                 announce(reference)
                 after = times[name][-1] if name == reference else _sample(loaded[reference], numbers[reference])
@@ -106,7 +109,8 @@ def _timed(
     for name, model in loaded.items() if request["kernels"] else ():
         announce(name)
         kernels[name] = _kernels(model, Path(request["artifacts"][name]))
-    return {"run_s": times, "reference_s": beside, "kernels": kernels}
+    watts = {name: meter.watts for name, meter in meters.items()}
+    return {"run_s": times, "reference_s": beside, "kernels": kernels, "watts": watts}
 
 
 class WrongOutput(RuntimeError):
@@ -168,10 +172,15 @@ def _load(folder: Path, session: Any) -> Loaded:
     return LOADERS[manifest.compiler](folder, manifest)
 
 
-def _sample(model: Loaded, number: int) -> float:
+def _sample(model: Loaded, number: int, meter: PowerMeter | None = None) -> float:
     """Seconds of a run in a row of so many, its weights in the caches that hold them."""
     model.time(max(1, round(number * _BEFORE_S / _SAMPLE_S)))
-    return model.time(number)
+    if meter is None:
+        return model.time(number)
+    meter.begin()
+    seconds = model.time(number)
+    meter.end()
+    return seconds
 
 
 def _warm_up(model: Loaded, seconds: float) -> int:

@@ -31,14 +31,23 @@ def measure(artifacts: Mapping[str, Path], device: Device, protocol: MeasureProt
     with device_lock(device):
         for _ in range(protocol.retries + 1):
             times: dict[str, list[float]] = {name: [] for name in artifacts}
+            powers: dict[str, list[float]] = {name: [] for name in artifacts}
             for _ in range(protocol.processes):
-                for name, values in run_child(artifacts, device, protocol).run_s.items():
+                found = run_child(artifacts, device, protocol)
+                for name, values in found.run_s.items():
                     times[name].extend(values)
+                    watts = found.watts.get(name)
+                    powers[name].extend([] if watts is None else [watts])
             drifted = drift(next(iter(times.values()))) > protocol.drift
             if not drifted:
                 break
     count = protocol.processes
-    return {name: Measurement(device.name, tuple(values), drifted, count) for name, values in times.items()}
+    return {
+        name: Measurement(
+            device.name, tuple(values), drifted, count, float(np.mean(powers[name])) if powers[name] else None
+        )
+        for name, values in times.items()
+    }
 
 
 def drift(values: list[float]) -> float:
@@ -67,13 +76,15 @@ class ChildResult:
 
     `run_s` are the seconds of each timed run, `reference_s` what the first artifact took beside each; `error`
     the largest difference from the stored outputs, relative to the largest output; `kernels` (kernel, seconds) in the
-    order of the calls, where they were asked for.
+    order of the calls, where they were asked for; `watts` the power of the processor's packages while each ran, None
+    where that cannot be read.
     """
 
     run_s: Mapping[str, list[float]]
     error: Mapping[str, float]
     kernels: Mapping[str, list[tuple[str, float]]]
     reference_s: Mapping[str, list[float]] = field(default_factory=dict)
+    watts: Mapping[str, float | None] = field(default_factory=dict)
 
 
 def site_times(
@@ -152,7 +163,7 @@ def run_child(
         if done.returncode == 0 and result.is_file():
             found = json.loads(result.read_text(encoding="utf-8"))
             profile = {name: [(str(k), float(t)) for k, t in rows] for name, rows in found["kernels"].items()}
-            return ChildResult(found["run_s"], found["error"], profile, found["reference_s"])
+            return ChildResult(found["run_s"], found["error"], profile, found["reference_s"], found["watts"])
         raise _failure(done, device)
 
 

@@ -42,13 +42,15 @@ class Measurement:
 
     `drifted` says that the reference's time moved more than the protocol allows in every try, so that the machine was
     not quiet: ratios within the measurement still hold better than the seconds do. The runs are those of so many
-    `processes`, one after the other, as many of each.
+    `processes`, one after the other, as many of each. `watts` are those of the processor's packages meanwhile, None
+    where they cannot be read.
     """
 
     device: str
     run_s: tuple[float, ...]
     drifted: bool = False
     processes: int = 1
+    watts: float | None = None
 
     def __post_init__(self) -> None:
         if self.processes < 1 or len(self.run_s) % self.processes:
@@ -58,6 +60,11 @@ class Measurement:
     def latency_s(self) -> float:
         """The median run."""
         return float(np.median(self.run_s))
+
+    @property
+    def energy_j(self) -> float | None:
+        """What the packages use for one run, whatever else they do beside it; None where it cannot be read."""
+        return None if self.watts is None else self.watts * self.latency_s
 
     @property
     def ci95(self) -> tuple[float, float]:

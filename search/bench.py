@@ -35,7 +35,8 @@ def bench(path: Path, runs: int | None) -> dict[str, object]:
 
     Returns:
         A JSON object: `parity_ok` (always true: anything else raises), `max_error` and `tolerance` relative to the
-        largest output, `latency_s` (median) with `ci95`, `original_latency_s` and `speedup` (None without an original),
+        largest output, `latency_s` (median) with `ci95`, `energy_j` (of one run, by the counters of the processor's
+        packages; None where they cannot be read), `original_latency_s` and `speedup` (None without an original),
         `threads`, `batch`, `device`, and `drifted` (see `Measurement`).
 
     Raises:
@@ -67,6 +68,7 @@ def bench(path: Path, runs: int | None) -> dict[str, object]:
         "tolerance": manifest.tolerance,
         "latency_s": own.latency_s,
         "ci95": list(own.ci95),
+        "energy_j": own.energy_j,
         "original_latency_s": base.latency_s if base else None,
         "speedup": base.latency_s / own.latency_s if base else None,
         "threads": device.threads,
@@ -85,6 +87,10 @@ def bench_text(result: Mapping[str, object]) -> str:
         f"{result['folder']}: computes what was stored with it ({error_text(result)})",
         f"latency   {quantity(result['latency_s'], 's')} {where} (95 % interval of the median: {low} to {high})",
     ]
+    if result["energy_j"] is not None:
+        lines.append(
+            f"energy    {quantity(result['energy_j'], 'J')} a run, by the counters of the processor's packages"
+        )
     if result["speedup"] is not None:
         speedup = f"{result['speedup']:.3g}x as fast as the original"
         lines.append(f"original  {quantity(result['original_latency_s'], 's')}, in turns with it: {speedup}")

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 # A device that was never seen, and one whose kernels of another model are known: under five minutes, and under one.
 FIRST = TableLimits(candidates=32, least=12, build_s=170.0, kernels=400, kernel_s=50.0, network_s=40.0)
-AGAIN = TableLimits(candidates=10, least=6, build_s=30.0, kernels=60, kernel_s=8.0, network_s=8.0)
+AGAIN = TableLimits(candidates=10, least=4, build_s=25.0, kernels=60, kernel_s=8.0, network_s=10.0)
 # One of whose processor another number of threads has a table: networks alone, and the kernels where that fails.
 PROBES = TableLimits(candidates=20, least=12, build_s=100.0, kernels=0, kernel_s=0.0, network_s=40.0)
 

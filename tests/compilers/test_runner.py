@@ -286,6 +286,19 @@ def test_the_runs_of_all_processes_make_one_measurement(scripted: Callable[..., 
     assert not measured["a"].drifted
 
 
+def test_power_is_the_mean_of_the_processes_that_could_read_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    powers = iter([{"a": 10.0, "b": None}, {"a": 14.0, "b": None}])
+
+    def run_child(*_: object, **__: object) -> ChildResult:
+        return ChildResult({"a": [2.0] * 3, "b": [5.0] * 3}, {}, {}, {}, next(powers))
+
+    monkeypatch.setattr(runner, "run_child", run_child)
+    monkeypatch.setattr(runner, "device_lock", lambda device: nullcontext())
+    measured = runner.measure(TWO, host(), MeasureProtocol(runs=3, processes=2))
+    assert (measured["a"].watts, measured["a"].energy_j) == (12.0, 24.0)
+    assert (measured["b"].watts, measured["b"].energy_j) == (None, None)
+
+
 def test_a_round_in_which_the_reference_drifted_is_measured_again(scripted: Callable[..., list[list[str]]]) -> None:
     asked = scripted([[1.0] * 3, [1.5] * 3, [2.0] * 3, [2.0] * 3])
     measured = runner.measure(TWO, host(), MeasureProtocol(runs=3, processes=2, drift=0.03, retries=2))

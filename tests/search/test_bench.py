@@ -200,7 +200,7 @@ def test_the_text_gives_units_the_interval_and_the_speedup() -> None:
     result: dict[str, object] = {
         "folder": "mine", "parity_ok": True, "max_error": 1.23e-6, "tolerance": 1e-3, "latency_s": 8.1e-5,
         "ci95": [8e-5, 8.25e-5], "original_latency_s": 5.33e-4, "speedup": 6.58, "threads": 2, "batch": 1,
-        "device": "cpu?threads=2", "drifted": True,
+        "device": "cpu?threads=2", "drifted": True, "energy_j": None,
     }  # fmt: skip
     assert bench_text(result).splitlines() == [
         "mine: computes what was stored with it (differs by 1.2e-06 of the largest output, allowed are 0.001)",
@@ -208,3 +208,5 @@ def test_the_text_gives_units_the_interval_and_the_speedup() -> None:
         "original  533 us, in turns with it: 6.58x as fast as the original",
         "the machine was not quiet: from its first to its last third the timing moved more than 3%",
     ]
+    found = bench_text({**result, "energy_j": 0.00123}).splitlines()
+    assert found[2] == "energy    1.23 mJ a run, by the counters of the processor's packages"
