@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from math import log
 from typing import Any
 
@@ -70,7 +71,8 @@ class KernelRegression:
         sizes = _without_counts(x)
         centre, scale = sizes.mean(0), sizes.std(0)
         scale = np.where(scale > 0, scale, 1.0)
-        process, left_out = _process((sizes - centre) / scale, rest, rng)
+        with _one_thread():
+            process, left_out = _process((sizes - centre) / scale, rest, rng)
         error = log_error(np.exp(left_out), np.exp(rest))
         return KernelRegression(line, process, centre, scale, ops, error)
 
@@ -79,7 +81,8 @@ class KernelRegression:
         if not workloads:
             return np.empty(0)
         x = np.array([_features(work, self.ops) for work in workloads])
-        rest = self.process.predict((_without_counts(x) - self.centre) / self.scale)
+        with _one_thread():
+            rest = self.process.predict((_without_counts(x) - self.centre) / self.scale)
         return np.asarray(np.exp(self.line.predict(x[:, : _COUNTS + len(self.ops)]) + rest), np.float64)
 
     def spread(self, workloads: Sequence[Workload]) -> NDArray[np.float64]:
@@ -87,7 +90,8 @@ class KernelRegression:
         if not workloads:
             return np.empty(0)
         x = _without_counts(np.array([_features(work, self.ops) for work in workloads]))
-        return np.asarray(self.process.predict((x - self.centre) / self.scale, return_std=True)[1], np.float64)
+        with _one_thread():
+            return np.asarray(self.process.predict((x - self.centre) / self.scale, return_std=True)[1], np.float64)
 
 
 def _features(work: Workload, ops: Sequence[str]) -> list[float]:
@@ -99,6 +103,19 @@ def _features(work: Workload, ops: Sequence[str]) -> list[float]:
         float(work.bits), float(work.threads),
         *(float(work.form.count(word)) for word in (*_EPILOGUES, *_FUSED)),
     ]  # fmt: skip
+
+
+@cache
+def _linear_algebra() -> Any:
+    import sklearn.gaussian_process  # noqa: F401  # what is limited must be loaded
+    from threadpoolctl import ThreadpoolController
+
+    return ThreadpoolController().select(user_api="blas")
+
+
+def _one_thread() -> Any:
+    """Linear algebra on one thread: with more the last digits differ, and a search must not depend on their number."""
+    return _linear_algebra().limit(limits=1)
 
 
 def _without_counts(x: NDArray[Any]) -> NDArray[Any]:

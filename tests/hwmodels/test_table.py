@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from math import isnan, log
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -111,6 +115,24 @@ def test_many_kernels_are_a_sample_and_the_same_seed_the_same_one(monkeypatch: p
     first, again, other = (KernelRegression.fit(list(TIMES.values()), seed).predict(unseen) for seed in (1, 1, 2))
     assert list(first) == list(again) != list(other)
     assert first == pytest.approx([_seconds(work) for work in unseen], rel=0.3)
+
+
+def test_the_number_of_threads_changes_no_bit() -> None:
+    code = (
+        "from tests.hwmodels.test_table import KernelRegression, _time, _work\n"
+        "found = KernelRegression.fit([_time(_work(c, o, p)) for c in range(8, 72, 8) for o in range(8, 72, 8)"
+        " for p in (16, 50, 256)])\n"
+        "print([value.hex() for value in found.predict([_work(c, 24, 100) for c in range(20, 60)])])"
+    )
+    outputs = set()
+    for threads in ("1", "2"):
+        environment = {**os.environ, "OPENBLAS_NUM_THREADS": threads, "OMP_NUM_THREADS": threads}
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True,
+            cwd=Path(__file__).parents[2],
+        )  # fmt: skip
+        outputs.add(done.stdout)
+    assert len(outputs) == 1
 
 
 def test_too_few_kernels_are_no_ground_for_a_regression() -> None:
