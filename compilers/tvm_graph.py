@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -82,6 +82,8 @@ class Graph:
         self.nodes: list[Node] = []
         self.constants: dict[Any, Array] = {}
         self.users: dict[Any, list[Node]] = defaultdict(list)
+        # Zeros around the input of a convolution beside those of its own, by its index (see `tvm_padding`).
+        self.framing: dict[int, tuple[int, int, int, int]] = {}
         self._aliases: dict[Any, Any] = {}
         for binding in function.body.blocks[0].bindings:
             self._add(binding.var, binding.value, imported.marks)
@@ -125,6 +127,20 @@ class Graph:
         if len(users) != 1 or users[0].op == "tuple" or var.same_as(self.output):
             return None
         return users[0] if sum(1 for arg in users[0].args if same(arg, var)) == 1 else None
+
+    def bypass(self, node: Node) -> None:
+        """Drops a node: what reads it reads its first argument instead."""
+        source = node.args[0]
+        new = {
+            user.index: replace(user, args=tuple(source if same(arg, node.var) else arg for arg in user.args))
+            for user in self.users.pop(node.var)
+        }
+        self.nodes = [new.get(other.index, other) for other in self.nodes if other is not node]
+        for var, users in self.users.items():
+            self.users[var] = [new.get(user.index, user) for user in users if user is not node]
+        readers = {user.index: user for user in (*self.users[source], *new.values())}
+        self.users[source] = [readers[index] for index in sorted(readers)]
+        self.__dict__.pop("producers", None)  # they are told anew
 
     def _add(self, var: Any, expr: Any, marks: Mapping[str, Mark]) -> None:
         if isinstance(expr, relax.Var):

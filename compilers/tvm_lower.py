@@ -24,6 +24,7 @@ from .tvm_lower_conv import lower_convolution
 from .tvm_lower_dense import lower_dense
 from .tvm_lower_pool import lower_pooling
 from .tvm_lower_rows import lower_rows
+from .tvm_padding import fold_padding
 from .tvm_values import Kernel, Values
 
 # Elementwise operators that keep a lane of zeros finite, so they may run on blocked tensors with unused lanes.
@@ -51,6 +52,7 @@ class Lowered:
 
 def lower(graph: Graph, target: Machine, context: object = None) -> Lowered:
     """A graph in kernels; `context` as in `Values`."""
+    fold_padding(graph)
     values = Values(graph, target, context)
     _Lowering(values).function("main")
     return Lowered(values.builder.get(), values.kernels, values.calls, values.convolutions)
@@ -61,8 +63,11 @@ def lower_split(found: Split, target: Machine, context: object = None) -> Lowere
 
     What goes from one to the other stays blocked.
     """
-    first = Values(Graph(found.first), target, context)
-    rest = Values(Graph(found.rest), target, context, beside=first)
+    graphs = Graph(found.first), Graph(found.rest)
+    for graph in graphs:
+        fold_padding(graph)
+    first = Values(graphs[0], target, context)
+    rest = Values(graphs[1], target, context, beside=first)
     part = _Lowering(first).function("part", blocked_result=True)
     end = _Lowering(rest).function("rest", blocked_input=True)
     builder, (old,) = first.builder, first.graph.params

@@ -40,6 +40,9 @@ def lower_convolution(values: Values, chain: Chain) -> None:
         stride, dilation = pair(head.expr.attrs.strides), pair(head.expr.attrs.dilation)
         padding = frame(head.expr.attrs.padding)
     assert weight is not None
+    if head.index in values.graph.framing:
+        top, left, bottom, right = (a + b for a, b in zip(padding, values.graph.framing[head.index], strict=True))
+        padding = (top, left, bottom, right)
     o = weight.shape[0]
     depthwise = groups == c == o and groups > 1
     if not depthwise and groups > 1:
