@@ -177,6 +177,7 @@ def run_space(net: str, threads: int, random: int, front: int, folder: Path, sou
     """A row: the errors of every model on a space's held-out networks, and what building the table took."""
     from planish.compilers.kernel_times import database_of
     from planish.hwmodels.held_out import held_out
+    from planish.hwmodels.load import BusyMachine
     from planish.hwmodels.table import TableModel
     from planish.hwmodels.transfer import TransferModel
     from planish.search.latency_table import build_table
@@ -189,7 +190,10 @@ def run_space(net: str, threads: int, random: int, front: int, folder: Path, sou
     label = next(iter(evaluator.devices))
     device, space = evaluator.devices[label], evaluator.proposal.space
     database = database_of(device, folder / "times.sqlite")
-    table = build_table(evaluator, label, database, Progress(None), seed=0)
+    try:
+        table = build_table(evaluator, label, database, Progress(None), seed=0)
+    except BusyMachine as error:
+        raise SystemExit(f"{net}, {threads} thread(s): {error}") from None
     assert isinstance(table.model, TableModel)  # nothing to carry over from in this database
     note = folder / "profile.json"
     if table.known == 0 or not note.exists():

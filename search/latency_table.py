@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ..hwmodels.corrector import LEAST as LEAST_NETWORKS
 from ..hwmodels.held_out import HeldOut
 from ..hwmodels.kernel_database import KernelDatabase
 from ..hwmodels.latency import Prediction
-from ..hwmodels.load import wait_for_quiet
+from ..hwmodels.load import BusyMachine, wait_for_quiet
 from ..hwmodels.regression import LEAST as LEAST_KERNELS
 from ..hwmodels.regression import KernelRegression
 from ..hwmodels.table import TableModel
@@ -130,7 +131,7 @@ def build_table(
         DatabaseError: the database is damaged.
         CompileError: the original cannot be compiled.
         RunError: the original cannot be run.
-        BusyMachine: others use the cores that measuring needs.
+        BusyMachine: others use the cores that measuring needs, or used them while networks were timed.
     """
     start = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="planish-networks-") as folder:
@@ -146,6 +147,20 @@ def table_candidates(space: SearchSpace, count: int, seed: int = 0, more: Sequen
         chosen += [policy, space.sample(rng)]
     chosen += [space.sample(rng) for _ in range(count)]
     return list({candidate.key(): candidate for candidate in chosen}.values())[: max(count, len(more) + 1)]
+
+
+def refuse_disturbed(quiet: Sequence[bool], name: str) -> None:
+    """Refuses a table whose networks hardly ever met a quiet machine: it would be wrong by more than it states.
+
+    Raises:
+        BusyMachine: it is one.
+    """
+    count = sum(quiet)
+    if quiet and count <= LEAST_NETWORKS and 2 * count < len(quiet):
+        raise BusyMachine(
+            f"only {count} of {len(quiet)} networks met a quiet machine on {name}; stop what else runs, or try later: "
+            "what met one is kept, and only the rest is measured again (--no-table leaves the table out)"
+        )
 
 
 def _built(
@@ -219,5 +234,6 @@ def _built(
         left = by_error(plans.values(), left, KernelRegression.fit(list(known.values()), seed))
     measuring.kernels(left[: limits.kernels - half], works, reference, limits.kernel_s / 2)
     networks = measuring.networks(evaluator, label, planned, folder, quiet_s(reference, known))
+    refuse_disturbed([network.time.quiet for network in networks], device.name)
     model = fitted(device, known, networks, seed)
     return finished(model, model.corrector.held_out)

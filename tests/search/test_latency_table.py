@@ -32,7 +32,14 @@ from planish.search.config import load_spec
 from planish.search.data import Data, Split
 from planish.search.evaluate import Evaluator, Job
 from planish.search.fitted import fitted
-from planish.search.latency_table import LatencyTable, build_table, plan_of, predict, table_candidates
+from planish.search.latency_table import (
+    LatencyTable,
+    build_table,
+    plan_of,
+    predict,
+    refuse_disturbed,
+    table_candidates,
+)
 from planish.search.library import latency_model
 from planish.search.progress import Progress
 from planish.search.table_measuring import Networks, TableLimits, TableMeasuring, by_error
@@ -48,6 +55,7 @@ SMALL = TableLimits(candidates=11, least=9, build_s=60.0, kernels=26, kernel_s=0
 def machine_that_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
     """Who else uses the machine that the tests run on is not what they are about."""
     monkeypatch.setattr(latency_table, "wait_for_quiet", lambda threads: None)
+    monkeypatch.setattr(latency_table, "refuse_disturbed", lambda quiet, name: None)
     monkeypatch.setattr(table_measuring, "_refuse", lambda watch, device: None)
 
 
@@ -72,6 +80,7 @@ def database(evaluator: Evaluator, tmp_path_factory: pytest.TempPathFactory) -> 
 def table(evaluator: Evaluator, database: KernelDatabase) -> LatencyTable:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(latency_table, "wait_for_quiet", lambda threads: None)
+        patch.setattr(latency_table, "refuse_disturbed", lambda quiet, name: None)
         patch.setattr(table_measuring, "_refuse", lambda watch, device: None)
         return build_table(evaluator, "cpu", database, Progress(None), limits=SMALL)
 
@@ -298,6 +307,39 @@ def test_a_busy_machine_gives_no_table_and_keeps_nothing(
     with pytest.raises(BusyMachine):
         build_table(evaluator, "cpu", database, Progress(None), limits=replace(SMALL, candidates=2))
     assert database.times() == {}
+
+
+def test_a_table_of_networks_that_met_no_quiet_machine_is_refused_and_what_met_one_is_kept(
+    evaluator: Evaluator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(latency_table, "refuse_disturbed", refuse_disturbed)
+    database = database_of(evaluator.devices["cpu"], tmp_path / "times.sqlite")
+    few = replace(SMALL, candidates=4)
+
+    def measured(self: TableMeasuring, *given: Any) -> list[NetworkTime]:
+        times = [Settled(1e-4, 9e-5, 2e-4, 18, number < 1) for number in range(4)]
+        found = [NetworkTime(p.calls, t) for p, t in zip(given[2].plans.values(), times, strict=True)]
+        self.database.add(found, {})
+        return found
+
+    monkeypatch.setattr(TableMeasuring, "networks", measured)
+    with pytest.raises(BusyMachine, match=r"^only 1 of 4 networks met a quiet machine on cpu; .* --no-table"):
+        build_table(evaluator, "cpu", database, Progress(None), limits=few)
+    assert len(database.times()) >= 15
+    assert sum(network.time.quiet for network in database.networks()) == 1
+
+
+@pytest.mark.parametrize(
+    ("quiet", "of", "refused"),
+    [(3, 28, True), (6, 28, True), (7, 28, False), (2, 4, False), (1, 4, True), (0, 0, False)],
+)
+def test_a_table_needs_a_few_quiet_networks_or_half_of_them(quiet: int, of: int, refused: bool) -> None:
+    flags = [number < quiet for number in range(of)]
+    if not refused:
+        refuse_disturbed(flags, "cpu")
+        return
+    with pytest.raises(BusyMachine, match=f"only {quiet} of {of}"):
+        refuse_disturbed(flags, "cpu")
 
 
 def test_the_plans_working_memory_is_the_artifacts(evaluator: Evaluator, tmp_path: Path) -> None:
