@@ -17,12 +17,8 @@ from tvm.relax.frontend.torch import from_exported_program
 from .compiler import CompileError
 
 # Each of these becomes one convolution or one matrix product in Relax.
-_PRODUCTS = frozenset(
-    f"{name}.default"
-    for name in (
-        *("conv1d", "conv2d", "conv3d", "linear", "matmul", "mm", "bmm", "addmm", "qconv2d", "qlinear", "wlinear"),
-    )
-) | {"conv2d.padding"}
+_NAMES = "conv1d", "conv2d", "conv3d", "linear", "matmul", "mm", "bmm", "addmm", "qconv2d", "qlinear", "wlinear"
+_PRODUCTS = frozenset(f"{name}.default" for name in _NAMES) | {"conv2d.padding"}
 
 
 @dataclass(frozen=True)
