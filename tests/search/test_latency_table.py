@@ -323,7 +323,7 @@ def test_a_table_of_networks_that_met_no_quiet_machine_is_refused_and_what_met_o
         return found
 
     monkeypatch.setattr(TableMeasuring, "networks", measured)
-    with pytest.raises(BusyMachine, match=r"^only 1 of 4 networks met a quiet machine on cpu; .* --no-table"):
+    with pytest.raises(BusyMachine, match=r"^only 1 of 4 networks met a quiet machine on cpu; .*--no-table"):
         build_table(evaluator, "cpu", database, Progress(None), limits=few)
     assert len(database.times()) >= 15
     assert sum(network.time.quiet for network in database.networks()) == 1
