@@ -1,7 +1,7 @@
 """How much a small model's latency differs from process to process, with addresses at random and always alike.
 
     python benchmarks/process_spread.py            # 8 candidates of DS-CNN's space, 16 processes each
-    python benchmarks/process_spread.py --quick    # 3 candidates, 10 processes each
+    python benchmarks/process_spread.py --quick    # 2 candidates, 8 processes each
 
 Every process loads a compiled candidate and takes the fastest of eight samples, so that the machine's own noise counts
 little. A process is slow where that is 4 % more than the median of the faster half. `setarch -R` (util-linux) turns the
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -45,7 +46,8 @@ def child(folder: Path) -> None:
 def in_processes(folder: Path, count: int, prefix: Sequence[str]) -> list[float]:
     """The microseconds of an artifact in so many processes."""
     command = [*prefix, sys.executable, __file__, "--child", str(folder)]
-    done = (subprocess.run(command, capture_output=True, text=True, check=True) for _ in range(count))
+    runtime = {**os.environ, "TVM_USE_RUNTIME_LIB": "1", "TVM_NUM_THREADS": "1"}
+    done = (subprocess.run(command, capture_output=True, text=True, check=True, env=runtime) for _ in range(count))
     return [float(one.stdout.split()[-1]) for one in done]
 
 
@@ -99,7 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from compiled_speed import machine
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="3 candidates, 10 processes each")
+    parser.add_argument("--quick", action="store_true", help="2 candidates, 8 processes each")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of lines")
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
@@ -107,7 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         child(args.child)
         return 0
     torch.set_num_threads(1)
-    rows = rows_of(*((3, 10) if args.quick else (8, 16)))
+    rows = rows_of(*((2, 8) if args.quick else (8, 16)))
     summary = summarise(rows)
     if args.json:
         print(json.dumps({"rows": rows, "summary": summary, "machine": machine()}, indent=1))
