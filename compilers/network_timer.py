@@ -17,9 +17,8 @@ from .runner import device_lock, run_child
 # Models in one child: they share its start and the reference's runs.
 _TOGETHER = 8
 _REFERENCE = "reference"
-# How fast a model is differs from process to process, for as long as each lives (benchmarks/process_spread.py): some
-# ran DS-CNN's candidates, of 20 to 40 microseconds, 5 to 20 % slower than most. So few runs count of each process, and
-# quiet ones of six at least settle a time.
+# How fast a model is differs from process to process, for as long as each lives (benchmarks/process_spread.py). So few
+# runs count of each process, and quiet ones of six at least settle a time.
 _RUNS, _ENOUGH = 3, 18
 
 

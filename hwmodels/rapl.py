@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -49,9 +49,13 @@ class EnergyCounters:
 
 @dataclass
 class PowerMeter:
-    """The mean power while something was running, summed up over many short times; of nothing without counters."""
+    """The mean power while something was running, summed up over many short times; of nothing without counters.
+
+    `clock` gives seconds, from any start.
+    """
 
     counters: EnergyCounters | None
+    clock: Callable[[], float] = time.perf_counter
     joules: float = 0.0
     seconds: float = 0.0
     _begun: tuple[float, tuple[int, ...]] = field(default=(0.0, ()))
@@ -59,14 +63,14 @@ class PowerMeter:
     def begin(self) -> None:
         """What follows counts."""
         if self.counters is not None:
-            self._begun = time.perf_counter(), self.counters.read()
+            self._begun = self.clock(), self.counters.read()
 
     def end(self) -> None:
         """What was since `begin` counts."""
         if self.counters is not None:
             start, before = self._begun
             self.joules += self.counters.joules(before, self.counters.read())
-            self.seconds += time.perf_counter() - start
+            self.seconds += self.clock() - start
 
     @property
     def watts(self) -> float | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
 import pytest
@@ -54,11 +53,10 @@ def test_where_nothing_can_be_read_there_are_no_counters(tmp_path: Path, fault: 
     assert EnergyCounters.here(root) is None
 
 
-def test_power_is_energy_by_time_of_what_was_counted_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_power_is_energy_by_time_of_what_was_counted_alone(tmp_path: Path) -> None:
     made = zone(tmp_path, "intel-rapl:0", "package-0", 0)
     clock = [0.0]
-    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
-    meter = PowerMeter(EnergyCounters.here(tmp_path))
+    meter = PowerMeter(EnergyCounters.here(tmp_path), clock=lambda: clock[0])
     assert meter.watts is None
     energy = 0
     for seconds, used, counted in ((2.0, 30_000_000, True), (5.0, 400_000_000, False), (1.0, 15_000_000, True)):
