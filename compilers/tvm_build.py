@@ -157,7 +157,7 @@ def kernel_objects(
             _object_file(folder, kernel).write_bytes(code)
             old.append(kernel.key)
     found: dict[str, bytes | Exception] = {}
-    # TVM releases Python's lock: two threads take half the time (measured), and what they write is the same.
+    # TVM releases Python's lock while it compiles, and what several threads write is what one does.
     with ThreadPoolExecutor(cores()) as threads:
         compiled = threads.map(lambda kernel: _compiled(kernel, target, _object_file(folder, kernel)), missing)
         found.update(zip((kernel.key for kernel in missing), compiled, strict=True))
