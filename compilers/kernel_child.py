@@ -71,6 +71,8 @@ def _values(shape: tuple[int, ...], dtype: str, rng: Any) -> Any:
     if dtype == "float32":
         # Neither denormal nor large: both would take longer than a model's values.
         return rng.uniform(0.25, 1.0, shape).astype(np.float32)
+    if dtype == "uint16":  # bfloat16
+        return rng.uniform(0.25, 1.0, shape).astype(np.float32).view(np.uint16)[..., 1::2].copy()
     low, high = (0, 255) if dtype == "uint8" else (-90, 90)
     return rng.integers(low, high, shape).astype(dtype)
 

@@ -91,7 +91,7 @@ class _Torch:
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         import torch
 
-        from ..spaces import integer  # noqa: F401  # registers the operators that quantised models were saved with
+        from ..spaces import bfloat16_ops, integer  # noqa: F401  # register the operators that models were saved with
 
         torch.set_num_threads(manifest.threads)
         self.manifest = manifest

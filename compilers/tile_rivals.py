@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 # Beside the choice itself, the next ones by estimate.
 _RIVALS = 4
-_BYTES = {"float32": 4, "int32": 4, "int16": 2, "int8": 1, "uint8": 1}
+_BYTES = {"float32": 4, "int32": 4, "int16": 2, "uint16": 2, "int8": 1, "uint8": 1}
 
 
 @dataclass(frozen=True)

@@ -230,7 +230,7 @@ def _cpu_machine(device: Device) -> Machine:
     features, lanes = device.features, device.lanes
     dot = usable_dots(features, lanes)[0]
     if "avx512f" in features:
-        return Machine(lanes, 32, dot, device.threads)
+        return Machine(lanes, 32, dot, device.threads, bfloat16="avx512_bf16" in features)
     if "asimd" in features:
         return Machine(lanes, 32, dot, device.threads, fmas=2, latency=4)
     if "avx2" in features:

@@ -15,18 +15,24 @@ from tvm import relax
 from tvm.relax.frontend.torch import from_exported_program
 
 from .compiler import CompileError
+from .cpu.packing import bfloat16 as bfloat16_bits
 
 # Each of these becomes one convolution or one matrix product in Relax.
 _NAMES = "conv1d", "conv2d", "conv3d", "linear", "matmul", "mm", "bmm", "addmm", "qconv2d", "qlinear", "wlinear"
-_PRODUCTS = frozenset(f"{name}.default" for name in _NAMES) | {"conv2d.padding"}
+_PRODUCTS = frozenset(f"{name}.default" for name in (*_NAMES, "bconv2d", "blinear")) | {"conv2d.padding"}
 
 
 @dataclass(frozen=True)
 class Mark:
-    """What a call of the external function `planish.NAME.NUMBER` stands for, until it is lowered to a kernel."""
+    """What a call of the external function `planish.NAME.NUMBER` stands for, until it is lowered to a kernel.
+
+    What `quantize`, `qconv2d` and `qlinear` have in common for bytes and bfloat16 has one name; of `bfloat16` there is
+    no scale.
+    """
 
     op: str
     attributes: Mapping[str, Any]
+    bfloat16: bool = False
 
 
 @dataclass(frozen=True)
@@ -50,11 +56,15 @@ def import_program(program: ExportedProgram) -> Imported:
     marks: dict[str, Mark] = {}
     tensors = _tensors(program)
 
-    def marked(op: str, importer: Any, inputs: list[Any], node: torch.fx.Node, **attributes: Any) -> Any:
+    def marked(
+        op: str, importer: Any, inputs: list[Any], node: torch.fx.Node, bfloat16: bool = False, **attributes: Any
+    ) -> Any:
         name = f"planish.{op}.{len(marks)}"
-        marks[name] = Mark(op, attributes)
+        marks[name] = Mark(op, attributes, bfloat16)
         value = node.meta["val"]
-        out = relax.TensorType(tuple(value.shape), str(value.dtype).removeprefix("torch."))
+        # TVM makes float32 of bfloat16; as whole numbers its bits pass.
+        dtype = "uint16" if value.dtype == torch.bfloat16 else str(value.dtype).removeprefix("torch.")
+        out = relax.TensorType(tuple(value.shape), dtype)
         return importer.block_builder.emit(relax.op.call_dps_packed(name, relax.Tuple(inputs), out))
 
     def quantize(node: Any, importer: Any) -> Any:
@@ -95,6 +105,31 @@ def import_program(program: ExportedProgram) -> Imported:
         x, *rest = node.args
         weight, scale, bias = (tensors[value.name] for value in rest)
         return marked("wlinear", importer, [importer.env[x]], node, weight=weight, scale=scale, bias=bias)
+
+    def bfloat16(node: Any, importer: Any) -> Any:
+        return marked("quantize", importer, [importer.env[node.args[0]]], node, bfloat16=True)
+
+    def bconv2d(node: Any, importer: Any) -> Any:
+        x, weight, bias, stride, padding, dilation, groups = node.args
+        return marked(
+            "qconv2d",
+            importer,
+            [importer.env[x]],
+            node,
+            bfloat16=True,
+            weight=bfloat16_bits(tensors[weight.name]),
+            bias=tensors[bias.name],
+            stride=tuple(stride),
+            padding=tuple(padding),
+            dilation=tuple(dilation),
+            groups=int(groups),
+        )
+
+    def blinear(node: Any, importer: Any) -> Any:
+        x, weight, bias = node.args
+        bits = bfloat16_bits(tensors[weight.name])
+        inputs = [importer.env[x]]
+        return marked("qlinear", importer, inputs, node, bfloat16=True, weight=bits, bias=tensors[bias.name])
 
     def activation(op: str) -> Callable[[Any, Any], Any]:
         return lambda node, importer: marked(op, importer, [importer.env[node.args[0]]], node)
@@ -173,6 +208,9 @@ def import_program(program: ExportedProgram) -> Imported:
         "qconv2d.default": qconv2d,
         "qlinear.default": qlinear,
         "wlinear.default": wlinear,
+        "bfloat16.default": bfloat16,
+        "bconv2d.default": bconv2d,
+        "blinear.default": blinear,
         "batch_norm.default": batch_norm,
         "conv2d.padding": named_padding,
         **dict.fromkeys(("dropout.default", "feature_dropout.default"), dropout),

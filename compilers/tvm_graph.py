@@ -257,7 +257,7 @@ def _grow(graph: Graph, head: Node, taken: set[int]) -> Chain:
             return chain
         chain.steps.append(step)
         chain.last = user
-        if step.step.op == "quantize":
+        if step.step.op in ("quantize", "bfloat16"):
             return chain
 
 
@@ -268,6 +268,8 @@ def _as_step(graph: Graph, head: Node, var: Any, user: Node) -> ChainStep | None
         return ChainStep(Step(user.op))
     if user.op == "quantize" and user.mark is not None:
         attributes = user.mark.attributes
+        if user.mark.bfloat16:
+            return ChainStep(Step("bfloat16"))
         return ChainStep(Step("quantize"), array=quantize_numbers(attributes["scale"], attributes["zero_point"]))
     if user.op in ("relax.clip", "relax.nn.relu6"):
         bounds = (0.0, 6.0) if user.op == "relax.nn.relu6" else tuple(float(_number(a)) for a in user.args[1:3])

@@ -1,7 +1,7 @@
 """The kernels that single layers of given shapes will call on a CPU, known without a program: milliseconds for a space.
 
 What stands around a layer decides its epilogue; here every layer is followed by a bias and a ReLU, and one of bytes
-reads bytes and writes bytes. Moves between float32 and bytes, or of layouts, are left out: a whole program's plan
+or bfloat16 reads and writes those. Moves between float32 and them, or of layouts, are left out: a whole program's plan
 (`tvm_workloads.plan`) has them.
 """
 
@@ -19,7 +19,7 @@ from ..spaces.layer_shapes import LayerShape
 from .cpu.convspec import ConvSpec, Step
 from .cpu.dense import DenseSpec, nibbles_pay
 from .cpu.machine import Dot, Machine
-from .cpu.tiles import PARALLEL_MACS, WinogradTile, chosen, plain_form
+from .cpu.tiles import PARALLEL_MACS, WinogradTile, chosen, plain_form, plain_lanes
 from .tvm_build import cpu_machine
 from .tvm_workloads import workload_of
 
@@ -28,6 +28,7 @@ _FLOAT = (Step("bias"), Step("relu"))
 # Weights of trained layers have a mean magnitude of about a quarter of the largest, half of them on each side of zero.
 _USUAL_SUM = 6000
 _BYTES = (Step("scale"), Step("bias"), Step("relu"), Step("quantize"))
+_STEPS = {8: _BYTES, 16: (*_FLOAT, Step("bfloat16")), 32: _FLOAT}
 
 
 def layer_workloads(device: Device) -> Callable[[Sequence[LayerShape]], list[Workload]]:
@@ -42,24 +43,26 @@ def layer_workloads(device: Device) -> Callable[[Sequence[LayerShape]], list[Wor
 
 
 def _dot(layer: LayerShape, machine: Machine) -> Dot | None:
+    if layer.bits == 16:
+        return machine.halves
     return machine.dot_for(PAIRS[layer.stored_bits]) if layer.bits == 8 else None
 
 
 def _dense(layer: LayerShape, machine: Machine) -> Workload:
     rows, dot = prod(layer.writes), _dot(layer, machine)
-    steps = (Step("scale"), Step("bias")) if dot else (Step("bias"),)
+    steps = (Step("scale"), Step("bias")) if layer.bits == 8 else (Step("bias"),)
     threads = machine.threads if layer.macs >= PARALLEL_MACS else 1
     spec = DenseSpec(
         m=rows, k=layer.inputs, o=layer.outputs, lanes=machine.lanes, dot=dot, quantize=False, steps=steps,
         threads=threads,
     )  # fmt: skip
-    size = 1 if dot else 4
+    size = layer.bits // 8
     weights = layer.weights * size
     if not dot and layer.stored_bits < 32:
         bits = 4 if layer.stored_bits == 4 and layer.inputs % 8 == 0 else 8
         steps = (Step("scale"), Step("bias"))
         spec, weights = replace(spec, weight_bits=bits, steps=steps), layer.weights * bits // 8
-    if dot and nibbles_pay(spec, LEVELS[layer.stored_bits], machine):
+    if layer.bits == 8 and nibbles_pay(spec, LEVELS[layer.stored_bits], machine):
         spec, weights = replace(spec, nibbles=True), weights // 2
     moved = rows * (layer.inputs + layer.outputs) * size + weights
     return workload_of(spec, machine, moved, weights)
@@ -71,7 +74,9 @@ def _convolution(layer: LayerShape, machine: Machine) -> Workload:
     groups = 1 if depthwise else _whole_groups(layer, lanes)
     plain = not depthwise and layer.inputs < lanes
     dot, in_lanes = _dot(layer, machine), 1 if plain else lanes
-    if dot and plain:
+    if dot and dot.floats:
+        in_lanes = plain_lanes(layer.inputs, layer.kernel, layer.dilation, dot, machine) if plain else lanes
+    elif dot and plain:
         channels, columns = PAIRS[layer.stored_bits], 2 * LEVELS[layer.stored_bits]
         if layer.inputs == 1:  # whose columns are limited in pairs
             channels, columns = LEVELS[layer.stored_bits], channels
@@ -82,13 +87,13 @@ def _convolution(layer: LayerShape, machine: Machine) -> Workload:
     spec = ConvSpec(
         n=1, c=layer.inputs, h=layer.reads[0], w=layer.reads[1], o=layer.outputs, kernel=layer.kernel,
         stride=layer.stride, padding=(top, left, top, left), dilation=layer.dilation, groups=groups, lanes=lanes,
-        in_lanes=in_lanes, depthwise=depthwise, dot=dot, steps=_BYTES if dot else _FLOAT,
+        in_lanes=in_lanes, depthwise=depthwise, dot=dot, steps=_STEPS[layer.bits],
     )  # fmt: skip
-    bound = _USUAL_SUM * layer.inputs // groups * prod(layer.kernel) if dot else 0
+    bound = _USUAL_SUM * layer.inputs // groups * prod(layer.kernel) if layer.bits == 8 else 0
     spec, choice = chosen(spec, machine, largest_sum=bound)
     if dot and isinstance(choice, WinogradTile):
         spec = replace(spec, dot=machine.dot)
-    size = 1 if dot else 4
+    size = layer.bits // 8
     weights = layer.outputs * layer.inputs // groups * prod(layer.kernel) * size
     data = (ceil(layer.inputs / in_lanes) * in_lanes) * prod(layer.reads)
     written = spec.out_blocks * lanes * prod(layer.writes)

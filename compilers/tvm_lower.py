@@ -118,9 +118,12 @@ class _Lowering:
         if node.op == "quantize":
             if all(user.op in ("qconv2d", "qlinear") for user in self.graph.users[node.var]):
                 return  # its readers quantise where they pad
-            attributes = node.mark.attributes  # type: ignore[union-attr]
-            self.plain[node.var] = self.values.quantized(
-                self.values.as_plain(node.args[0]), attributes["scale"], attributes["zero_point"]
+            source = self.values.as_plain(node.args[0])
+            assert node.mark is not None
+            self.plain[node.var] = (
+                self.values.bfloat16(source)
+                if node.mark.bfloat16
+                else self.values.quantized(source, *self.values.quantizer(node.var))
             )
         elif node.mark is not None or (node.op in UNARY and str(node.var.ty.dtype) == "float32"):
             self._activation(node)

@@ -11,7 +11,7 @@ from .cpu.convspec import ConvSpec, Step
 from .cpu.epilogue import quantize_numbers
 from .cpu.kernels import conv_kernel, conv_weights
 from .cpu.packing import in_rows, largest_pair, largest_sum, per_channel
-from .cpu.tiles import Choice, WinogradTile, chosen, plain_form
+from .cpu.tiles import Choice, WinogradTile, chosen, plain_form, plain_lanes
 from .tvm_affine import leading_affine
 from .tvm_graph import Array, Chain, ChainStep, static_shape
 from .tvm_numbers import frame, pair
@@ -20,21 +20,20 @@ from .tvm_values import Values
 
 def lower_convolution(values: Values, chain: Chain) -> None:
     """Emits the call of the kernel that computes a chain which begins with a convolution; its result is blocked."""
-    head, int8 = chain.head, chain.head.op == "qconv2d"
-    source, quantize = values.quantized_source(head.args[0]) if int8 else (head.args[0], False)
+    head = chain.head
+    halves = head.mark is not None and head.mark.bfloat16
+    int8 = head.op == "qconv2d" and not halves
+    source, quantize = values.quantized_source(head.args[0]) if int8 or halves else (head.args[0], False)
     n, c, h, w = static_shape(source)
     steps = list(chain.steps)
-    if int8:
+    if int8 or halves:
         attributes = head.mark.attributes  # type: ignore[union-attr]
-        weight, groups, zero_point = attributes["weight"], attributes["groups"], attributes["zero_point"]
+        weight, groups, zero_point = attributes["weight"], attributes["groups"], attributes.get("zero_point", 0)
         stride, dilation = attributes["stride"], attributes["dilation"]
         top, left = attributes["padding"]
         padding = (top, left, top, left)
-        steps = [
-            ChainStep(Step("scale"), array=attributes["scale"].astype(np.float64)),
-            ChainStep(Step("bias"), array=attributes["bias"].astype(np.float64)),
-            *steps,
-        ]
+        own = [name for name in ("scale", "bias") if name in attributes]
+        steps = [*(ChainStep(Step(name), array=attributes[name].astype(np.float64)) for name in own), *steps]
     else:
         weight, groups, zero_point = values.graph.array(head.args[1]), int(head.expr.attrs.groups), 0
         stride, dilation = pair(head.expr.attrs.strides), pair(head.expr.attrs.dilation)
@@ -44,23 +43,26 @@ def lower_convolution(values: Values, chain: Chain) -> None:
         top, left, bottom, right = (a + b for a, b in zip(padding, values.graph.framing[head.index], strict=True))
         padding = (top, left, bottom, right)
     o = weight.shape[0]
-    depthwise = groups == c == o and groups > 1
+    depthwise = groups == c == o and groups > 1 and not halves
     if not depthwise and groups > 1:
         weight, groups = _merge_groups(weight, groups, c, values.lanes)
     affine, rest = leading_affine(steps, o)
-    if not int8:
+    if not (int8 or halves):
         weight = weight * affine[0].reshape(-1, 1, 1, 1)
     plain = not depthwise and c < values.lanes and source not in values.blocked
     dot, in_lanes = None, 1 if plain else values.lanes
     if int8 and plain:
         columns = largest_pair(in_rows(weight, 2)) if dilation[1] == 1 else 0
         dot, in_lanes = plain_form(c, weight.shape[2:], dilation, values.target, largest_pair(weight), columns)
+    elif halves:
+        dot = values.target.halves
+        in_lanes = plain_lanes(c, weight.shape[2:], dilation, dot, values.target) if plain else in_lanes
     elif int8:
         dot = values.target.dot if depthwise else values.target.dot_for(largest_pair(weight))
     plain = in_lanes != values.lanes
-    arrays = ([("scale", affine[0])] if int8 else []) + [("bias", affine[1])]
-    if not int8 and not affine[1].any():
-        arrays = []
+    # The factor of float32 is in its weights.
+    arrays = [("scale", affine[0])] if int8 or (halves and (affine[0] != 1).any()) else []
+    arrays += [("bias", affine[1])] if int8 or affine[1].any() else []
     spec = ConvSpec(
         n=n, c=c, h=h, w=w, o=o, kernel=(weight.shape[2], weight.shape[3]), stride=stride, padding=padding,
         dilation=dilation, groups=1 if depthwise else groups, lanes=values.lanes, in_lanes=in_lanes,
@@ -111,7 +113,7 @@ def _merge_groups(weight: Array, groups: int, c: int, lanes: int) -> tuple[Array
 
 def _conv_name(spec: ConvSpec, choice: Choice) -> str:
     plain = "winograd" if isinstance(choice, WinogradTile) else "depthwise" if spec.depthwise else "conv"
-    kind = ("q" if spec.int8 else "") + plain
+    kind = ("q" if spec.int8 else "b" if spec.dot else "") + plain
     kernel = "x".join(str(k) for k in spec.kernel)
     tail = "_".join(step.op for step in spec.steps if step.op not in ("scale", "bias"))
     name = f"{kind}{kernel}_{spec.c}x{spec.h}x{spec.w}_{spec.o}_s{spec.stride[0]}"

@@ -13,6 +13,7 @@ from tvm import relax, te
 
 from .cpu.convspec import ConvSpec
 from .cpu.epilogue import quantize_numbers, quantized
+from .cpu.functions import bfloat16
 from .cpu.machine import Machine
 from .cpu.packing import per_channel
 from .cpu.tiles import Choice
@@ -136,6 +137,10 @@ class Values:
         kernel = te.create_prim_func([data, compute(data)]).without_attr("global_symbol").with_attr("op_pattern", 8)
         return self.builder.emit(relax.call_tir(self.builder.add_func(kernel, name), [value], value.ty))
 
+    def bfloat16(self, value: Any) -> Any:
+        """The bfloat16 numbers of a float value."""
+        return self.elementwise(value, bfloat16, "bfloat16")
+
     def quantized(self, value: Any, scale: float, zero_point: int) -> Any:
         """The bytes of a float value."""
         factor, zero = (tvm.tirx.const(float(number), "float32") for number in quantize_numbers(scale, zero_point))
@@ -178,7 +183,7 @@ class Values:
         return arguments
 
     def quantized_source(self, var: Any) -> tuple[Any, bool]:
-        """What an int8 kernel reads: bytes that exist already, or the floats, which it must quantise."""
+        """What a kernel of bytes or bfloat16 reads: those that exist already, or the floats, which it must convert."""
         if var in self.blocked or var in self.plain:
             return var, False
         return self._producer(var).args[0], True

@@ -140,7 +140,7 @@ def workload_of(subject: object, cpu: Machine, moved: int, constant: int) -> Wor
         cycles = ceil(subject.o / cpu.lanes) * cpu.lanes * subject.m * subject.k / cpu.macs_per_cycle(subject.dot)
         if subject.weight_bits < 32:  # widened and converted, once for every row of a tile
             cycles *= 1 + 2 / min(subject.m, 4)
-        bits = 8 if subject.int8 else 32
+        bits = subject.bits
         return Workload(
             "", "linear", shapes, subject.macs, moved, bits, constant, subject.threads, repr(subject),
             max(cycles, moved / _MOVED_A_CYCLE),
@@ -176,7 +176,7 @@ def _convolution(spec: ConvSpec, choice: Choice, cpu: Machine, moved: int, const
     )
     op = "depthwise_conv2d" if spec.depthwise else "winograd_conv2d" if winograd else "conv2d"
     return Workload(
-        "", op, shapes, spec.macs, moved, 8 if spec.int8 else 32, constant, spec.threads, repr((spec, choice)),
+        "", op, shapes, spec.macs, moved, spec.bits, constant, spec.threads, repr((spec, choice)),
         cycles,
     )  # fmt: skip
 

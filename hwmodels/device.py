@@ -124,7 +124,7 @@ def host() -> Device:
         lanes=lanes,
         features=features,
         threads=1,
-        macs_per_s={32: rate, 8: rate * bytes_gain},
+        macs_per_s={32: rate, **({16: rate * 2} if "avx512_bf16" in flags else {}), 8: rate * bytes_gain},
         bytes_per_s=1e10,
         memory_bytes=_memory_bytes(),
         here=True,

@@ -17,7 +17,18 @@ from .relative_fit import log_error
 from .workload import Workload
 
 # Words of a workload's form that change what its kernel does at both ends of the sum.
-_EPILOGUES = ("quantize=True", "'quantize'", "'add'", "'mul'", "'relu'", "'silu'", "'sigmoid'", "'hardswish'", "'gelu'")
+_EPILOGUES = (
+    "quantize=True",
+    "'quantize'",
+    "op='bfloat16'",
+    "'add'",
+    "'mul'",
+    "'relu'",
+    "'silu'",
+    "'sigmoid'",
+    "'hardswish'",
+    "'gelu'",
+)
 # Words of the names that TVM gives to what it fuses.
 _FUSED = ("_pack", "unpack", "pad", "transpose", "strided_slice", "concat", "quantize", "_add", "_multiply", "_relu")
 _SIZES = ("n", "c", "o", "h", "w", "oh", "ow", "kh", "kw", "stride", "groups", "m", "k", "heads", "s", "t", "bytes")

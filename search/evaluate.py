@@ -121,7 +121,10 @@ class Evaluator:
         self.times: Path | None = None
         lanes = spec.space.lanes or max(device.lanes for device in self.devices.values())
         self.proposal: Proposal = propose(
-            self.traced, lanes=lanes, families=tuple(Kind(family) for family in spec.space.families)
+            self.traced,
+            lanes=lanes,
+            families=tuple(Kind(family) for family in spec.space.families),
+            bfloat16=any("avx512_bf16" in device.features for device in self.devices.values()),
         )
 
     def move(self, label: str, device: Device, timer: Timer) -> None:

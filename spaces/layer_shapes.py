@@ -13,7 +13,7 @@ from math import prod
 import torch
 from torch import nn
 
-from .bit_widths import WEIGHT_ONLY
+from .bit_widths import BFLOAT16, WEIGHT_ONLY
 from .blocks import group_count
 from .cluster import index_bits, worth_sharing
 from .lowrank import Extent, Rank, fit_rank
@@ -58,6 +58,11 @@ class LayerShape:
         return found[0], found[1]
 
     @property
+    def depthwise(self) -> bool:
+        """Whether every channel is convolved alone."""
+        return self.groups == self.inputs > 1
+
+    @property
     def weights(self) -> int:
         """The number of weights."""
         return self.outputs * self.inputs // self.groups * prod(self.kernel)
@@ -72,13 +77,14 @@ class LayerShape:
         """Of the weights with their scales or codebook and of the bias; see `size.stored_bytes`."""
         constants = 4 * self.outputs if self.bias else 0
         shared = self.entries * 4 + _packed(self.weights * index_bits(self.entries)) if self.entries else None
-        if self.stored_bits < 32:
-            plain = _packed(self.weights * self.stored_bits)
+        plain = _packed(self.weights * self.stored_bits)
+        if self.stored_bits < 16:
             constants += self.outputs * SCALE_BYTES
             if self.bits < 32:  # the input's scale and zero point
                 constants += SCALE_BYTES + ZERO_POINT_BYTES
+        if self.stored_bits < 32:
             return constants + (plain if shared is None else min(plain, shared))
-        return constants + (4 * self.weights if shared is None else shared)
+        return constants + (plain if shared is None else shared)
 
 
 def shape_of(layer: nn.Conv2d | nn.Linear, reads: tuple[int, int]) -> LayerShape:
@@ -115,7 +121,9 @@ def layers_at(
         found = tuple(
             replace(part, entries=int(entries)) if worth_sharing(part.weights, int(entries)) else part for part in found
         )
-    if bits in WEIGHT_ONLY:
+    if bits == BFLOAT16:
+        found = tuple(part if part.depthwise else replace(part, bits=16, stored_bits=16) for part in found)
+    elif bits in WEIGHT_ONLY:
         found = tuple(replace(part, stored_bits=WEIGHT_ONLY[str(bits)]) for part in found)
     elif bits is not None:
         found = tuple(replace(part, bits=8, stored_bits=int(bits)) for part in found)

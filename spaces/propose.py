@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from .bit_widths import MEMORY_BOUND
+from .bfloat16 import pairs
+from .bit_widths import BFLOAT16, MEMORY_BOUND
 from .blocks import block_options
 from .cluster import worth_sharing
 from .coupling import Coupling, couple
@@ -40,14 +41,17 @@ class Proposal:
     lanes: int
 
 
-def propose(traced: TracedModel, *, lanes: int = 16, families: Collection[Kind] = tuple(Kind)) -> Proposal:
+def propose(
+    traced: TracedModel, *, lanes: int = 16, families: Collection[Kind] = tuple(Kind), bfloat16: bool = False
+) -> Proposal:
     """The choices of every layer, in order of execution, each list from the original to the strongest option.
 
     Options: BLOCK "grouped", "separable", "pointwise", "identity"; PRUNE the fraction of channels removed, such that
     what stays is a multiple of `lanes`; RANK "svd:R", "spatial:R", "tucker:RIxRO" with fewer MACs than the layer;
     CLUSTER the number of codebook entries, for storage only; BITS 8 (weights and inputs) or 4 (weights on a 4-bit
     grid, read as bytes: sums that fit into 16 bits, fewer instructions where a CPU has none for products of bytes), and
-    for linear layers of one row whose weights take the time to read, "w8" or "w4" (weights alone).
+    for linear layers of one row whose weights take the time to read, "w8" or "w4" (weights alone); with `bfloat16`,
+    where a device multiplies those, "bf16" (weights and inputs) for all but depthwise convolutions.
     None leaves the layer as it is.
 
     Every layer with parameters has a choice or a reason in `left_out`, under its name or, if it has choices of other
@@ -75,7 +79,7 @@ def propose(traced: TracedModel, *, lanes: int = 16, families: Collection[Kind] 
             if kind is Kind.PRUNE:
                 options = _prune_options(layer, groups, covered, coupling.refused, lanes)
             else:
-                options = fixed[layer.name] or _options(kind, modules[layer.name], layer, lanes)
+                options = fixed[layer.name] or _options(kind, modules[layer.name], layer, lanes, bfloat16)
             if isinstance(options, str):
                 reasons[kind] = options
             elif options:
@@ -90,17 +94,18 @@ def propose(traced: TracedModel, *, lanes: int = 16, families: Collection[Kind] 
     return Proposal(SearchSpace(tuple(choices), left_out), groups, _pixels(modules, fixed, groups), lanes)
 
 
-def _options(kind: Kind, module: nn.Module, layer: Layer, lanes: int) -> list[Option] | str:
+def _options(kind: Kind, module: nn.Module, layer: Layer, lanes: int, bfloat16: bool) -> list[Option] | str:
     """The options of a replaceable layer besides None, or why it has none."""
     assert isinstance(module, nn.Conv2d | nn.Linear)
     if kind is Kind.BITS:
+        halves = [BFLOAT16] if bfloat16 and pairs(module) else []
         if (
             isinstance(module, nn.Linear)
             and module.weight.numel() >= MEMORY_BOUND
             and extent_of(layer).writes == (1, 1)
         ):
-            return ["w8", 8, "w4", 4]
-        return list(WIDTHS)
+            return [*halves, "w8", 8, "w4", 4]
+        return [*halves, *WIDTHS]
     if kind is Kind.CLUSTER:
         books = [entries for entries in CODEBOOKS if worth_sharing(module.weight.numel(), entries)]
         return list(books) or f"{module.weight.numel()} weights are fewer than a codebook and its indices would save"

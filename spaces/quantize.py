@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .bfloat16 import Bfloat16
+from .bfloat16_ops import Bfloat16Conv2d, Bfloat16Linear
 from .bit_widths import LEVELS, PAIRS
 from .cluster import SharedConv2d, SharedLinear, materialise, weight_of
 from .integer import IntegerConv2d, IntegerLinear, WeightOnlyLinear, qconv2d, qlinear, quantize
@@ -122,12 +124,15 @@ def deploy(module: nn.Module) -> nn.Module:
     """A copy in eval mode that torch.export sees as it will be computed.
 
     Quantised layers call `planish::quantize` and `planish::qconv2d` or `planish::qlinear` on int8 weights, or
-    `planish::wlinear` where weights alone are quantised; shared weights are written out.
+    `planish::wlinear` where weights alone are quantised, layers of bfloat16 `planish::bfloat16` and `planish::bconv2d`
+    or `planish::blinear`; shared weights are written out.
     """
     result = copy.deepcopy(module).eval().requires_grad_(False)
     for name, layer in list(result.named_modules()):
         if isinstance(layer, Quantized | WeightQuantized):
             result.set_submodule(name, layer.integer())
+        elif isinstance(layer, Bfloat16):
+            result.set_submodule(name, layer.deployed())
         elif isinstance(layer, SharedConv2d | SharedLinear) and not _inside_quantized(result, name):
             result.set_submodule(name, materialise(layer).requires_grad_(False))
     return result.eval()
@@ -256,4 +261,4 @@ def _best_shrink(values: Tensor, low: float, high: float) -> float:
 def _inside_quantized(module: nn.Module, name: str) -> bool:
     parent, _, _ = name.rpartition(".")
     whole = Quantized | WeightQuantized | IntegerConv2d | IntegerLinear | WeightOnlyLinear
-    return isinstance(module.get_submodule(parent), whole)
+    return isinstance(module.get_submodule(parent), whole | Bfloat16 | Bfloat16Conv2d | Bfloat16Linear)

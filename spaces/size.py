@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from .bfloat16 import Bfloat16
 from .cluster import SharedConv2d, SharedLinear, SharedWeight, index_bits
 from .quantize import Quantized
 from .weight_only import WeightQuantized
@@ -21,10 +22,10 @@ def stored_bytes(module: nn.Module) -> int:
     """The bytes that the module's weights and constants take in storage, rounded up for every tensor.
 
     A quantised layer stores its weights in its bits, a scale for every output channel, and the scale and zero point of
-    its input where that is quantised too; a shared weight stores its codebook in float32 and packed indices. A layer
-    that is both stores whichever is smaller, since either gives the same integers. Everything else (biases, batch
-    norms) is stored as it is; what only training needs (batch counters, clips, the momentum of ranges) is not stored,
-    and a tensor that two modules hold is stored once.
+    its input where that is quantised too, a layer of bfloat16 two bytes a weight; a shared weight stores its codebook
+    in float32 and packed indices. A layer that is both stores whichever is smaller, since either gives the same
+    numbers. Everything else (biases, batch norms) is stored as it is; what only training needs (batch counters, clips,
+    the momentum of ranges) is not stored, and a tensor that two modules hold is stored once.
     """
     return _total(module, coded=False)
 
@@ -49,6 +50,9 @@ def _total(module: nn.Module, coded: bool) -> int:
         if isinstance(layer, Quantized | WeightQuantized):
             covered.update(layer.inner.modules())
             total += _quantized_bytes(layer, counted, coded)
+        elif isinstance(layer, Bfloat16):
+            covered.update(layer.inner.modules())
+            total += _bfloat16_bytes(layer, counted, coded)
         elif isinstance(layer, SharedWeight):
             total += _shared_bytes(layer, coded)
         else:
@@ -88,6 +92,14 @@ def _quantized_bytes(layer: Quantized | WeightQuantized, counted: set[int], code
     if coded:
         own = min(own, huffman_bytes(layer.integer().weight))
     return constants + (own if shared is None else min(_shared_bytes(shared, coded), own))
+
+
+def _bfloat16_bytes(layer: Bfloat16, counted: set[int], coded: bool) -> int:
+    inner = layer.inner
+    bias = 0 if inner.bias is None else _plain_bytes(inner.bias, counted)
+    if isinstance(inner, SharedConv2d | SharedLinear):
+        return bias + min(_shared_bytes(inner.shared, coded), 2 * inner.shared.indices.numel())
+    return bias + 2 * inner.weight.numel()
 
 
 def _shared_bytes(shared: SharedWeight, coded: bool) -> int:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from .bit_widths import WEIGHT_ONLY
+from .bfloat16 import Bfloat16, pairs
+from .bit_widths import BFLOAT16, WEIGHT_ONLY
 from .blocks import Grouped, Separable, build_block
 from .cluster import share, worth_sharing
 from .lowrank import Extent, Rank, factorise, fit_rank
@@ -93,7 +94,7 @@ def share_site(module: nn.Module, site: str, entries: int, fitted: bool = True) 
 def quantise_sites(module: nn.Module, options: Mapping[str, Option], calibration: Tensor | None) -> list[Remark]:
     """Quantises every layer at the sites; without calibration their input ranges are placeholders to be loaded."""
     found = {name: option for site, option in options.items() for name in _layers_at(module, site)}
-    bits = {name: option for name, option in found.items() if option not in WEIGHT_ONLY}
+    bits = {name: option for name, option in found.items() if option != BFLOAT16 and option not in WEIGHT_ONLY}
     empty = [site for site in options if not _layers_at(module, site)]
     ranges: Mapping[str, Range] = {} if calibration is None else input_ranges(module, bits, calibration)
     for name, option in found.items():
@@ -103,8 +104,13 @@ def quantise_sites(module: nn.Module, options: Mapping[str, Option], calibration
     return [Remark(site, Kind.BITS, "there is no weight left to quantise", True) for site in empty]
 
 
-def quantised(layer: nn.Conv2d | nn.Linear, option: Option, seen: Range) -> Quantized | WeightQuantized:
-    """The layer with an option of BITS; `seen` are the values of its input, where that is quantised too."""
+def quantised(layer: nn.Conv2d | nn.Linear, option: Option, seen: Range) -> nn.Module:
+    """The layer with an option of BITS; `seen` are the values of its input, where that is quantised too.
+
+    The depthwise convolution of a separable block is left in float32 where the option is bfloat16.
+    """
+    if option == BFLOAT16:
+        return Bfloat16(layer) if pairs(layer) else layer
     if option in WEIGHT_ONLY:
         assert isinstance(layer, nn.Linear)  # `propose` offers it to no other
         return WeightQuantized(layer, WEIGHT_ONLY[str(option)])

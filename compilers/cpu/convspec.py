@@ -15,7 +15,8 @@ class Step:
     `op` is one of: `scale`, `bias` (per-channel factor, offset: one buffer of shape (blocks, lanes)), `add`,
     `mul` (with a tensor of the output's shape and layout), `relu`, `clip` (values: low, high), `sigmoid`, `silu`,
     `gelu`, `erf`, `hardswish`, `hardsigmoid`, `tanh`, `quantize` (one buffer of 1 / scale and zero point; the result is
-    uint8). What differs between layers of one shape is in buffers, so that they share one kernel.
+    uint8), `bfloat16` (the result is uint16, the bits of bfloat16). What differs between layers of one shape is in
+    buffers, so that they share one kernel.
     """
 
     op: str
@@ -25,6 +26,28 @@ class Step:
 # Of these one kernel takes one: LLVM's code generator expands what is nested, and three take it a minute.
 EXPONENTIAL_STEPS = frozenset({"sigmoid", "silu", "tanh", "gelu", "erf", "exp"})
 BUFFER_STEPS = ("scale", "bias", "add", "mul", "quantize")
+
+
+def data_type(dot: Dot | None, converted: bool) -> str:
+    """The type of a kernel's data, which float32 data that it converts itself are not yet."""
+    if dot is None or converted:
+        return "float32"
+    return "uint16" if dot.floats else "uint8"
+
+
+def weight_type(dot: Dot | None) -> str:
+    """The type of a kernel's weights."""
+    if dot is None:
+        return "float32"
+    return "uint16" if dot.floats else "int8"
+
+
+def result_type(steps: tuple[Step, ...]) -> str:
+    """The type of a kernel's result: float32 unless a step makes something else of it."""
+    return next((_CONVERSIONS[step.op] for step in steps if step.op in _CONVERSIONS), "float32")
+
+
+_CONVERSIONS = {"quantize": "uint8", "bfloat16": "uint16"}
 
 
 @dataclass(frozen=True)
@@ -37,8 +60,9 @@ class ConvSpec:
     `groups` divides both channel counts into whole blocks, except for a depthwise convolution (`depthwise`), whose
     filters are (blocks, kh, kw, lanes).
 
-    Data are float32, or for an int8 convolution, which has a `dot`, uint8; `quantize` says that they arrive as float32
-    and are quantised where they are copied. An int8 kernel reads 1 / scale and zero point of its data from a buffer.
+    Data are float32, or for a convolution that has a `dot` uint8 or, of bfloat16, uint16; `quantize` says that they
+    arrive as float32 and are converted where they are copied. An int8 kernel reads 1 / scale and zero point of its data
+    from a buffer.
     """
 
     n: int
@@ -62,12 +86,22 @@ class ConvSpec:
     @property
     def int8(self) -> bool:
         """Whether it sums integers."""
-        return self.dot is not None
+        return self.dot is not None and not self.dot.floats
+
+    @property
+    def bits(self) -> int:
+        """Of the numbers that it multiplies."""
+        return 8 if self.int8 else 16 if self.dot else 32
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of a weight as the direct form reads it."""
+        return self.dot.weight_bytes if self.dot else 4
 
     @property
     def corrected(self) -> bool:
         """Whether the zero point is taken from the sums, by an argument of their channels, and not from the data."""
-        return self.dot is not None and self.dot.data != "int16" and not self.depthwise
+        return self.dot is not None and self.int8 and self.dot.data != "int16" and not self.depthwise
 
     @property
     def flat(self) -> bool:
@@ -131,5 +165,5 @@ class ConvSpec:
 
     @property
     def out_dtype(self) -> str:
-        """`uint8` where the last step quantises, else `float32`."""
-        return "uint8" if any(step.op == "quantize" for step in self.steps) else "float32"
+        """See `result_type`."""
+        return result_type(self.steps)

@@ -10,16 +10,17 @@ import tvm
 from tvm.tirx.script import builder as T
 
 from ...spaces.bit_widths import LEVELS
-from .convspec import Step
-from .emit import argument, copied, dot_product, kernel, local, loop, parts, product
+from .convspec import Step, data_type, result_type, weight_type
+from .emit import argument, copied, dot_product, importing, kernel, local, loop, parts, product
 from .epilogue import epilogue_buffers, finish, quantized_steps
+from .functions import bfloat16
 from .machine import Dot, Machine
 from .tiles import row_tile
 
 
 @dataclass(frozen=True)
 class DenseSpec:
-    """y[m, o] = steps(sum_k x[m, k] w[o, k]); `quantize` as in `ConvSpec`, and the result is float32 or uint8.
+    """y[m, o] = steps(sum_k x[m, k] w[o, k]); `quantize` as in `ConvSpec`, and the result is float32, uint8 or uint16.
 
     Tensors of the steps `add` and `mul` are (m, o). With `nibbles` two weights of 4 bits are in a byte of memory.
     `weight_bits` are those of the weights that float32 data are multiplied with: 32, 8, or 4, of which eight are in an
@@ -40,12 +41,17 @@ class DenseSpec:
     @property
     def int8(self) -> bool:
         """Whether it sums integers."""
-        return self.dot is not None
+        return self.dot is not None and not self.dot.floats
+
+    @property
+    def bits(self) -> int:
+        """Of the numbers that it multiplies."""
+        return 8 if self.int8 else 16 if self.dot else 32
 
     @property
     def corrected(self) -> bool:
         """Whether the zero point is taken from the sums, by an argument of their features, and not from the data."""
-        return self.dot is not None and self.dot.data != "int16"
+        return self.dot is not None and self.int8 and self.dot.data != "int16"
 
     @property
     def step(self) -> int:
@@ -66,14 +72,14 @@ class DenseSpec:
 
     @property
     def out_dtype(self) -> str:
-        """`uint8` where the last step quantises, else `float32`."""
-        return "uint8" if any(step.op == "quantize" for step in self.steps) else "float32"
+        """See `result_type`."""
+        return result_type(self.steps)
 
 
 def dense(spec: DenseSpec, machine: Machine) -> tvm.tirx.PrimFunc:
     """The function of (data, [1 / scale and zero point], weight, [correction], one buffer a step, output)."""
     with kernel() as (emitted, body):
-        body(_Dense(spec, machine).body)
+        body(importing(spec.dot, spec.lanes, _Dense(spec, machine).body))
     return emitted.function
 
 
@@ -99,14 +105,13 @@ class _Dense:
     def __init__(self, spec: DenseSpec, machine: Machine) -> None:
         self.spec = spec
         lanes, blocks, dot = spec.lanes, spec.out_blocks, spec.dot
-        direct = dot is None or spec.quantize
-        self.source = argument("data", (spec.m, spec.k), "float32" if direct else "uint8")
-        self.numbers = argument("input", (2,)) if dot else None
+        self.source = argument("data", (spec.m, spec.k), data_type(dot, spec.quantize))
+        self.numbers = argument("input", (2,)) if spec.int8 else None
         self.depth = ceil(spec.k / spec.step)
         inner = (lanes, dot.depth) if dot else (lanes,)
         kind = {32: "float32", 8: "int8", 4: "int32"}[spec.weight_bits]
         if dot:
-            kind = "uint8" if spec.nibbles else "int8"
+            kind = "uint8" if spec.nibbles else weight_type(dot)
         self.weight = argument("weight", (blocks, self.depth, *inner), kind)
         self.correction = argument("correction", (blocks, lanes), "int32") if spec.corrected else None
         shapes = epilogue_buffers(spec.steps, (blocks, lanes), (spec.m, spec.o))
@@ -118,7 +123,7 @@ class _Dense:
 
     def body(self) -> None:
         spec, dot = self.spec, self.spec.dot
-        copy = dot and (spec.quantize or spec.k % spec.step or dot.data != "uint8")
+        copy = dot and (spec.quantize or spec.k % spec.step or dot.data not in ("uint8", "uint16"))
         self.data = self._copied() if copy else self.source
         rows, tiles = self.rows, ceil(spec.m / self.rows)
         # The last block alone where only some of its lanes exist.
@@ -146,13 +151,13 @@ class _Dense:
                 lambda i, r, part: self.data[row + i, r * spec.step + part],
                 lambda j, r, part, lane: self._float(self.weight[block + j, r, lane], part), parts=spec.step,
             )  # fmt: skip
-        sums = copied(sums, rows, blocks, spec.lanes, "int32" if dot else "float32")
+        sums = copied(sums, rows, blocks, spec.lanes, dot.sums_type if dot else "float32")
         lanes = spec.o % spec.lanes if partial else spec.lanes
         with T.serial(0, rows) as i, T.serial(0, blocks) as j, T.vectorized(0, lanes) as lane:
             value = sums(i, j, lane)
             if self.correction is not None:
                 value = value + self.correction[block + j, lane]
-            if dot:
+            if spec.int8:
                 value = T.cast(value, "float32")
             place = (row + i, (block + j) * spec.lanes + lane)
             value = finish(spec.steps, self.extra, value, (block + j, lane), place)
@@ -170,7 +175,8 @@ class _Dense:
         """The data as the products take them: quantised, widened, filled up to whole steps."""
         spec, dot = self.spec, self.spec.dot
         assert dot is not None
-        assert self.numbers is not None
+        if self.numbers is None:
+            return self._copied_halves()
         factor, zero = T.bind(self.numbers[0]), T.bind(self.numbers[1])
         whole = T.bind(T.cast(zero, "int32"))
         shift = {"uint8": T.int32(0), "int8": T.int32(128)}.get(dot.data, whole)
@@ -187,4 +193,18 @@ class _Dense:
                     T.buffer_store(rows, T.cast(value, dot.data), [m, k])
             for k in range(spec.k, self.depth * spec.step):
                 T.buffer_store(rows, T.cast(whole - shift, dot.data), [m, k])
+        return rows
+
+    def _copied_halves(self) -> Any:
+        """The data as bfloat16, filled up to whole steps."""
+        spec = self.spec
+        rows = local((spec.m, self.depth * spec.step), "uint16", "global")
+        with loop(spec.m, spec.threads) as m:
+            for start, count, size in parts(spec.k, spec.lanes):
+                with T.serial(0, count) as part, T.vectorized(0, size) as lane:
+                    k = start + part * size + lane
+                    value = self.source[m, k]
+                    T.buffer_store(rows, bfloat16(value) if spec.quantize else value, [m, k])
+            for k in range(spec.k, self.depth * spec.step):
+                T.buffer_store(rows, T.uint16(0), [m, k])
         return rows

@@ -18,8 +18,8 @@ from typing import Any
 import tvm
 from tvm.tirx.script import builder as T
 
-from .convspec import EXPONENTIAL_STEPS, ConvSpec
-from .emit import Sums, argument, copied, cover, dot_product, kernel, local, loop, product, view
+from .convspec import EXPONENTIAL_STEPS, ConvSpec, weight_type
+from .emit import Sums, argument, copied, cover, dot_product, importing, kernel, local, loop, product, view
 from .epilogue import epilogue_buffers, finish
 from .frame import Source
 from .tiles import Tile
@@ -28,7 +28,7 @@ from .tiles import Tile
 def convolution(spec: ConvSpec, tile: Tile) -> tvm.tirx.PrimFunc:
     """The function of (data, [1 / scale and zero point], weight, [correction], one buffer a step, output)."""
     with kernel() as (emitted, body):
-        body(_Direct(spec, tile).body)
+        body(importing(spec.dot, spec.lanes, _Direct(spec, tile).body))
     return emitted.function
 
 
@@ -54,7 +54,7 @@ class _Direct:
         depth = dot.depth if dot else 1
         inner = (lanes, depth) if dot else (lanes,)
         shape = (blocks, spec.group_blocks, *spec.taps, spec.reduce_lanes // depth, *inner)
-        self.weight = argument("weight", shape, "int8" if dot else "float32")
+        self.weight = argument("weight", shape, weight_type(dot))
         self.correction = argument("correction", (blocks, lanes), "int32") if spec.corrected else None
         out_shape = (spec.n, blocks, spec.oh, spec.ow, lanes)
         shapes = epilogue_buffers(spec.steps, (blocks, lanes), out_shape)

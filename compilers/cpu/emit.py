@@ -164,17 +164,18 @@ def dot_product(
     start: Callable[[int, int, Any], Any] | None = None,
     nibbles: bool = False,
 ) -> Sums:
-    """As `product` for integers, with int32 sums.
+    """As `product` for bytes, with int32 sums, or for bfloat16, with float32 sums.
 
     left(i, *r) is (buffer, indices) of the first of `dot.depth` inputs; right(j, *r) is (buffer, indices) of the first
     of lanes x `dot.depth` weights. With `nibbles` a turn of the loops is two steps: the inputs follow each other, and
     a byte holds a weight + 8 of the first step in its low half, one of the second in its high half.
     """
-    sums = local((rows, blocks, lanes), "int32")
-    whole, kind = f"int32x{lanes}", f"x{lanes * dot.depth}"
+    sums = local((rows, blocks, lanes), dot.sums_type)
+    whole, kind = f"{dot.sums_type}x{lanes}", f"x{lanes * dot.depth}"
     tile = [(i, j) for i in range(rows) for j in range(blocks)]
+    zero = T.broadcast(tvm.tirx.const(0, dot.sums_type), lanes)
     for i, j in tile:
-        first = T.broadcast(T.int32(0), lanes) if start is None else start(i, j, T.ramp(0, 1, lanes))
+        first = zero if start is None else start(i, j, T.ramp(0, 1, lanes))
         T.buffer_store(sums, first, [i, j, T.ramp(0, 1, lanes)])
 
     def operands(*r: Any) -> Iterator[tuple[list[Any], Callable[[int], Any]]]:
@@ -183,6 +184,8 @@ def dot_product(
         for j in range(blocks):
             buffer, indices = right(j, *r)
             weight = buffer.vload([*indices, 0, 0], str(buffer.dtype) + kind)
+            if dot.floats:
+                weight = T.reinterpret(f"int32x{lanes}", weight)
             # Bytes are widened as they are read, which costs less than twice as much memory.
             loaded.append(T.bind(T.cast(weight, "int16" + kind) if dot.data == "int16" else weight))
         for number in range(2 if nibbles else 1):
@@ -194,8 +197,8 @@ def dot_product(
         last = last + ahead if ahead else last
         if dot.depth == 1:
             return T.bind(T.broadcast(T.cast(buffer[(*indices, last)], "int32"), lanes))
-        near = buffer.vload([*indices, last], f"{dot.data}x{dot.depth}")
-        return T.bind(T.reinterpret(dot.data + kind, T.broadcast(T.reinterpret("int32", near), lanes)))
+        near = T.broadcast(T.reinterpret("int32", buffer.vload([*indices, last], f"{dot.data}x{dot.depth}")), lanes)
+        return T.bind(near if dot.floats else T.reinterpret(dot.data + kind, near))
 
     def add(i: int, j: int, change: Callable[[Any], Any]) -> None:
         T.buffer_store(sums, change(sums.vload([i, j, 0], whole)), [i, j, T.ramp(0, 1, lanes)])
@@ -270,7 +273,12 @@ def _joined(outer: Sequence[Any], inner: Sequence[Any], depth: Sequence[int], si
 
 def dot_step(dot: Dot, lanes: int, total: Any, value: Any, weight: Any) -> Any:
     """The sums after one step."""
-    whole = f"int32x{lanes}"
+    whole = f"{dot.sums_type}x{lanes}"
+    if dot.name == "bfloat16":
+        return T.call_extern(whole, _PAIRS_OF_BFLOAT16, total, value, weight)
+    if dot.name == "halves":
+        products = zip(_as_floats(value, lanes), _as_floats(weight, lanes), strict=True)
+        return total + sum(a * b for a, b in products)
     if dot.name == "vnni":
         return T.call_llvm_pure_intrin(whole, T.llvm_lookup_intrinsic_id(_QUADS[lanes]), total, value, weight)
     if dot.name == "sdot":
@@ -284,6 +292,42 @@ def dot_step(dot: Dot, lanes: int, total: Any, value: Any, weight: Any) -> Any:
     if dot.name == "bytes":
         return _fenced(total + _widened(lanes, _pairs(lanes, value, weight)), whole)
     return total + value * T.cast(weight, whole)
+
+
+def _as_floats(pairs: Any, lanes: int) -> tuple[Any, Any]:
+    """The first and the second of pairs of bfloat16, each pair held in an int32, as float32."""
+    first = T.shift_left(pairs, T.broadcast(T.int32(16), lanes))
+    second = T.bitwise_and(pairs, T.broadcast(T.int32(-(1 << 16)), lanes))
+    return T.reinterpret(f"float32x{lanes}", first), T.reinterpret(f"float32x{lanes}", second)
+
+
+_PAIRS_OF_BFLOAT16 = "planish_pairs_of_bfloat16"
+
+
+def importing(dot: Dot | None, lanes: int, emit: Callable[[], None]) -> Callable[[], None]:
+    """The body of a kernel together with the function that `dot_step` calls, which LLVM puts in its place.
+
+    TVM makes float32 of all bfloat16 before it generates code, so that the instruction's operands must pass it as
+    int32.
+    """
+    if dot is None or dot.name != "bfloat16":
+        return emit
+    sums, pairs, halves = f"<{lanes} x float>", f"<{lanes} x i32>", f"<{2 * lanes} x bfloat>"
+    name = f"@llvm.x86.avx512bf16.dpbf16ps.{32 * lanes}"
+    source = f"""declare {sums} {name}({sums}, {halves}, {halves})
+define {sums} @{_PAIRS_OF_BFLOAT16}({sums} %total, {pairs} %value, {pairs} %weight) {{
+  %a = bitcast {pairs} %value to {halves}
+  %b = bitcast {pairs} %weight to {halves}
+  %result = call {sums} {name}({sums} %total, {halves} %a, {halves} %b)
+  ret {sums} %result
+}}
+"""
+
+    def with_function() -> None:
+        with T.attr(T.int32(0), "pragma_import_llvm", source):
+            emit()
+
+    return with_function
 
 
 def _pairs(lanes: int, value: Any, weight: Any) -> Any:

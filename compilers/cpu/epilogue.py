@@ -42,6 +42,8 @@ def finish(
         elif step.op == "quantize":
             numbers = next(remaining)
             value = quantized(value, numbers[0], numbers[1])
+        elif step.op == "bfloat16":
+            value = functions.bfloat16(value)
         else:
             value = activation(step, value)
     return value

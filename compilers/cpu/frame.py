@@ -6,9 +6,10 @@ from typing import Any
 
 from tvm.tirx.script import builder as T
 
-from .convspec import ConvSpec
+from .convspec import ConvSpec, data_type
 from .emit import argument, local, loop, parts, view, when
 from .epilogue import quantized_steps
+from .functions import bfloat16
 
 # Elements that are copied at once: what is copied needs few instructions, and whole rows are one after the other.
 _WIDE = 32
@@ -28,7 +29,7 @@ class Source:
         self.spec, dot = spec, spec.dot
         self.h, self.w = (1, spec.h * spec.w) if spec.flat else (spec.h, spec.w)
         self.plain = spec.in_lanes != spec.lanes
-        dtype = "uint8" if dot and not spec.quantize else "float32"
+        dtype = data_type(dot, spec.quantize)
         if self.plain:
             self.data = argument("data", (spec.n, spec.c, spec.h, spec.w), dtype)
         else:
@@ -38,7 +39,7 @@ class Source:
         # Of what a 1x1 convolution with a stride leaves out nothing need be copied.
         self.picked = self.framed and not self.plain and spec.kernel == (1, 1) and spec.stride != (1, 1)
         self.picked = self.picked and not any(spec.padding)
-        self.numbers = argument("input", (2,)) if dot else None
+        self.numbers = argument("input", (2,)) if spec.int8 else None
 
     def open(self) -> None:
         """Call it once, inside the body."""
@@ -73,7 +74,7 @@ class Source:
         inside = min(wide, self.w) if spec.flat else self.w
 
         def edge(b: Any, r: Any, start: int, count: int) -> None:
-            value = T.cast(self.edge, self.dtype) if spec.int8 else T.float32(0)
+            value = T.cast(self.edge, self.dtype) if spec.int8 else T.cast(T.float32(0), self.dtype)
             for begin, times, size in parts(count * lanes, _WIDE, start * lanes):
                 with T.serial(0, times) as part:
                     first = begin + part * size
@@ -140,6 +141,8 @@ class Source:
     def _element(self, value: Any, kind: str) -> Any:
         """One input as the products take it: float32, or a whole number of at least 16 bits."""
         spec = self.spec
+        if spec.dot is not None and spec.dot.floats:
+            return T.cast(bfloat16(value) if spec.quantize else value, "uint16" if kind == "int16" else kind)
         if spec.quantize:
             steps = quantized_steps(value, self.factor, self.zero)
             return steps if self.dtype == "int16" else steps + self.edge

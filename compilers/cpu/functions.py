@@ -60,6 +60,17 @@ def exp(x: Any) -> Any:
     )
 
 
+def bfloat16(x: Any) -> Any:
+    """The bits of the nearest bfloat16 as uint16, halves to even; NaN stays NaN as arithmetic gives it (0x7FC00000)."""
+
+    def bits(x: Any) -> Any:
+        whole = tvm.tirx.reinterpret("uint32", x)
+        half, one, sixteen = (tvm.tirx.const(value, "uint32") for value in (0x7FFF, 1, 16))
+        return ((whole + half + ((whole >> sixteen) & one)) >> sixteen).astype("uint16")
+
+    return _let(x, bits)
+
+
 def sigmoid(x: Any) -> Any:
     """1 / (1 + e**-x)."""
     return const(1) / (const(1) + exp(const(0) - x))

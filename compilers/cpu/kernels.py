@@ -8,12 +8,12 @@ import numpy as np
 import tvm
 from numpy.typing import NDArray
 
-from .convspec import ConvSpec
+from .convspec import ConvSpec, data_type, weight_type
 from .depthwise import depthwise
 from .direct import convolution
 from .epilogue import epilogue_buffers
 from .machine import Machine
-from .packing import weight_depthwise, weight_float, weight_int8
+from .packing import weight_depthwise, weight_dot, weight_float
 from .tiles import Choice, WinogradTile
 from .winograd import winograd, winograd_weight
 
@@ -34,10 +34,10 @@ def conv_arguments(spec: ConvSpec, choice: Choice, machine: Machine) -> list[tup
     data = (spec.n, spec.c, spec.h, spec.w) if plain else (spec.n, spec.in_blocks, spec.h, spec.w, spec.lanes)
     out = (spec.n, spec.out_blocks, spec.oh, spec.ow, spec.lanes)
     weight = np.zeros((spec.o, 1 if spec.depthwise else spec.c // spec.groups, *spec.kernel), np.int8)
-    packed = conv_weights(spec, choice, machine, weight if spec.int8 else weight.astype(np.float32))
+    packed = conv_weights(spec, choice, machine, weight.astype(weight_type(spec.dot)))
     extra = epilogue_buffers(spec.steps, (spec.out_blocks, spec.lanes), out)
     return [
-        (data, "uint8" if spec.int8 and not spec.quantize else "float32"),
+        (data, data_type(spec.dot, spec.quantize)),
         *([((2,), "float32")] if spec.int8 else []),
         *((array.shape, str(array.dtype)) for array in packed),
         *((shape, "float32") for _, shape in extra),
@@ -48,9 +48,12 @@ def conv_arguments(spec: ConvSpec, choice: Choice, machine: Machine) -> list[tup
 def conv_weights(
     spec: ConvSpec, choice: Choice, machine: Machine, weight: NDArray[Any], zero_point: int = 0
 ) -> list[NDArray[Any]]:
-    """The weights (o, c/groups, kh, kw), float32 or int8, as the kernel takes them; the zero point is the data's."""
+    """The weights (o, c/groups, kh, kw) as the kernel takes them; the zero point is that of int8's data.
+
+    They are float32, int8, or uint16 as `packing.bfloat16` gives them.
+    """
     if isinstance(choice, WinogradTile):
         return [winograd_weight(spec, weight, choice.m, machine.pairs)]
     if spec.depthwise:
         return [weight_depthwise(weight, spec.lanes)]
-    return weight_int8(spec, weight, zero_point) if spec.int8 else [weight_float(spec, weight)]
+    return weight_dot(spec, weight, zero_point) if spec.dot else [weight_float(spec, weight)]

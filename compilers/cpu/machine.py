@@ -8,11 +8,12 @@ from dataclasses import dataclass, field, replace
 
 @dataclass(frozen=True)
 class Dot:
-    """How a CPU multiplies and sums bytes: so many neighbouring inputs of each int32 lane in one step.
+    """How a CPU multiplies and sums bytes, or bfloat16: so many neighbouring inputs of each 32-bit lane in one step.
 
     Attributes:
         depth: Inputs that one step sums in each lane.
-        data: Type of the activations that it reads: `uint8` as stored, `int8` less 128, `int16` less the zero point.
+        data: Type of the activations that it reads: `uint8` as stored, `int8` less 128, `int16` less the zero point;
+            `uint16` are the bits of bfloat16.
         sums: Vector steps that the CPU starts in a cycle (VPMADDWD: as measured, its additions take multiplier ports).
         apart: The sums are added by an instruction of their own, so that no step waits for the multiplier.
         together: Steps whose sums of pairs are added in 16 bits before they are widened.
@@ -24,6 +25,26 @@ class Dot:
     sums: float
     apart: bool = False
     together: int = 1
+
+    @property
+    def floats(self) -> bool:
+        """Whether it multiplies bfloat16."""
+        return self.data == "uint16"
+
+    @property
+    def sums_type(self) -> str:
+        """The type of a lane."""
+        return "float32" if self.floats else "int32"
+
+    @property
+    def data_bytes(self) -> int:
+        """Of an activation."""
+        return 1 if self.data in ("uint8", "int8") else 2
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of a weight."""
+        return 2 if self.floats else 1
 
     def remainder(self, zero_point: int) -> int:
         """What the zero point still is in the data that are multiplied."""
@@ -40,6 +61,9 @@ DOTS = {
     "madd": Dot("madd", 2, "int16", 1.3, apart=True),
     "widen": Dot("widen", 1, "int16", 1, apart=True),
     "bytes": Dot("bytes", 4, "uint8", 0.8, apart=True),
+    # VDPBF16PS; and where there is none, four instructions that make float32 of two pairs, and two that multiply them.
+    "bfloat16": Dot("bfloat16", 2, "uint16", 1),
+    "halves": Dot("halves", 2, "uint16", 0.5, apart=True),
 }
 # What a sum of two products of bytes with weights may reach, and how many steps are added before they are widened.
 _WORD = 2**15 - 1
@@ -73,6 +97,7 @@ class Machine:
         fmas: Vector multiply-accumulates of float32 that start in a cycle, each ready after `latency` cycles.
         caches: Bytes of the three levels of cache.
         line_cycles: Cycles to read 64 bytes from the second level, the third and memory, one after the other.
+        bfloat16: It has an instruction that multiplies and sums pairs of bfloat16.
         tiles: How convolutions are computed that were measured, both as written by `repr`.
     """
 
@@ -84,6 +109,7 @@ class Machine:
     latency: int = 5
     caches: tuple[int, int, int] = (32 << 10, 1 << 20, 16 << 20)
     line_cycles: tuple[float, float, float] = (0.5, 1.0, 5.0)
+    bfloat16: bool = False
     # Not part of a kernel's key: a choice is in it anyway.
     tiles: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
 
@@ -91,6 +117,11 @@ class Machine:
     def pairs(self) -> Dot:
         """How it multiplies 16 bits: two products a lane where it can."""
         return DOTS["words"] if self.dot.name == "vnni" else DOTS["madd" if self.dot.name == "madd" else "widen"]
+
+    @property
+    def halves(self) -> Dot:
+        """How it multiplies bfloat16."""
+        return DOTS["bfloat16" if self.bfloat16 else "halves"]
 
     def dot_for(self, pair: int) -> Dot:
         """How it multiplies bytes by weights of which no two neighbours have a larger sum of magnitudes than `pair`."""
@@ -100,7 +131,7 @@ class Machine:
         return replace(DOTS["bytes"], together=steps, sums=_STARTED * steps / (2 * steps + 1))
 
     def macs_per_cycle(self, dot: Dot | None) -> float:
-        """Multiply-accumulates in a cycle when nothing is waited for: of float32, or of bytes by `dot`."""
+        """Multiply-accumulates in a cycle when nothing is waited for: of float32, or of what `dot` takes."""
         return self.lanes * (dot.depth * dot.sums if dot else self.fmas)
 
     def line(self, size: float) -> float:

@@ -28,17 +28,25 @@ def weight_float(spec: ConvSpec, weight: Array) -> Array:
     return np.ascontiguousarray(blocked.transpose(0, 2, 4, 5, 3, 1))
 
 
-def weight_int8(spec: ConvSpec, weight: Array, zero_point: int) -> list[Array]:
-    """(o, c/groups, kh, kw) int8 to (blocks, input blocks, kh, kw, lanes in / depth, lanes out, depth), `spec.dot`'s.
+def weight_dot(spec: ConvSpec, weight: Array, zero_point: int) -> list[Array]:
+    """(o, c/groups, kh, kw) to (blocks, input blocks, kh, kw, lanes in / depth, lanes out, depth), `spec.dot`'s.
+
+    Weights are int8, or uint16 as `bfloat16` gives them.
 
     Where the data still hold their zero point a correction follows, int32 (blocks, lanes): what it adds to every sum.
     """
     assert spec.dot is not None
     depth, o, lanes = spec.dot.depth, spec.out_blocks, spec.lanes
-    filled = _filled(spec, in_rows(weight, depth) if spec.in_rows else weight, np.int8)
+    filled = _filled(spec, in_rows(weight, depth) if spec.in_rows else weight, weight.dtype)
     blocked = filled.reshape(o, lanes, spec.group_blocks, spec.reduce_lanes // depth, depth, *spec.taps)
     packed = np.ascontiguousarray(blocked.transpose(0, 2, 5, 6, 3, 1, 4))
     return [packed, *_correction(filled, spec.dot, zero_point, o)] if spec.corrected else [packed]
+
+
+def bfloat16(values: Array) -> Array:
+    """The bits of the nearest bfloat16 of every float32 that is a number, as uint16; halves to even."""
+    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
+    return ((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)).astype(np.uint16)
 
 
 def in_rows(weight: Array, depth: int) -> Array:
@@ -107,19 +115,19 @@ def dense_whole(weight: Array, lanes: int, bits: int) -> Array:
     return found.view(np.int32)
 
 
-def dense_int8(weight: Array, zero_point: int, lanes: int, dot: Dot) -> list[Array]:
-    """(o, k) int8 to (blocks, k / depth, lanes, depth), and where it is needed the correction as in `weight_int8`."""
+def dense_dot(weight: Array, zero_point: int, lanes: int, dot: Dot) -> list[Array]:
+    """(o, k) int8 or uint16 to (blocks, k / depth, lanes, depth), and where needed the correction of `weight_dot`."""
     o, k = weight.shape
     blocks, depth = -(-o // lanes), -(-k // dot.depth) * dot.depth
-    filled = np.zeros((blocks * lanes, depth), np.int8)
+    filled = np.zeros((blocks * lanes, depth), weight.dtype)
     filled[:o, :k] = weight
     packed = filled.reshape(blocks, lanes, depth // dot.depth, dot.depth).transpose(0, 2, 1, 3)
-    correction = [] if dot.data == "int16" else _correction(filled, dot, zero_point, blocks)
+    correction = [] if dot.floats or dot.data == "int16" else _correction(filled, dot, zero_point, blocks)
     return [np.ascontiguousarray(packed), *correction]
 
 
 def dense_nibbles(weight: Array, zero_point: int, lanes: int, dot: Dot) -> list[Array]:
-    """(o, k) int8 within -8..7 to (blocks, k / depth / 2, lanes, depth) uint8, and the correction of `dense_int8`.
+    """(o, k) int8 within -8..7 to (blocks, k / depth / 2, lanes, depth) uint8, and the correction of `dense_dot`.
 
     A byte holds, each + 8, a weight of one step in its low half and of the next step in its high half.
     """
@@ -127,7 +135,7 @@ def dense_nibbles(weight: Array, zero_point: int, lanes: int, dot: Dot) -> list[
     turn = 2 * dot.depth
     even = np.zeros((o, -(-k // turn) * turn), np.int8)
     even[:, :k] = weight
-    packed, *correction = dense_int8(even, zero_point, lanes, dot)
+    packed, *correction = dense_dot(even, zero_point, lanes, dot)
     moved = (packed + 8).astype(np.uint8)
     return [np.ascontiguousarray(moved[:, ::2] | (moved[:, 1::2] << 4)), *correction]
 

@@ -170,8 +170,10 @@ def winograd_sizes(spec: ConvSpec, largest_sum: int = 0) -> tuple[int, ...]:
         return ()
     if spec.in_lanes != spec.lanes:
         return ()
-    if not spec.int8:
+    if spec.dot is None:
         return (2, 4)
+    if spec.dot.floats:  # its transformed inputs would be float32, which is multiplied at half the rate
+        return ()
     return tuple(m for m, factor in ((2, 4), (4, 64)) if 0 < largest_sum < 2**31 // factor)
 
 
@@ -193,7 +195,7 @@ def direct_cycles(spec: ConvSpec, tile: Tile, machine: Machine, model_weights: i
         total *= 1.1  # the compiler spills the byte broadcasts beyond this (measured: 28x1 is slower than 14x1)
     vector = 4 * spec.lanes
     outputs = spec.n * spec.out_blocks * oh * ow
-    size = 1 if dot else 4
+    size = spec.weight_bytes
     panel = tile.blocks * spec.lanes * depth * (dot.depth if dot else 1) * taps * size
     chunks = ceil(spec.group_blocks / tile.depth) if tile.depth else 1
     if chunks > 1:  # sums are stored and read again
@@ -246,7 +248,7 @@ def _with_weights(cycles: float, weights: float, model_bytes: float, machine: Ma
 def _direct(spec: ConvSpec, machine: Machine) -> Iterator[Tile]:
     group_out = 1 if spec.depthwise else spec.out_blocks // spec.groups
     oh_all, ow_all = (1, spec.oh * spec.ow) if spec.flat else (spec.oh, spec.ow)
-    size = 1 if spec.dot else 4
+    size = spec.weight_bytes
     row = spec.taps[0] * spec.taps[1] * spec.reduce_lanes * spec.lanes * size
     strip = 0 if spec.depthwise else _strip(spec, machine)
     split = _split_blocks(spec, machine)
@@ -264,7 +266,7 @@ def _direct(spec: ConvSpec, machine: Machine) -> Iterator[Tile]:
 
 def _strip(spec: ConvSpec, machine: Machine) -> int:
     """Rows or pixels whose input fills half of the second level of cache; 0 where all do not fill it."""
-    pixel = spec.in_blocks * spec.in_lanes * ({"uint8": 1, "int8": 1, "int16": 2}[spec.dot.data] if spec.dot else 4)
+    pixel = spec.in_blocks * spec.in_lanes * (spec.dot.data_bytes if spec.dot else 4)
     room = machine.caches[1] // 2
     if spec.flat:
         count = room // pixel
@@ -315,8 +317,16 @@ def plain_form(
     if dilation[1] != 1:
         return dot, dot.depth
     other = machine.dot_for(columns)
+    in_rows = _rate(other, kernel[1], machine) > _rate(dot, c, machine)
+    return (other, 1) if in_rows else (dot, dot.depth)
 
-    def rate(dot: Dot, extent: int) -> float:
-        return machine.macs_per_cycle(dot) * extent / (ceil(extent / dot.depth) * dot.depth)
 
-    return (other, 1) if rate(other, kernel[1]) > rate(dot, c) else (dot, dot.depth)
+def plain_lanes(c: int, kernel: tuple[int, int], dilation: tuple[int, int], dot: Dot, machine: Machine) -> int:
+    """`in_lanes` of a convolution of few channels that `dot` multiplies, as in `plain_form`."""
+    in_rows = dilation[1] == 1 and _rate(dot, kernel[1], machine) > _rate(dot, c, machine)
+    return 1 if in_rows else dot.depth
+
+
+def _rate(dot: Dot, extent: int, machine: Machine) -> float:
+    """Multiply-accumulates in a cycle that count, where so many channels or columns are filled up to whole steps."""
+    return machine.macs_per_cycle(dot) * extent / (ceil(extent / dot.depth) * dot.depth)

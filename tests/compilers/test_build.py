@@ -98,6 +98,7 @@ def test_a_target_that_tvm_does_not_know_is_refused() -> None:
     [
         ("cpu/x86-64-v3", 8, 16, "madd"),
         ("cpu/cascadelake?threads=4", 16, 32, "vnni"),
+        ("cpu/znver4", 16, 32, "vnni"),
         ("cpu/cortex-a72", 4, 32, "widen"),
         ("cpu/cortex-a76", 4, 32, "sdot"),
     ],
@@ -108,20 +109,22 @@ def test_the_kernels_are_told_what_the_device_has(name: str, lanes: int, registe
     assert (machine.lanes, machine.registers, machine.dot.name, machine.threads) == (
         lanes, registers, dot, device.threads,
     )  # fmt: skip
+    assert machine.halves.name == ("bfloat16" if name == "cpu/znver4" else "halves")
     assert int(tvm_target(device).attrs["num-cores"]) == device.threads
     assert str(tvm_target(device).attrs["mcpu"]) == device.target["mcpu"]
 
 
 @pytest.mark.parametrize(
-    ("name", "instruction"),
+    ("name", "of_bytes", "of_halves"),
     [
-        ("cpu/x86-64-v3", "vpmaddwd"),
-        ("cpu/cascadelake", "vpdpbusd"),
-        ("cpu/cortex-a72", "smlal"),
-        ("cpu/cortex-a76", "sdot"),
+        ("cpu/x86-64-v3", "vpmaddwd", "vfmadd231ps"),
+        ("cpu/cascadelake", "vpdpbusd", "vfmadd231ps"),
+        ("cpu/znver4", "vpdpbusd", "vdpbf16ps"),
+        ("cpu/cortex-a72", "smlal", "fmla"),
+        ("cpu/cortex-a76", "sdot", "fmla"),
     ],
 )
-def test_every_form_of_convolution_compiles_for_every_described_cpu(name: str, instruction: str) -> None:
+def test_every_form_of_convolution_compiles_for_every_described_cpu(name: str, of_bytes: str, of_halves: str) -> None:
     import tvm
 
     from planish.compilers.cpu.convspec import ConvSpec, Step
@@ -131,15 +134,24 @@ def test_every_form_of_convolution_compiles_for_every_described_cpu(name: str, i
     device = parse_device(name)
     machine, target = cpu_machine(device), tvm_target(device)
     lanes = machine.lanes
-    for dot in (None, machine.dot):
-        steps = (Step("scale"), Step("bias"), Step("relu"), Step("quantize")) if dot else (Step("bias"), Step("relu"))
+    floats = (Step("bias"), Step("relu"))
+    for dot, last, instruction in (
+        (None, (), ""),
+        (machine.dot, (Step("scale"), Step("quantize")), of_bytes),
+        (machine.halves, (Step("bfloat16"),), of_halves),
+    ):
+        steps = (*floats, *last)
         spec = ConvSpec(
             1, 32, 8, 8, 32, (3, 3), padding=(1, 1, 1, 1), lanes=lanes, in_lanes=lanes, dot=dot, steps=steps
         )  # fmt: skip
         found = choices(spec, machine, largest_sum=2**20)
         for kind in (Tile, WinogradTile):
-            choice = next(c for c in found if isinstance(c, kind))
+            choice = next((c for c in found if isinstance(c, kind)), None)
+            if choice is None:
+                assert dot == machine.halves
+                continue
             function = conv_kernel(spec, choice, machine).with_attr("global_symbol", "main")
             assembly = tvm.compile(tvm.IRModule({"main": function}), target).mod.inspect_source("asm")
-            if dot and kind is Tile:
+            assert "planish_pairs" not in assembly, "what LLVM did not put in its place is called for every vector"
+            if kind is Tile:
                 assert instruction in assembly

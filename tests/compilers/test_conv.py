@@ -22,7 +22,7 @@ from tests.compilers.byte_dots import HERE, largest_weight
 from planish.compilers.cpu.convspec import BUFFER_STEPS, EXPONENTIAL_STEPS, ConvSpec, Step
 from planish.compilers.cpu.epilogue import quantize_numbers
 from planish.compilers.cpu.machine import DOTS, Dot, Machine, usable_dots
-from planish.compilers.cpu.packing import largest_pair, largest_sum, per_channel, weight_int8
+from planish.compilers.cpu.packing import largest_pair, largest_sum, per_channel, weight_dot
 from planish.compilers.cpu.tiles import Choice, Tile, WinogradTile, choices, winograd_sizes
 from planish.hwmodels.device import host
 
@@ -402,7 +402,7 @@ def test_the_largest_sums_of_bytes_do_not_overflow(
     spec = ConvSpec(
         1, 64, 3, 3, lanes, (3, 3), lanes=lanes, in_lanes=lanes, dot=dot, steps=(Step("scale"), Step("bias"))
     )
-    weights = [quantize_numbers(1, 0), *weight_int8(spec, np.full((lanes, 64, 3, 3), extreme, np.int8), 0)]
+    weights = [quantize_numbers(1, 0), *weight_dot(spec, np.full((lanes, 64, 3, 3), extreme, np.int8), 0)]
     ones, zeros = np.ones((1, lanes), np.float32), np.zeros((1, lanes), np.float32)
     data = np.full((1, 64 // lanes, 3, 3, lanes), 255, np.uint8)
     function = convolution(spec, direct(spec))

@@ -18,7 +18,7 @@ from planish.compilers.cpu.convspec import Step
 from planish.compilers.cpu.dense import DenseSpec, dense
 from planish.compilers.cpu.epilogue import quantize_numbers
 from planish.compilers.cpu.machine import DOTS, Machine
-from planish.compilers.cpu.packing import dense_float, dense_int8, dense_nibbles, dense_whole, per_channel
+from planish.compilers.cpu.packing import dense_dot, dense_float, dense_nibbles, dense_whole, per_channel
 
 Array = NDArray[Any]
 Run = Callable[..., Array]
@@ -92,7 +92,7 @@ def check(spec: DenseSpec, run: Run, seed: int) -> None:
             value = torch.clamp(torch.round(value / 0.25) + 7, 0, 255)
             arguments.append(quantize_numbers(0.25, 7))
     if spec.dot:
-        packed = (dense_nibbles if spec.nibbles else dense_int8)(weight, zero_point, spec.lanes, spec.dot)
+        packed = (dense_nibbles if spec.nibbles else dense_dot)(weight, zero_point, spec.lanes, spec.dot)
     elif spec.weight_bits < 32:
         packed = [dense_whole(weight.astype(np.int8), spec.lanes, spec.weight_bits)]
     else:
@@ -143,7 +143,7 @@ def test_whole_weights_for_floats_take_a_byte_or_half_of_one() -> None:
 def test_two_weights_in_a_byte_take_half_the_memory() -> None:
     dot = DOTS["bytes"]
     weight = np.random.default_rng(0).integers(-8, 8, (24, 64)).astype(np.int8)
-    (whole, *_), (halves, *_) = dense_int8(weight, 3, 8, dot), dense_nibbles(weight, 3, 8, dot)
+    (whole, *_), (halves, *_) = dense_dot(weight, 3, 8, dot), dense_nibbles(weight, 3, 8, dot)
     assert 2 * halves.nbytes == whole.nbytes
     low, high = (halves & 15).astype(np.int8) - 8, (halves >> 4).astype(np.int8) - 8
     np.testing.assert_array_equal(np.stack([low, high], 2).reshape(whole.shape), whole)
