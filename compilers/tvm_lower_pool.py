@@ -6,7 +6,7 @@ from math import ceil
 
 from tvm import relax
 
-from .cpu.pool import PoolSpec, global_mean, pool
+from .cpu.pool import MeanSpec, PoolSpec, global_mean, pool
 from .tvm_graph import Node, static_shape
 from .tvm_numbers import frame, pair
 from .tvm_values import Values
@@ -22,7 +22,9 @@ def lower_pooling(values: Values, node: Node) -> bool:
         if axes != [2, 3] or node.args[0] not in values.blocked:
             return False
         n, c, h, w = static_shape(node.args[0])
-        kernel = values.kernel(("mean", n, c, h, w), lambda: global_mean(n, c, h, w, values.lanes), f"mean_{c}x{h}x{w}")
+        threads = values.target.threads if n * c * h * w > _PARALLEL_VALUES else 1
+        mean = MeanSpec(n, c, h, w, values.lanes, threads)
+        kernel = values.kernel(mean, lambda: global_mean(mean), f"mean_{c}x{h}x{w}")
         value = values.call(kernel, [values.blocked[node.args[0]]], relax.TensorType((n, c), "float32"), node)
         keep = bool(node.expr.attrs.keepdims)
         values.plain[node.var] = values.builder.emit(relax.op.reshape(value, (n, c, 1, 1))) if keep else value

@@ -18,7 +18,7 @@ from .cpu.attention import AttentionSpec
 from .cpu.convspec import ConvSpec
 from .cpu.dense import DenseSpec
 from .cpu.machine import Machine
-from .cpu.pool import PoolSpec
+from .cpu.pool import MeanSpec, PoolSpec
 from .cpu.rows import RowSpec
 from .cpu.tiles import Choice, WinogradTile, direct_cycles, winograd_cycles
 from .tvm_build import cpu_machine, finished, fused, planned_bytes
@@ -153,8 +153,8 @@ def workload_of(subject: object, cpu: Machine, moved: int, constant: int) -> Wor
     elif isinstance(subject, RowSpec | PoolSpec):
         op, threads = (subject.op, subject.threads) if isinstance(subject, RowSpec) else ("pool", subject.threads)
         shapes = _sizes(subject)
-    elif isinstance(subject, tuple) and subject[0] == "mean":
-        op, shapes = "mean", dict(zip(("n", "c", "h", "w"), subject[1:], strict=True))
+    elif isinstance(subject, MeanSpec):
+        op, threads, shapes = "mean", subject.threads, _sizes(subject)
     text = repr(subject)
     form = text
     if isinstance(subject, tuple) and subject[0] == "function":

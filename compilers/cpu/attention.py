@@ -84,7 +84,7 @@ class _Attention:
         spec = self.spec
         self.q, self.k, self.v = (self._reader(number) for number in range(3))
         # Keys are turned once, so that one vector holds the same component of neighbouring keys.
-        turned = local((spec.n, spec.heads, self.blocks, spec.d, spec.lanes), scope="global")
+        turned = local((spec.n, spec.heads, self.blocks, spec.d, spec.lanes))
         with loop(spec.n * spec.heads * self.blocks, spec.threads) as place:
             n, head = T.bind(place // (spec.heads * self.blocks)), T.bind(place // self.blocks % spec.heads)
             block = T.bind(place % self.blocks)
@@ -111,7 +111,7 @@ class _Attention:
     def _rows(self, turned: Any, n: Any, head: Any, row: Any) -> None:
         """The result of a few rows of queries of one head."""
         spec, lanes, rows, blocks = self.spec, self.spec.lanes, self.rows, self.width
-        scores = local((rows, self.blocks * lanes), scope="global")
+        scores = local((rows, self.blocks * lanes))
         with cover(self.blocks, blocks) as (_, first):
             sums = product(
                 rows, blocks, lanes, (spec.d,),
@@ -122,7 +122,7 @@ class _Attention:
                     for j in range(blocks):
                         value = sums(i, j, lane) * T.float32(spec.scale)
                         T.buffer_store(scores, value, [i, (first + j) * lanes + lane])
-        factors = local((rows,), scope="global")
+        factors = local((rows,))
         with T.serial(0, rows) as i:
             most = T.bind(reduce_row(spec.t, lanes, lambda k: scores[i, k], "max"))
             with T.serial(0, self.blocks) as block, T.vectorized(0, lanes) as lane:

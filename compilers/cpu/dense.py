@@ -180,7 +180,7 @@ class _Dense:
         factor, zero = T.bind(self.numbers[0]), T.bind(self.numbers[1])
         whole = T.bind(T.cast(zero, "int32"))
         shift = {"uint8": T.int32(0), "int8": T.int32(128)}.get(dot.data, whole)
-        rows = local((spec.m, self.depth * spec.step), dot.data, "global")
+        rows = local((spec.m, self.depth * spec.step), dot.data)
         with loop(spec.m, spec.threads) as m:
             for start, count, size in parts(spec.k, spec.lanes):
                 with T.serial(0, count) as part, T.vectorized(0, size) as lane:
@@ -198,7 +198,7 @@ class _Dense:
     def _copied_halves(self) -> Any:
         """The data as bfloat16, filled up to whole steps."""
         spec = self.spec
-        rows = local((spec.m, self.depth * spec.step), "uint16", "global")
+        rows = local((spec.m, self.depth * spec.step), "uint16")
         with loop(spec.m, spec.threads) as m:
             for start, count, size in parts(spec.k, spec.lanes):
                 with T.serial(0, count) as part, T.vectorized(0, size) as lane:

@@ -12,7 +12,7 @@ import tvm
 from tvm.tirx.script import builder as T
 
 from .convspec import ConvSpec
-from .emit import argument, kernel, local, loop, parts
+from .emit import Registers, argument, kernel, local, loop, parts
 from .epilogue import epilogue_buffers, finish
 
 
@@ -62,7 +62,7 @@ class _Depthwise:
     def _tile(self, n: Any, block: Any, y: Any, x: Any, size: int, rows: list[int], taps: list[int]) -> None:
         spec, lanes = self.spec, self.spec.lanes
         (sh, sw), (dh, dw) = spec.stride, spec.dilation
-        sums = local((size, lanes))
+        sums = Registers((size, lanes))
         top, left = y * sh - spec.padding[0], x * sw - spec.padding[1]
         with T.vectorized(0, lanes) as lane:
             first = T.float32(0)
@@ -73,7 +73,7 @@ class _Depthwise:
                         first = first - self.numbers[1] * self.weight[block, ky, kx, lane]
                 first = T.bind(first)
             for i in range(size):
-                T.buffer_store(sums, first, [i, lane])
+                sums.store(first, i, lane)
             for ky in rows:
                 for kx in taps:
                     weight = T.bind(self.weight[block, ky, kx, lane])
@@ -81,7 +81,7 @@ class _Depthwise:
                         value = self.data[n, block, top + ky * dh, left + i * sw + kx * dw, lane]
                         if spec.int8:
                             value = T.cast(T.cast(value, "int32"), "float32")
-                        T.buffer_store(sums, sums[i, lane] + value * weight, [i, lane])
+                        sums.store(sums[i, lane] + value * weight, i, lane)
         done = local((size, lanes))
         with T.vectorized(0, lanes) as lane:
             for i in range(size):

@@ -124,7 +124,7 @@ class _Direct:
             return
         count = ceil(strip.rows / tile.oh) * ceil(strip.columns / tile.ow)
         kind = "int32" if spec.int8 else "float32"
-        partial = local((count, tile.oh * tile.ow, tile.blocks, lanes), kind, "global")
+        partial = local((count, tile.oh * tile.ow, tile.blocks, lanes), kind)
         zero = tvm.tirx.const(0, kind)
         with T.serial(0, count) as number, T.vectorized(0, lanes) as lane:
             for i in range(tile.oh * tile.ow):

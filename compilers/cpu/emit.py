@@ -47,9 +47,46 @@ def argument(name: str, shape: Sequence[int], dtype: str = "float32") -> Any:
     return T.arg(name, T.buffer(tuple(shape), dtype, layout=None, buffer_name=name))
 
 
-def local(shape: Sequence[int], dtype: str = "float32", scope: str = "local") -> Any:
-    """A buffer of the function's own: on the stack, in registers where every index is a number; or `global`."""
-    return T.alloc_buffer(tuple(shape), dtype, scope=scope, layout=None, align=64)
+# TVM puts what is smaller on the stack, where LLVM makes registers of it; for the rest it calls the runtime, in every
+# turn of a parallel loop (so a depthwise convolution took 2.5 times as long on two threads as on one).
+_STACK_BYTES = 1024
+
+
+def local(shape: Sequence[int], dtype: str = "float32") -> Any:
+    """A buffer of the function's own."""
+    # Of any other scope than this one TVM puts nothing on the stack.
+    return T.alloc_buffer(tuple(shape), dtype, scope="global", layout=None, align=64)
+
+
+class Registers:
+    """Vectors that are to stay in registers, in as few buffers as are small enough for the stack.
+
+    The first index must be a number.
+    """
+
+    def __init__(self, shape: Sequence[int], dtype: str = "float32") -> None:
+        row = prod(shape[1:]) * int(tvm.DataType(dtype).itemsize)
+        self._rows = max(1, (_STACK_BYTES - 1) // row)
+        pieces = [min(self._rows, shape[0] - start) for start in range(0, shape[0], self._rows)]
+        self._pieces = [local((rows, *shape[1:]), dtype) for rows in pieces]
+
+    def __getitem__(self, indices: tuple[Any, ...]) -> Any:
+        buffer, place = self._at(indices)
+        return buffer[tuple(place)]
+
+    def store(self, value: Any, *indices: Any) -> None:
+        """Writes one element, or a vector where the last index is a ramp."""
+        buffer, place = self._at(indices)
+        T.buffer_store(buffer, value, place)
+
+    def vload(self, indices: tuple[Any, ...], dtype: str) -> Any:
+        """A vector that begins there."""
+        buffer, place = self._at(indices)
+        return buffer.vload(place, dtype)
+
+    def _at(self, indices: tuple[Any, ...]) -> tuple[Any, list[Any]]:
+        first, *rest = indices
+        return self._pieces[first // self._rows], [first % self._rows, *rest]
 
 
 def view(buffer: Any, shape: Sequence[Any], dtype: str) -> Any:
@@ -123,11 +160,11 @@ def product(
     They begin at start(i, j, lane), or at zero. The result gives the sum of (i, j, lane); i and j must be numbers.
     With `parts` a turn of the loops is so many steps, whose number follows `*r`.
     """
-    sums = local((rows, blocks, lanes))
+    sums = Registers((rows, blocks, lanes))
     tile = [(i, j) for i in range(rows) for j in range(blocks)]
     with T.vectorized(0, lanes) as lane:
         for i, j in tile:
-            T.buffer_store(sums, T.float32(0) if start is None else start(i, j, lane), [i, j, lane])
+            sums.store(T.float32(0) if start is None else start(i, j, lane), i, j, lane)
 
     def step(*r: Any) -> None:
         with T.vectorized(0, lanes) as lane:
@@ -136,7 +173,7 @@ def product(
                 for i in range(rows):
                     value = T.bind(left(i, *place))
                     for j in range(blocks):
-                        T.buffer_store(sums, sums[i, j, lane] + value * weights[j], [i, j, lane])
+                        sums.store(sums[i, j, lane] + value * weights[j], i, j, lane)
 
     _nest(depth, step)
     return lambda i, j, lane: sums[i, j, lane]
@@ -170,13 +207,13 @@ def dot_product(
     of lanes x `dot.depth` weights. With `nibbles` a turn of the loops is two steps: the inputs follow each other, and
     a byte holds a weight + 8 of the first step in its low half, one of the second in its high half.
     """
-    sums = local((rows, blocks, lanes), dot.sums_type)
+    sums = Registers((rows, blocks, lanes), dot.sums_type)
     whole, kind = f"{dot.sums_type}x{lanes}", f"x{lanes * dot.depth}"
     tile = [(i, j) for i in range(rows) for j in range(blocks)]
     zero = T.broadcast(tvm.tirx.const(0, dot.sums_type), lanes)
     for i, j in tile:
         first = zero if start is None else start(i, j, T.ramp(0, 1, lanes))
-        T.buffer_store(sums, first, [i, j, T.ramp(0, 1, lanes)])
+        sums.store(first, i, j, T.ramp(0, 1, lanes))
 
     def operands(*r: Any) -> Iterator[tuple[list[Any], Callable[[int], Any]]]:
         """The weights of one step and a function to its inputs; of two steps where weights are nibbles."""
@@ -201,7 +238,7 @@ def dot_product(
         return T.bind(near if dot.floats else T.reinterpret(dot.data + kind, near))
 
     def add(i: int, j: int, change: Callable[[Any], Any]) -> None:
-        T.buffer_store(sums, change(sums.vload([i, j, 0], whole)), [i, j, T.ramp(0, 1, lanes)])
+        sums.store(change(sums.vload((i, j, 0), whole)), i, j, T.ramp(0, 1, lanes))
 
     def step(*r: Any) -> None:
         for weights, near_of in operands(*r):
@@ -215,7 +252,7 @@ def dot_product(
     if not inner:
         _nest(depth, step)
         return lambda i, j, lane: sums[i, j, lane]
-    words = local((rows, blocks, 2 * lanes), "int16")
+    words = Registers((rows, blocks, 2 * lanes), "int16")
     kind16 = f"int16x{2 * lanes}"
 
     def words_step(*r: Any) -> None:
@@ -223,15 +260,15 @@ def dot_product(
             for i in range(rows):
                 near = near_of(i)
                 for j in range(blocks):
-                    total = words.vload([i, j, 0], kind16) + _pairs(lanes, near, weights[j])
-                    T.buffer_store(words, _fenced(total, kind16), [i, j, T.ramp(0, 1, 2 * lanes)])
+                    total = words.vload((i, j, 0), kind16) + _pairs(lanes, near, weights[j])
+                    words.store(_fenced(total, kind16), i, j, T.ramp(0, 1, 2 * lanes))
 
     def group(*r: Any) -> None:
         for i, j in tile:
-            T.buffer_store(words, T.broadcast(T.int16(0), 2 * lanes), [i, j, T.ramp(0, 1, 2 * lanes)])
+            words.store(T.broadcast(T.int16(0), 2 * lanes), i, j, T.ramp(0, 1, 2 * lanes))
         _nest(inner, lambda *s: words_step(*_joined(r, s, depth, inner)))
         for i, j in tile:
-            found = words.vload([i, j, 0], kind16)
+            found = words.vload((i, j, 0), kind16)
             add(i, j, lambda total, found=found: _fenced(total + _widened(lanes, found), whole))  # type: ignore[misc]
 
     _nest(outer, group)

@@ -60,7 +60,7 @@ class Source:
         spec = self.spec
         if not (spec.flat or self.picked):
             columns = max(columns, spec.padding[1] + self.w)
-        return local((images, spec.in_blocks, rows, columns * spec.in_lanes), self.dtype, "global")
+        return local((images, spec.in_blocks, rows, columns * spec.in_lanes), self.dtype)
 
     def copy(self, frame: Any, image: Any, n: Any, y: Any, x: Any, threads: int) -> None:
         """Fills one image of a frame from image n of the data; the frame's first row is row y of the framed data.

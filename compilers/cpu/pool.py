@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import reduce
+from math import ceil
+from operator import add
 from typing import Any
 
 import tvm
 from tvm import te
 from tvm.s_tir import Schedule
+from tvm.tirx.script import builder as T
+
+from .emit import Registers, Sums, argument, copied, kernel, loop, parts, view, when
+
+# Sums of a mean that do not wait for each other: an addition is ready after three or four cycles.
+_WAYS = 4
 
 
 @dataclass(frozen=True)
@@ -48,9 +58,9 @@ def pool(spec: PoolSpec) -> tvm.tirx.PrimFunc:
         inside = te.all(row >= 0, row < spec.h, column >= 0, column < spec.w)
         return te.if_then_else(inside, data[n, b, row, column, i], edge)
 
-    reduce = te.max if spec.maximum else te.sum
+    combine = te.max if spec.maximum else te.sum
     shape = (spec.n, spec.blocks, *spec.out, spec.lanes)
-    total = te.compute(shape, lambda n, b, y, x, i: reduce(window(n, b, y, x, i), axis=[ky, kx]), name="pool")
+    total = te.compute(shape, lambda n, b, y, x, i: combine(window(n, b, y, x, i), axis=[ky, kx]), name="pool")
 
     def divided(n: Any, b: Any, y: Any, x: Any, i: Any) -> Any:
         value = total[n, b, y, x, i]
@@ -65,7 +75,6 @@ def pool(spec: PoolSpec) -> tvm.tirx.PrimFunc:
     out = te.compute(shape, divided, name="out")
     s = Schedule(tvm.IRModule({"main": te.create_prim_func([data, out]).with_attr("tirx.noalias", True)}))
     total_block, out_block = s.get_sblock("pool"), s.get_sblock("out")
-    s.set_scope(total_block, 0, "local")
     n, b, y, x, lane, *reduction = s.get_loops(total_block)
     s.reorder(n, b, y, x, *reduction, lane)
     s.reverse_compute_at(out_block, x, preserve_unit_loops=True)
@@ -79,20 +88,58 @@ def pool(spec: PoolSpec) -> tvm.tirx.PrimFunc:
     return s.mod["main"]
 
 
-def global_mean(n: int, c: int, h: int, w: int, lanes: int) -> tvm.tirx.PrimFunc:
-    """The scheduled function of (data (n, blocks, h, w, lanes), output (n, c))."""
-    blocks = -(-c // lanes)
-    data = te.placeholder((n, blocks, h, w, lanes), name="data")
-    ky, kx = te.reduce_axis((0, h), "ky"), te.reduce_axis((0, w), "kx")
-    total = te.compute((n, blocks, lanes), lambda m, b, i: te.sum(data[m, b, ky, kx, i], axis=[ky, kx]), name="total")
-    factor = tvm.tirx.const(1.0 / (h * w), "float32")
-    out = te.compute((n, c), lambda m, o: total[m, te.indexdiv(o, lanes), te.indexmod(o, lanes)] * factor, name="out")
-    s = Schedule(tvm.IRModule({"main": te.create_prim_func([data, out]).with_attr("tirx.noalias", True)}))
-    block = s.get_sblock("total")
-    m, b, lane, *reduction = s.get_loops(block)
-    s.reorder(m, b, *reduction, lane)
-    # Four partial sums would hide the adder's latency, but a global mean is under 2 % of the networks measured.
-    s.vectorize(lane)
-    init = s.decompose_reduction(block, reduction[0])
-    s.vectorize(s.get_loops(init)[-1])
-    return s.mod["main"]
+@dataclass(frozen=True)
+class MeanSpec:
+    """The mean of every channel over its pixels: data (n, blocks, h, w, lanes) to (n, c)."""
+
+    n: int
+    c: int
+    h: int
+    w: int
+    lanes: int = 16
+    threads: int = 1
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of channels."""
+        return ceil(self.c / self.lanes)
+
+
+def global_mean(spec: MeanSpec) -> tvm.tirx.PrimFunc:
+    """The function of (data, output)."""
+    blocks, lanes, pixels = spec.blocks, spec.lanes, spec.h * spec.w
+    with kernel() as (emitted, body):
+        given = argument("data", (spec.n, blocks, spec.h, spec.w, lanes))
+        out = argument("out", (spec.n, spec.c))
+
+        def every_block() -> None:
+            data = view(given, (spec.n, blocks, pixels * lanes), "float32")
+            with loop(spec.n * blocks, spec.threads) as place:
+                n, b = T.bind(place // blocks), T.bind(place % blocks)
+                sums = copied(_pixel_sums(pixels, lanes, lambda at: data[n, b, at]), 1, 1, lanes)
+
+                def store(count: int) -> None:
+                    with T.vectorized(0, count) as lane:
+                        value = sums(0, 0, lane) * T.float32(1.0 / pixels)
+                        T.buffer_store(out, value, [n, b * lanes + lane])
+
+                rest = spec.c % lanes
+                when([b < blocks - 1] if rest else [], lambda: store(lanes), lambda: store(rest))
+
+        body(every_block)
+    return emitted.function
+
+
+def _pixel_sums(pixels: int, lanes: int, value: Callable[[Any], Any]) -> Sums:
+    """The sum of value(pixel * lanes + lane) over the pixels, in sums that do not wait for each other."""
+    ways = min(_WAYS, pixels)
+    sums = Registers((ways, lanes))
+    with T.vectorized(0, lanes) as lane:
+        for way in range(ways):
+            sums.store(T.float32(0), way, lane)
+    for start, count, size in parts(pixels, ways):
+        with T.serial(0, count) as part, T.vectorized(0, lanes) as lane:
+            for way in range(size):
+                at = (start + part * ways + way) * lanes + lane
+                sums.store(sums[way, lane] + value(at), way, lane)
+    return lambda i, j, lane: reduce(add, (sums[way, lane] for way in range(ways)))

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from tvm.tirx.script import builder as T
 
 from .convspec import ConvSpec
-from .emit import argument, dot_product, kernel, local, loop, product, when
+from .emit import Registers, argument, dot_product, kernel, local, loop, product, when
 from .epilogue import epilogue_buffers, finish
 from .frame import Source
 from .machine import Dot
@@ -117,8 +117,8 @@ class _Winograd:
         spec, lanes, alpha = self.spec, self.spec.lanes, self.alpha
         size = self.tile.chunk
         # An odd number of vectors apart: at powers of two the alpha**2 matrices would share the same cache sets.
-        self.v = local((spec.in_blocks, alpha * alpha, size | 1, lanes), self.words, "global")
-        self.product = local((spec.out_blocks, alpha * alpha, size | 1, lanes), self.kind, "global")
+        self.v = local((spec.in_blocks, alpha * alpha, size | 1, lanes), self.words)
+        self.product = local((spec.out_blocks, alpha * alpha, size | 1, lanes), self.kind)
         with loop(spec.in_blocks * size, threads) as place:
             t = T.bind(place % size)
             self.forward(T.bind(place // size), t, *self.place(chunk * size + t))
@@ -172,11 +172,11 @@ class _Winograd:
     def transform(self, block: Any, t: Any, load: Callable[[int, int, Any], Any]) -> None:
         """B'dB of the tile that `load` reads, in registers and to memory."""
         m, alpha = self.tile.m, self.alpha
-        half = local((alpha, alpha, self.spec.lanes), self.words)
+        half = Registers((alpha, alpha, self.spec.lanes), self.words)
         with T.vectorized(0, self.spec.lanes) as lane:
             for x in range(alpha):
                 for a, value in enumerate(_forward(m, [T.bind(load(y, x, lane)) for y in range(alpha)], self.words)):
-                    T.buffer_store(half, value, [a, x, lane])
+                    half.store(value, a, x, lane)
             for a in range(alpha):
                 for e, value in enumerate(_forward(m, [half[a, x, lane] for x in range(alpha)], self.words)):
                     T.buffer_store(self.v, value, [block, a * alpha + e, t, lane])
@@ -214,12 +214,12 @@ class _Winograd:
     def backward(self, block: Any, t: Any, p: Any) -> None:
         """A'[...]A of one tile and one block of channels, and the epilogue."""
         spec, m, alpha = self.spec, self.tile.m, self.alpha
-        half, result = local((m, alpha, spec.lanes), self.kind), local((m, m, spec.lanes))
+        half, result = Registers((m, alpha, spec.lanes), self.kind), local((m, m, spec.lanes))
         with T.vectorized(0, spec.lanes) as lane:
             for x in range(alpha):
                 column = [T.bind(self.product[block, y * alpha + x, t, lane]) for y in range(alpha)]
                 for y, value in enumerate(_backward(m, column, self.kind)):
-                    T.buffer_store(half, value, [y, x, lane])
+                    half.store(value, y, x, lane)
             for y in range(m):
                 for x, value in enumerate(_backward(m, [half[y, e, lane] for e in range(alpha)], self.kind)):
                     T.buffer_store(result, self.descaled(value), [y, x, lane])

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from planish.compilers.cpu.pool import PoolSpec, global_mean, pool
+from planish.compilers.cpu.pool import MeanSpec, PoolSpec, global_mean, pool
 
 Array = NDArray[Any]
 Run = Callable[..., Array]
@@ -78,11 +78,16 @@ def test_the_reference_is_torchs_own_average_where_torch_has_one(padding: int, i
     torch.testing.assert_close(reference(spec, x), F.avg_pool2d(x, 3, 2, padding, count_include_pad=include))
 
 
+@pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize(
     ("n", "c", "h", "w", "lanes"), [(1, 16, 8, 8, 16), (2, 5, 1, 1, 4), (3, 37, 3, 7, 16), (1, 1, 2, 1, 8)]
 )
-def test_global_means_equal_torch(layout: Any, run_kernel: Run, n: int, c: int, h: int, w: int, lanes: int) -> None:
+def test_global_means_equal_torch(
+    layout: Any, run_kernel: Run, n: int, c: int, h: int, w: int, lanes: int, threads: int
+) -> None:
     x = np.random.default_rng(0).random((n, c, h, w)).astype(np.float32)
-    output = run_kernel(global_mean(n, c, h, w, lanes), [layout.block(x, lanes, fill=1e9)], (n, c), "float32")
+    output = run_kernel(
+        global_mean(MeanSpec(n, c, h, w, lanes, threads)), [layout.block(x, lanes, fill=1e9)], (n, c), "float32"
+    )
     expected = torch.from_numpy(x).double().mean((2, 3)).numpy()
     np.testing.assert_allclose(output, expected, rtol=h * w * TOLERANCE)
