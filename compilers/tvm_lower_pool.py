@@ -12,7 +12,7 @@ from .tvm_numbers import frame, pair
 from .tvm_values import Values
 
 # From here on a second thread gains more than it costs to wake it.
-_PARALLEL_VALUES = 300_000
+_PARALLEL_VALUES = 100_000
 
 
 def lower_pooling(values: Values, node: Node) -> bool:

@@ -16,7 +16,7 @@ from .tvm_values import Values
 from .tvm_views import in_place
 
 # From here on a second thread gains more than it costs to wake it (measured: of 300 000 values it still lost).
-_PARALLEL_VALUES = 500_000
+_PARALLEL_VALUES = 200000
 _PARALLEL_MACS = 1_000_000
 
 
