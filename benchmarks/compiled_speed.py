@@ -39,9 +39,9 @@ TURN_S = 0.02
 # Engines of several threads keep them spinning for some 50 ms, on the cores that the next one needs.
 _SPIN_S = 0.2
 # Largest difference from torch, relative to the largest output.
-TOLERANCE = {"fp32": 1e-3, "int8": 0.1, "int4": 0.1, "w8": 1e-3, "w4": 1e-3}
-# The option of the layers; the peers get the same weights as bytes.
-BITS: dict[str, int | str] = {"int8": 8, "int4": 4, "w8": "w8", "w4": "w4"}
+TOLERANCE = {"fp32": 1e-3, "bf16": 0.05, "int8": 0.1, "int4": 0.1, "w8": 1e-3, "w4": 1e-3}
+# The option of the layers; the peers get the same weights as bytes, or as float32 that are bfloat16.
+BITS: dict[str, int | str] = {"bf16": "bf16", "int8": 8, "int4": 4, "w8": "w8", "w4": "w4"}
 
 Row = dict[str, Any]
 
@@ -72,7 +72,10 @@ def run_case(model: str, precision: str, batch: int, threads: int, peers: Sequen
     with tempfile.TemporaryDirectory() as folder:
         file = str(Path(folder, "model.onnx"))
         write_onnx(other, x, file, integers)
-        makers |= {"onnxruntime": lambda: OnnxRuntime(file, x, threads), "openvino": lambda: OpenVino(file, x, threads)}
+        makers |= {
+            "onnxruntime": lambda: OnnxRuntime(file, x, threads),
+            "openvino": lambda: OpenVino(file, x, threads, "bf16" if precision == "bf16" else "f32"),
+        }
         for peer in peers:
             # It has no int8 form of the same model: its fp32 is not a peer of int8.
             if not (peer == "torch.compile" and integers):

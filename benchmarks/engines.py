@@ -20,6 +20,7 @@ from planish.compilers.registry import compiler_for
 from planish.compilers.verify import FLOAT_TOLERANCE, INT8_TOLERANCE
 from planish.hwmodels.device import parse_device
 from planish.spaces.apply import apply
+from planish.spaces.bfloat16_ops import Bfloat16Conv2d, Bfloat16Linear
 from planish.spaces.integer import IntegerConv2d, IntegerLinear, WeightOnlyLinear
 from planish.spaces.propose import propose
 from planish.spaces.quantize import deploy
@@ -109,13 +110,13 @@ class OnnxRuntime:
 
 
 class OpenVino:
-    """OpenVINO on the ONNX form, latency mode; fp32 forced, because it would take bf16 where the CPU has it."""
+    """OpenVINO on the ONNX form, latency mode; floats are named, because it would take bf16 where the CPU has it."""
 
-    def __init__(self, onnx_file: str, x: Tensor, threads: int) -> None:
+    def __init__(self, onnx_file: str, x: Tensor, threads: int, floats: str = "f32") -> None:
         import openvino
 
         settings = {
-            "INFERENCE_PRECISION_HINT": "f32",
+            "INFERENCE_PRECISION_HINT": floats,
             "INFERENCE_NUM_THREADS": threads,
             "NUM_STREAMS": 1,
             "PERFORMANCE_HINT": "LATENCY",
@@ -162,10 +163,10 @@ def folded(module: nn.Module) -> nn.Module:
 def quantised(module: nn.Module, calibration: Tensor, bits: int | str = 8) -> nn.Module:
     """Every convolution and linear layer that has the option with it, as the search makes it.
 
-    8 and 4 are the bits of weights whose layers have int8 inputs, "w8" and "w4" of weights alone.
+    8 and 4 are the bits of weights whose layers have int8 inputs, "w8" and "w4" of weights alone; "bf16" is bfloat16.
     """
     traced = trace(module, calibration[:1])
-    proposal = propose(traced, families=(Kind.BITS,))
+    proposal = propose(traced, families=(Kind.BITS,), bfloat16=True)
     everywhere = Candidate({c.name: bits if bits in c.options else None for c in proposal.space.choices})
     return apply(everywhere, traced, proposal, calibration)
 
@@ -205,6 +206,20 @@ class _SimulatedWeights(nn.Module):
         return functional.linear(x, weight, self.layer.bias)
 
 
+class _Rounded(nn.Module):
+    """A layer of bfloat16 in float32: its inputs are not rounded, unless the peer does it."""
+
+    def __init__(self, layer: Bfloat16Conv2d | Bfloat16Linear) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        layer = self.layer
+        if isinstance(layer, Bfloat16Linear):
+            return functional.linear(x, layer.weight, layer.bias)
+        return functional.conv2d(x, layer.weight, layer.bias, layer.stride, layer.padding, layer.dilation, layer.groups)
+
+
 def simulated(module: nn.Module) -> nn.Module:
     """The deployed form with its integer layers simulated: the same model, as ONNX can say it."""
     result = deploy(module)
@@ -213,6 +228,8 @@ def simulated(module: nn.Module) -> nn.Module:
             result.set_submodule(name, _Simulated(layer))
         elif isinstance(layer, WeightOnlyLinear):
             result.set_submodule(name, _SimulatedWeights(layer))
+        elif isinstance(layer, Bfloat16Conv2d | Bfloat16Linear):
+            result.set_submodule(name, _Rounded(layer))
     return result.eval()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import subprocess
 import sys
 import tempfile
@@ -192,16 +193,20 @@ def pack_constants(compiler: str, module: Any, is_system_lib: bool, prefix: str,
 
     TVM's own way makes one LLVM constant of them, which takes ResNet-50 two seconds; an assembler only copies them.
     """
-    data = tvm_ffi.get_global_func("runtime.ModulePackImportsToTensor")(module)
-    binary, source, file = (Path(folder, f"constants.{suffix}") for suffix in ("bin", "s", "o"))
-    data.numpy().tofile(binary)
+    data = tvm_ffi.get_global_func("runtime.ModulePackImportsToTensor")(module).numpy()
+    source, file = (Path(folder, f"constants.{suffix}") for suffix in ("s", "o"))
     symbol = prefix + tvm_ffi.get_global_func("runtime.ModuleImportsBlobName")()
-    source.write_text(
-        f".section .rodata\n.globl {symbol}\n.type {symbol}, %object\n.p2align 6\n{symbol}:\n"
-        f'.incbin "{binary}"\n.size {symbol}, . - {symbol}\n.section .note.GNU-stack,"",%progbits\n',
-        encoding="utf-8",
-    )
-    subprocess.run([compiler, "-c", str(source), "-o", str(file)], check=True, capture_output=True, text=True)
+    # A file in memory: there are many megabytes, which the disk gets twice anyway.
+    with open(os.memfd_create("constants"), "wb") as binary:
+        binary.write(data)
+        binary.flush()
+        source.write_text(
+            f".section .rodata\n.globl {symbol}\n.type {symbol}, %object\n.p2align 6\n{symbol}:\n"
+            f'.incbin "/proc/{os.getpid()}/fd/{binary.fileno()}"\n.size {symbol}, . - {symbol}\n'
+            '.section .note.GNU-stack,"",%progbits\n',
+            encoding="utf-8",
+        )
+        subprocess.run([compiler, "-c", str(source), "-o", str(file)], check=True, capture_output=True, text=True)
     return str(file)
 
 

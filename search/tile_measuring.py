@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from ..compilers.kernel_times import database_of
 from ..hwmodels.kernel_database import DatabaseError
+from ..spaces.bit_widths import BFLOAT16
 from ..spaces.quantize import deploy
 from ..spaces.space import Candidate, Kind
 from .table_measuring import TableLimits, TableMeasuring, reference_program
@@ -20,7 +21,7 @@ _GAIN = 1.03
 
 
 def measure_tiles(evaluator: Evaluator, label: str, progress: Progress, limit_s: float = 120.0) -> dict[str, object]:
-    """Times rivals of every convolution of the model, in float32 and with all its layers in int8.
+    """Times rivals of every convolution of the model, in float32, in int8 and where it is an option in bfloat16.
 
     Args:
         evaluator: Of the model.
@@ -42,10 +43,11 @@ def measure_tiles(evaluator: Evaluator, label: str, progress: Progress, limit_s:
     from ..compilers.tvm_workloads import plan
 
     device, space = evaluator.devices[label], evaluator.proposal.space
-    widths = {c.name: 8 for c in space.choices if c.kind is Kind.BITS and 8 in c.options}
     candidates = [space.original()]
-    if widths:
-        candidates.append(Candidate({**space.original().options, **widths}))
+    for width in (8, BFLOAT16):
+        having = {c.name: width for c in space.choices if c.kind is Kind.BITS and width in c.options}
+        if having:
+            candidates.append(Candidate({**space.original().options, **having}))
     found: dict[str, Contest] = {}
     for candidate in candidates:
         program = torch.export.export(deploy(evaluator.build(candidate)), (evaluator.traced.example,))

@@ -18,6 +18,7 @@ from planish.compilers.cpu.sub_batch import SubBatch
 from planish.compilers.kernel_store import KernelStore
 from planish.compilers.kernel_timer import KernelProtocol, time_kernels
 from planish.compilers.network_timer import time_networks
+from planish.compilers.runner import site_times
 from planish.compilers.tvm_compiler import TvmCompiler
 from planish.compilers.tvm_layers import layer_workloads
 from planish.compilers.tvm_values import Kernel
@@ -80,6 +81,8 @@ def test_of_a_batch_in_parts_every_call_is_planned(monkeypatch: pytest.MonkeyPat
     assert sites == [site for _, site in artifact.manifest.kernels if site]
     assert sites == ["stem"] * 3 + ["deep", "point", "fc"]
     assert found.working_bytes == artifact.manifest.working_bytes > 0
+    timed = site_times({"a": artifact.path}, host(), MeasureProtocol())["a"]
+    assert [site for _, site, seconds in timed if site and seconds > 0] == sites
 
 
 def test_a_plan_counts_what_the_layers_define(planned: Plan) -> None:
@@ -257,7 +260,9 @@ def spoiled() -> Callable[[Path, Path], Path]:
     return spoil
 
 
-@pytest.mark.parametrize(("option", "stored", "bits"), [(8, 8, 8), (4, 4, 8), ("w8", 8, 32), ("w4", 4, 32)])
+@pytest.mark.parametrize(
+    ("option", "stored", "bits"), [(8, 8, 8), (4, 4, 8), ("bf16", 16, 16), ("w8", 8, 32), ("w4", 4, 32)]
+)
 def test_a_dense_layer_known_from_its_shape_reads_the_weights_that_its_program_reads(
     option: int | str, stored: int, bits: int
 ) -> None:
