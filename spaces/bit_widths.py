@@ -7,7 +7,8 @@ LEVELS = {8: 127, 4: 7}
 PAIRS = {8: 128, 4: 14}
 # Options of a linear layer that leave its inputs float32, by name: the bits of its weights.
 WEIGHT_ONLY = {"w8": 8, "w4": 4}
-# The option of a layer whose inputs and weights are bfloat16, where a device multiplies them faster than float32.
+# The option of a layer whose inputs and weights are bfloat16: where a device multiplies them faster than float32, or
+# where reading the weights takes the time.
 BFLOAT16 = "bf16"
 # Weights of a linear layer of one row from which on reading them takes the time: 4 MB of float32, more than a core's
 # second level of cache holds.

@@ -50,8 +50,8 @@ def propose(
     what stays is a multiple of `lanes`; RANK "svd:R", "spatial:R", "tucker:RIxRO" with fewer MACs than the layer;
     CLUSTER the number of codebook entries, for storage only; BITS 8 (weights and inputs) or 4 (weights on a 4-bit
     grid, read as bytes: sums that fit into 16 bits, fewer instructions where a CPU has none for products of bytes), and
-    for linear layers of one row whose weights take the time to read, "w8" or "w4" (weights alone); with `bfloat16`,
-    where a device multiplies those, "bf16" (weights and inputs) for all but depthwise convolutions.
+    for linear layers of one row whose weights take the time to read, "w8" or "w4" (weights alone) and "bf16" (weights
+    and inputs); with `bfloat16`, where a device multiplies those, "bf16" for all but depthwise convolutions.
     None leaves the layer as it is.
 
     Every layer with parameters has a choice or a reason in `left_out`, under its name or, if it has choices of other
@@ -98,14 +98,13 @@ def _options(kind: Kind, module: nn.Module, layer: Layer, lanes: int, bfloat16: 
     """The options of a replaceable layer besides None, or why it has none."""
     assert isinstance(module, nn.Conv2d | nn.Linear)
     if kind is Kind.BITS:
-        halves = [BFLOAT16] if bfloat16 and pairs(module) else []
         if (
             isinstance(module, nn.Linear)
             and module.weight.numel() >= MEMORY_BOUND
             and extent_of(layer).writes == (1, 1)
         ):
-            return [*halves, "w8", 8, "w4", 4]
-        return [*halves, *WIDTHS]
+            return [BFLOAT16, "w8", 8, "w4", 4]
+        return [BFLOAT16, *WIDTHS] if bfloat16 and pairs(module) else list(WIDTHS)
     if kind is Kind.CLUSTER:
         books = [entries for entries in CODEBOOKS if worth_sharing(module.weight.numel(), entries)]
         return list(books) or f"{module.weight.numel()} weights are fewer than a codebook and its indices would save"

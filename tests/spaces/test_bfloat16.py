@@ -116,7 +116,7 @@ def test_it_is_an_option_where_a_device_multiplies_it(small: tuple[TracedModel, 
         assert options_of(propose(traced, lanes=8), f"{name}:bits") == (None, 8, 4)
     assert options_of(proposal, "depthwise:bits") == (None, 8, 4)
     wide = trace(nn.Sequential(nn.Linear(4096, 256)).eval(), torch.randn(1, 4096))
-    assert options_of(propose(wide, bfloat16=True), "0:bits") == (None, "bf16", "w8", 8, "w4", 4)
+    assert options_of(propose(wide), "0:bits") == (None, "bf16", "w8", 8, "w4", 4)
 
 
 @pytest.mark.parametrize("other", [{}, {"wide:rank": 1}, {"wide:block": "separable"}, {"wide:cluster": 16}], ids=str)

@@ -126,9 +126,9 @@ def options_of(proposal: Proposal, name: str) -> tuple[Any, ...]:
 
 def test_it_is_an_option_of_layers_of_one_row_that_memory_binds(wide: tuple[TracedModel, Proposal]) -> None:
     _, proposal = wide
-    assert options_of(proposal, "wide:bits") == (None, "w8", 8, "w4", 4)
+    assert options_of(proposal, "wide:bits") == (None, "bf16", "w8", 8, "w4", 4)
     assert options_of(proposal, "first:bits") == options_of(proposal, "last:bits") == (None, 8, 4)
-    for outputs, rows, want in ((256, 1, (None, "w8", 8, "w4", 4)), (256, 5, (None, 8, 4)), (255, 1, (None, 8, 4))):
+    for outputs, rows, want in ((256, 1, (None, "bf16", "w8", 8, "w4", 4)), (256, 5, (None, 8, 4)), (255, 1, (None, 8, 4))):
         traced = trace(nn.Sequential(nn.Linear(4096, outputs)).eval(), torch.randn(1, rows, 4096))
         assert options_of(propose(traced, families=(Kind.BITS,)), "0:bits") == want
 
@@ -163,6 +163,6 @@ def test_a_candidate_with_it_is_built_stored_rebuilt_and_counted(
 def test_its_error_is_less_than_that_of_quantised_inputs_too(wide: tuple[TracedModel, Proposal]) -> None:
     traced, proposal = wide
     choice = next(choice for choice in proposal.space.choices if choice.name == "wide:bits")
-    none, w8, int8, w4, int4 = local_errors(traced, proposal, torch.randn(64, 16), [choice]).errors["wide:bits"]
-    assert none == 0 < w8 < int8 < int4
+    none, halves, w8, int8, w4, int4 = local_errors(traced, proposal, torch.randn(64, 16), [choice]).errors["wide:bits"]
+    assert none == 0 < halves < w8 < int8 < int4
     assert w8 < w4 < 1.1 * int4
