@@ -128,7 +128,8 @@ def test_it_is_an_option_of_layers_of_one_row_that_memory_binds(wide: tuple[Trac
     _, proposal = wide
     assert options_of(proposal, "wide:bits") == (None, "bf16", "w8", 8, "w4", 4)
     assert options_of(proposal, "first:bits") == options_of(proposal, "last:bits") == (None, 8, 4)
-    for outputs, rows, want in ((256, 1, (None, "bf16", "w8", 8, "w4", 4)), (256, 5, (None, 8, 4)), (255, 1, (None, 8, 4))):
+    bound, other = (None, "bf16", "w8", 8, "w4", 4), (None, 8, 4)
+    for outputs, rows, want in ((256, 1, bound), (256, 5, other), (255, 1, other)):
         traced = trace(nn.Sequential(nn.Linear(4096, outputs)).eval(), torch.randn(1, rows, 4096))
         assert options_of(propose(traced, families=(Kind.BITS,)), "0:bits") == want
 
