@@ -48,7 +48,7 @@ def argument(name: str, shape: Sequence[int], dtype: str = "float32") -> Any:
 
 
 # TVM puts what is smaller on the stack, where LLVM makes registers of it; for the rest it calls the runtime, in every
-# turn of a parallel loop (so a depthwise convolution took 2.5 times as long on two threads as on one).
+# turn of a parallel loop.
 _STACK_BYTES = 1024
 
 
