@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from .cpu.packing import bfloat16
 from .loader import pin_caller, remote_session, torch_hidden, uploaded
 
 
@@ -71,8 +72,8 @@ def _values(shape: tuple[int, ...], dtype: str, rng: Any) -> Any:
     if dtype == "float32":
         # Neither denormal nor large: both would take longer than a model's values.
         return rng.uniform(0.25, 1.0, shape).astype(np.float32)
-    if dtype == "uint16":  # bfloat16
-        return rng.uniform(0.25, 1.0, shape).astype(np.float32).view(np.uint16)[..., 1::2].copy()
+    if dtype == "uint16":
+        return bfloat16(rng.uniform(0.25, 1.0, shape))
     low, high = (0, 255) if dtype == "uint8" else (-90, 90)
     return rng.integers(low, high, shape).astype(dtype)
 

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .bfloat16_ops import Bfloat16Conv2d, Bfloat16Linear, rounded
 from .cluster import weight_of
+from .rounding import through
 
 
 class Bfloat16(nn.Module):
     """A convolution or linear layer whose inputs and weights are rounded to bfloat16, simulated in float32.
 
     Products of two bfloat16 numbers are float32 numbers, and so are their sums, the bias and the result. Gradients
-    pass the rounding unchanged (straight-through, Bengio et al. 2013).
+    pass the rounding unchanged.
     """
 
     def __init__(self, inner: nn.Conv2d | nn.Linear) -> None:
@@ -26,8 +24,9 @@ class Bfloat16(nn.Module):
         self.inner = inner
 
     def forward(self, x: Tensor) -> Tensor:
-        inner, weight = self.inner, _rounded_through(weight_of(self.inner))
-        x = _rounded_through(x)
+        inner, weight = self.inner, through(weight_of(self.inner), rounded)
+        # The gradient of a cast would be rounded too.
+        x = through(x, rounded)
         if isinstance(inner, nn.Linear):
             return F.linear(x, weight, inner.bias)
         return F.conv2d(x, weight, inner.bias, inner.stride, inner.padding, inner.dilation, inner.groups)
@@ -44,20 +43,3 @@ class Bfloat16(nn.Module):
 def pairs(layer: nn.Conv2d | nn.Linear) -> bool:
     """Whether a layer sums over channels, of which a step takes two: any but a depthwise convolution does."""
     return not (isinstance(layer, nn.Conv2d) and layer.groups == layer.in_channels > 1)
-
-
-class _Rounded(torch.autograd.Function):
-    """The nearest bfloat16 as float32; the gradient passes as it is, where that of a cast would be rounded too."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return rounded(x)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        return gradients[0]
-
-
-def _rounded_through(x: Tensor) -> Tensor:
-    result: Tensor = _Rounded.apply(x)  # type: ignore[no-untyped-call]
-    return result

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import register_flop_formula
 
+from .integer import convolution_flops, empty_convolution, linear_flops
+
 _SCHEMAS = {
     "planish::bfloat16": "(Tensor x) -> Tensor",
     "planish::bconv2d": "(Tensor x, Tensor weight, Tensor bias, int[] stride, int[] padding, int[] dilation,"
@@ -111,11 +113,7 @@ def _(
     dilation: Sequence[int],
     groups: int,
 ) -> Tensor:
-    sizes = [
-        (size + 2 * p - d * (k - 1) - 1) // s + 1
-        for size, k, s, p, d in zip(x.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)
-    ]
-    return x.new_empty((x.shape[0], weight.shape[0], *sizes), dtype=torch.float32)
+    return empty_convolution(x, weight, stride, padding, dilation)
 
 
 @blinear.register_fake
@@ -123,11 +121,5 @@ def _(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=torch.float32)
 
 
-@register_flop_formula(torch.ops.planish.bconv2d)
-def _(x: torch.Size, weight: torch.Size, *_: object, out_shape: torch.Size, **__: object) -> int:
-    return 2 * out_shape.numel() * weight[1:].numel()
-
-
-@register_flop_formula(torch.ops.planish.blinear)
-def _(x: torch.Size, weight: torch.Size, *_: object, out_shape: torch.Size, **__: object) -> int:
-    return 2 * out_shape.numel() * weight[1]
+register_flop_formula(torch.ops.planish.bconv2d)(convolution_flops)
+register_flop_formula(torch.ops.planish.blinear)(linear_flops)

@@ -153,6 +153,27 @@ def _exact_dtype(weight: Tensor) -> torch.dtype:
     return torch.float32 if largest < EXACT_FLOAT32 else torch.float64
 
 
+def empty_convolution(
+    x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
+) -> Tensor:
+    """A float32 tensor of the shape that the convolution has."""
+    sizes = [
+        (size + 2 * p - d * (k - 1) - 1) // s + 1
+        for size, k, s, p, d in zip(x.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)
+    ]
+    return x.new_empty((x.shape[0], weight.shape[0], *sizes), dtype=torch.float32)
+
+
+def convolution_flops(x: torch.Size, weight: torch.Size, *_: object, out_shape: torch.Size, **__: object) -> int:
+    """Two operations for every multiply-accumulate of a convolution, as torch counts them."""
+    return 2 * out_shape.numel() * weight[1:].numel()
+
+
+def linear_flops(x: torch.Size, weight: torch.Size, *_: object, out_shape: torch.Size, **__: object) -> int:
+    """The same of a linear layer."""
+    return 2 * out_shape.numel() * weight[1]
+
+
 @quantize.register_fake
 def _(x: Tensor, scale: float, zero_point: int) -> Tensor:
     return torch.empty_like(x, dtype=torch.uint8)
@@ -170,11 +191,7 @@ def _(
     dilation: Sequence[int],
     groups: int,
 ) -> Tensor:
-    sizes = [
-        (size + 2 * p - d * (k - 1) - 1) // s + 1
-        for size, k, s, p, d in zip(x.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)
-    ]
-    return x.new_empty((x.shape[0], weight.shape[0], *sizes), dtype=torch.float32)
+    return empty_convolution(x, weight, stride, padding, dilation)
 
 
 @qlinear.register_fake
@@ -187,11 +204,5 @@ def _(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
-@register_flop_formula(torch.ops.planish.qconv2d)
-def _(x: torch.Size, weight: torch.Size, *_: object, out_shape: torch.Size, **__: object) -> int:
-    return 2 * out_shape.numel() * weight[1:].numel()
-
-
-@register_flop_formula([torch.ops.planish.qlinear, torch.ops.planish.wlinear])
-def _(x: torch.Size, weight: torch.Size, *_: object, out_shape: torch.Size, **__: object) -> int:
-    return 2 * out_shape.numel() * weight[1]
+register_flop_formula(torch.ops.planish.qconv2d)(convolution_flops)
+register_flop_formula([torch.ops.planish.qlinear, torch.ops.planish.wlinear])(linear_flops)

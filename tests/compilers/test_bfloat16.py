@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -229,3 +230,18 @@ def test_a_plan_counts_two_bytes_a_weight() -> None:
     assert first.weight_bytes == 2 * 32 * 64 * 9 + 4 * 64
     # Float32 comes in; between the two are two bytes a value.
     assert first.moved_bytes == first.weight_bytes + 4 * 32 * 81 + 2 * 64 * 49
+
+
+def test_its_kernels_are_timed_alone(tmp_path: Path) -> None:
+    from planish.compilers.kernel_store import KernelStore
+    from planish.compilers.kernel_timer import KernelProtocol, time_kernels
+    from planish.compilers.tvm_workloads import plan
+
+    model = deploy(nn.Sequential(Bfloat16(nn.Conv2d(16, 16, 3)), Bfloat16(nn.Conv2d(16, 8, 1))).eval())
+    works = plan(torch.export.export(model, (torch.zeros(1, 16, 9, 9),)), host()).kernels
+    reads = [kind for work in works.values() for _, kind in work.arguments if work.workload.bits == 16]
+    assert "uint16" in reads
+    protocol = KernelProtocol(runs=3, sample_s=1e-5, rounds=2)
+    timed = time_kernels(works, next(iter(works.values())), host(), protocol, store=KernelStore(tmp_path / "k.sqlite"))
+    assert timed.failed == {}
+    assert set(timed.samples) == set(works)
