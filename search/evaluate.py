@@ -171,7 +171,7 @@ class Evaluator:
     def predicted(self, module: nn.Module) -> Metrics:
         """Latency, working memory and energy from the planned kernels; nothing is compiled."""
         program = torch.export.export(deploy(module), (self.traced.example,))
-        return self.predictor.metrics(program, self._energy)
+        return self.predictor.metrics(program, self.asks_energy)
 
     @cached_property
     def predictor(self) -> Predictor:
@@ -284,7 +284,8 @@ class Evaluator:
     def compile(self, module: nn.Module, job: Job, name: str) -> Metrics:
         """Compiles for every device into `folder/NAME` (`NAME-DEVICE` for several); what a kill left there goes.
 
-        Energy, where it is asked for, is modelled (see `hwmodels.energy`), the highest of all devices.
+        Energy, where it is asked for, is modelled (see `hwmodels.energy`), the highest of all devices; measuring may
+        find the real one.
         """
         deployed = deploy(module)
         program = torch.export.export(deployed, (self.traced.example,))
@@ -296,7 +297,7 @@ class Evaluator:
         )
         peak, joules = 0, 0.0
         for label, device in self.devices.items():
-            if self._energy:
+            if self.asks_energy:
                 from ..compilers.tvm_workloads import plan
 
                 joules = max(joules, energy_j(plan(program, device).calls))
@@ -306,11 +307,11 @@ class Evaluator:
                 program, device, folder, inputs, tolerance=INT8_TOLERANCE if quantised else FLOAT_TOLERANCE
             )
             peak = max(peak, artifact.manifest.working_bytes)
-        return {"peak_memory_bytes": peak, **({"energy_j": joules} if self._energy else {})}
+        return {"peak_memory_bytes": peak, **({"energy_j": joules} if self.asks_energy else {})}
 
     @cached_property
-    def _energy(self) -> bool:
-        """Whether energy, modelled by device, the highest of all, is asked for: planning a program takes a moment."""
+    def asks_energy(self) -> bool:
+        """Whether energy is asked for: planning a program, which modelling it needs, takes a moment."""
         return "energy" in self.spec.objectives or any(budget.metric == "energy" for budget in self.spec.budgets())
 
     def artifact_folder(self, folder: Path, label: str, name: str) -> Path:

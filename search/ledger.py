@@ -72,6 +72,10 @@ class Ledger:
         known = self.original.get("latency_s") if 0 in self.records else None
         return {label: float(entry["value"]) for label, entry in known.items()} if isinstance(known, Mapping) else None
 
+    def energy_measured(self) -> bool | None:
+        """Whether the original's energy was measured, not modelled; None before it was timed."""
+        return None if self.original_s() is None else self.original.get("energy_measured") is True
+
     def bounds(self) -> list[Objective]:
         """The budgets in absolute numbers."""
         return [budget.resolve(self.original) for budget in self.spec.budgets()]

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from ..compilers.compiler import RunError
 from ..compilers.remote import DeviceLost
 from ..hwmodels.measurement import Measurement, MeasureProtocol
+from ..hwmodels.rapl import ROOT
 from .errors import UserError
+from .json_text import mapping
 from .workers import Failure
 
 if TYPE_CHECKING:
@@ -50,8 +52,12 @@ def measure_trials(
     *,
     final: bool,
     original_s: Mapping[str, float] | None = None,
+    energy_measured: bool | None = None,
 ) -> dict[int, Metrics | Failure]:
     """Latency (median, 95 % interval) and its ratio to the original of every trial, on every device that can be timed.
+
+    Where energy is asked for and every device is this machine's processor, whose counters may be read, also what a run
+    uses, the highest of all devices (`energy_j` with `energy_measured`). What is modelled does not compare with it.
 
     A machine's speed moves between measurements; the ratio within one does not. So the seconds are the ratio times what
     the original took when it was measured, and comparisons by seconds and by ratio agree.
@@ -64,9 +70,11 @@ def measure_trials(
         final: Time in as many fresh processes, each with as many runs, as the specification says; else with a third of
             the runs in each of three.
         original_s: The original's recorded latency by device; None while it is what is being measured.
+        energy_measured: Whether the original's energy was; None likewise.
 
     Raises:
-        UserError: a device is lost and does not come back; no trial is to blame.
+        UserError: a device is lost and does not come back, or the counters cannot be read any more; no trial is to
+            blame.
     """
     keys = evaluator.spec.measure
     protocol = MeasureProtocol(
@@ -94,7 +102,30 @@ def measure_trials(
                 earlier = before.get(metric)
                 both = isinstance(earlier, dict) and isinstance(value, dict)
                 before[metric] = {**earlier, **value} if both else value  # type: ignore[dict-item]
+    for result in results.values():
+        if not isinstance(result, Failure):
+            watts = mapping(result.pop("watts", None))
+            if evaluator.asks_energy and energy_measured is not False:
+                result |= _energy(watts, mapping(result.get("latency_s")), evaluator.devices, bool(energy_measured))
     return results
+
+
+def _energy(
+    watts: Mapping[str, object], latencies: Mapping[str, object], devices: Iterable[str], needed: bool
+) -> dict[str, object]:
+    joules = [
+        power * float(str(mapping(latencies[label])["value"]))
+        for label, power in watts.items()
+        if isinstance(power, float)
+    ]
+    if len(joules) == len(list(devices)):
+        return {"energy_j": max(joules), "energy_measured": True}
+    if needed:
+        raise UserError(
+            "the original's energy was measured, and the processor's counters cannot be read now: give the same "
+            f"command again as a user who may read {ROOT}/*/energy_uj; what was recorded is kept"
+        )
+    return {}
 
 
 def _on_device(
@@ -156,5 +187,6 @@ def _latency(label: str, own: Measurement, base: Measurement, original_s: float 
     return {
         "latency_s": {label: {"value": own.latency_s * scale, "ci95": [low * scale, high * scale]}},
         "latency_ratio": {label: own.latency_s / base.latency_s},
+        "watts": {label: own.watts},
         **({"drifted": True} if own.drifted else {}),
     }

@@ -18,6 +18,7 @@ _COSTS = (
     ("MACs", "macs", ""),
     ("memory", "peak_memory_bytes", "B"),
     ("energy (modelled)", "energy_j", "J"),
+    ("energy", "energy_j", "J"),
 )
 # What only a whole page has room for.
 _MORE_COSTS = (("size, entropy-coded", "entropy_coded_bytes", "B"),)
@@ -39,9 +40,16 @@ def metric_names(metrics: Sequence[Mapping[str, object]], *, every: bool = False
     """The columns that at least one of the metrics fills; `every`: those for a page, too."""
     devices = list(dict.fromkeys(name for entry in metrics for name in mapping(entry.get("latency_s"))))
     columns = (*_COSTS, *_MORE_COSTS) if every else _COSTS
-    costs = [name for name, key, _ in columns if any(entry.get(key) is not None for entry in metrics)]
+    costs = [name for name, key, _ in columns if any(_fills(entry, name, key) for entry in metrics)]
     tested = ["test accuracy"] if any(entry.get("test_accuracy") is not None for entry in metrics) else []
     return ["accuracy", *tested, *(f"latency {device}" for device in devices), *costs]
+
+
+def _fills(metrics: Mapping[str, object], name: str, key: str) -> bool:
+    """Whether a column is that of the metric: joules that were measured have another one than those of a model."""
+    if key == "energy_j" and (metrics.get("energy_measured") is True) != (name == "energy"):
+        return False
+    return metrics.get(key) is not None
 
 
 def metric_cells(metrics: Mapping[str, object], original: Mapping[str, object], names: Sequence[str]) -> list[str]:

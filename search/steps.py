@@ -129,6 +129,7 @@ class Steps:
             name,
             final=name == "artifact",
             original_s=self._ledger.original_s(),
+            energy_measured=self._ledger.energy_measured(),
         )
 
     def explain(self, numbers: Sequence[int]) -> None:

@@ -57,3 +57,14 @@ def test_a_failure_on_a_full_disk_is_not_held_against_the_trial(
     monkeypatch.setattr(shutil, "disk_usage", lambda place: SimpleNamespace(free=2**30))
     ledger.fail(1, "the linker died")
     assert ledger.state(1) is State.FAILED
+
+
+@pytest.mark.parametrize("measured", [True, False])
+def test_how_the_originals_energy_is_known_is_how_every_trials_is(ledger: Ledger, measured: bool) -> None:
+    ledger.start(0, Candidate({}), 0)
+    ledger.folder.score(0, {"energy_j": 1e-6})
+    assert ledger.energy_measured() is None
+    found: dict[str, object] = {"energy_j": 2.0, "energy_measured": True} if measured else {}
+    ledger.folder.measure(0, "cpu", {"latency_s": {"cpu": {"value": 0.5}}, **found})
+    assert ledger.energy_measured() is measured
+    assert ledger.original["energy_j"] == (2.0 if measured else 1e-6)

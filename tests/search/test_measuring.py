@@ -71,8 +71,54 @@ def test_a_search_spreads_its_runs_over_processes_and_a_front_is_timed_as_specif
     spec = load_spec(None, {"model": "own", "data": "own", "measure.runs": 20, "measure.processes": 4})
     evaluator: Any = SimpleNamespace(
         spec=spec, devices={"cpu": parse_device("cpu")}, timers={"cpu": Timer()},
-        artifact_folder=lambda folder, label, name: folder / name,
+        artifact_folder=lambda folder, label, name: folder / name, asks_energy=False,
     )  # fmt: skip
     found = measuring.measure_trials(evaluator, {1: Path("1")}, Path("0"), "untrained", final=final)
     assert [(protocol.runs, protocol.processes) for protocol in asked] == [(runs, processes)]
     assert found[1] == {"latency_s": {"cpu": {"value": 2.0, "ci95": [2.0, 2.0]}}, "latency_ratio": {"cpu": 1.0}}
+
+
+def timed_with(watts: Mapping[str, float | None], **arguments: Any) -> Mapping[str, object]:
+    """Trial 1 on two devices where it takes 2 and 1 s, 4 and 2 relative to the original, and uses so many watts."""
+    seconds = {"cpu": 2.0, "cpu?threads=2": 1.0}
+
+    class Timer:
+        def __init__(self, label: str) -> None:
+            self.label = label
+
+        def measure(self, artifacts: Mapping[str, Path], protocol: MeasureProtocol) -> Mapping[str, Measurement]:
+            own = Measurement(self.label, (seconds[self.label],), watts=watts[self.label])
+            return {"original": Measurement(self.label, (0.5,), watts=9.0), "1": own}
+
+    spec = load_spec(None, {"model": "own", "data": "own"})
+    evaluator: Any = SimpleNamespace(
+        spec=spec, devices={label: parse_device(label) for label in seconds}, asks_energy=True,
+        timers={label: Timer(label) for label in seconds}, artifact_folder=lambda folder, label, name: folder / name,
+    )  # fmt: skip
+    found = measuring.measure_trials(evaluator, {1: Path("1")}, Path("0"), "untrained", final=False, **arguments)[1]
+    assert isinstance(found, dict)
+    assert "watts" not in found
+    return found
+
+
+def test_energy_is_what_the_counters_say_of_the_device_that_uses_the_most() -> None:
+    found = timed_with({"cpu": 10.0, "cpu?threads=2": 15.0})
+    assert (found["energy_j"], found["energy_measured"]) == (20.0, True)
+    # Seconds are those relative to what the original took when it was recorded; joules belong to them.
+    moved = timed_with({"cpu": 10.0, "cpu?threads=2": 15.0}, original_s={"cpu": 0.25, "cpu?threads=2": 0.5})
+    assert moved["energy_j"] == 15.0
+
+
+@pytest.mark.parametrize("watts", [None, 15.0])
+def test_energy_stays_modelled_where_a_devices_counters_cannot_be_read_or_the_originals_was(
+    watts: float | None,
+) -> None:
+    unread = timed_with({"cpu": None, "cpu?threads=2": watts})
+    assert not {"energy_j", "energy_measured"} & set(unread)
+    modelled = timed_with({"cpu": 10.0, "cpu?threads=2": watts}, energy_measured=False)
+    assert not {"energy_j", "energy_measured"} & set(modelled)
+
+
+def test_counters_that_cannot_be_read_any_more_end_the_search_with_a_line() -> None:
+    with pytest.raises(UserError, match=r"cannot be read now: give the same command .* may read /sys/class/powercap"):
+        timed_with({"cpu": None, "cpu?threads=2": 15.0}, energy_measured=True)

@@ -252,3 +252,11 @@ def test_quantities_carry_the_prefix_that_suits_them(value: object, unit: str, t
 def test_a_measured_ratio_goes_before_the_quotient_of_medians() -> None:
     metrics = {"latency_s": {"cpu": {"value": 0.4}}, "latency_ratio": {"cpu": 0.37}}
     assert metric_cells(metrics, TRIALS[0].metrics, metric_names([metrics])) == ["-", "400 ms (0.37x)"]
+
+
+def test_joules_of_a_model_say_so_and_measured_ones_have_a_column_of_their_own() -> None:
+    modelled: dict[str, object] = {"energy_j": 0.003}
+    assert metric_names([modelled]) == ["accuracy", "energy (modelled)"]
+    measured = modelled | {"energy_measured": True}
+    assert metric_names([measured]) == ["accuracy", "energy"]
+    assert metric_cells(measured, {"energy_j": 0.006}, ["energy"]) == ["3 mJ (0.5x)"]
