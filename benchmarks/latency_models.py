@@ -20,11 +20,16 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from planish.hwmodels.kernel_database import KernelDatabase
+    from planish.hwmodels.table import TableModel
+    from planish.search.evaluate import Evaluator
 
 SPACES = ("resnet20", "resnet56", "mobilenetv2-32", "dscnn")
 PROBES = 20
@@ -34,7 +39,7 @@ NETWORK_S, TOGETHER = 2.5, 25
 Row = dict[str, Any]
 
 
-def evaluator_of(net: str, device: str) -> Any:
+def evaluator_of(net: str, device: str) -> Evaluator:
     """The net with random data: structure is all that latency depends on."""
     import torch
     from nets import NETS, make
@@ -173,15 +178,49 @@ def forest_of(times: Any) -> Callable[[Sequence[Any]], float]:
     return lambda calls: float(forest.predict([features(work) for work in calls]).sum())
 
 
-def run_space(net: str, threads: int, random: int, front: int, folder: Path, sources: dict[str, Any]) -> Row:
+def table_of(evaluator: Evaluator, label: str, database: KernelDatabase, note: Path) -> tuple[TableModel, Row]:
+    """The table as `planish profile` builds it, and what that took; what an earlier call has built is not built again.
+
+    Args:
+        note: The file that says what building took, once the table is complete.
+    """
+    from planish.compilers.kernel_times import times_version
+    from planish.hwmodels.load import BusyMachine
+    from planish.hwmodels.table import TableModel
+    from planish.search.fitted import fitted
+    from planish.search.latency_table import build_table
+    from planish.search.progress import Progress
+
+    known = json.loads(note.read_text(encoding="utf-8")) if note.exists() else {}
+    if known.pop("version", None) == times_version():
+        return fitted(evaluator.devices[label], database.times(), database.networks()), known
+    database.path.unlink(missing_ok=True)  # what was cut off begins anew: the seconds are those of one go
+    try:
+        table = build_table(evaluator, label, database, Progress(None), seed=0)
+    except BusyMachine as error:
+        raise SystemExit(f"{note.parent.name}: {error}") from None
+    assert isinstance(table.model, TableModel)  # nothing to carry over from in this database
+    took = {"profile_s": table.seconds, "kernels": table.measured}
+    note.write_text(json.dumps(took | {"version": times_version()}), encoding="utf-8")
+    return table.model, took
+
+
+def kept_table(net: str, folder: Path) -> TableModel | None:
+    """The table of one thread that an earlier call has built in the folder; None where there is none."""
+    from planish.compilers.kernel_times import database_of
+    from planish.hwmodels.device import parse_device
+    from planish.search.fitted import fitted
+
+    device, path = parse_device("cpu"), folder / f"{net}-1" / "times.sqlite"
+    database = database_of(device, path) if path.exists() else None
+    return fitted(device, times, database.networks()) if database and (times := database.times()) else None
+
+
+def run_space(net: str, threads: int, random: int, front: int, folder: Path, sources: dict[str, TableModel]) -> Row:
     """A row: the errors of every model on a space's held-out networks, and what building the table took."""
     from planish.compilers.kernel_times import database_of
     from planish.hwmodels.held_out import held_out
-    from planish.hwmodels.load import BusyMachine
-    from planish.hwmodels.table import TableModel
     from planish.hwmodels.transfer import TransferModel
-    from planish.search.latency_table import build_table
-    from planish.search.progress import Progress
 
     name = "cpu" if threads == 1 else f"cpu?threads={threads}"
     # Kernels of its own, too: none is compiled yet.
@@ -190,15 +229,7 @@ def run_space(net: str, threads: int, random: int, front: int, folder: Path, sou
     label = next(iter(evaluator.devices))
     device, space = evaluator.devices[label], evaluator.proposal.space
     database = database_of(device, folder / "times.sqlite")
-    try:
-        table = build_table(evaluator, label, database, Progress(None), seed=0)
-    except BusyMachine as error:
-        raise SystemExit(f"{net}, {threads} thread(s): {error}") from None
-    assert isinstance(table.model, TableModel)  # nothing to carry over from in this database
-    note = folder / "profile.json"
-    if table.known == 0 or not note.exists():
-        note.write_text(json.dumps({"profile_s": table.seconds}), encoding="utf-8")
-    profile_s = json.loads(note.read_text(encoding="utf-8"))["profile_s"]
+    table, profile = table_of(evaluator, label, database, folder / "profile.json")
     rng = np.random.default_rng(12345)  # the table's candidates come from another seed
     candidates = [*(space.sample(rng) for _ in range(random)), *near_front(space, rng, front)]
     found = measure(evaluator, label, candidates, database, folder / "held_out.jsonl")
@@ -208,26 +239,26 @@ def run_space(net: str, threads: int, random: int, front: int, folder: Path, sou
     measured = [seconds for _, seconds in pairs]
     fitted = database.networks()
     scale = float(np.median([n.time.median_s / sum(w.macs for w in n.workloads) for n in fitted]))
-    forest = forest_of(table.model.times)
+    forest = forest_of(table.times)
     models: dict[str, Callable[[Sequence[Any]], float]] = {
-        "planish": lambda calls: table.model.predict(calls).latency_s,
+        "planish": lambda calls: table.predict(calls).latency_s,
         "macs": lambda calls: scale * sum(work.macs for work in calls),
-        "table sum": lambda calls: float(table.model.kernels(calls)[0].sum()),
+        "table sum": lambda calls: float(table.kernels(calls)[0].sum()),
         "random forest": forest,
     }
     errors = {name: asdict(held_out([model(p.calls) for p, _ in pairs], measured)) for name, model in models.items()}
     row: Row = {
-        "space": net, "threads": threads, "networks": len(found), "quiet": len(pairs), "profile_s": profile_s,
-        "kernels": table.measured, "known": table.known, "stated_error": table.error,
+        "space": net, "threads": threads, "networks": len(found), "quiet": len(pairs), **profile,
+        "stated_error": table.corrector.error,
         "errors": errors, "memory_error": max((network.memory_error for network in found), default=0),
         "size_error": max(size_errors(evaluator, candidates[:5]), default=0),
     }  # fmt: skip
     if threads == 1:
-        sources[net] = table.model
-    elif net in sources and len(pairs) > PROBES:
+        sources[net] = table
+    elif len(pairs) > PROBES and (source := sources.get(net) or kept_table(net, folder.parent)) is not None:
         chosen = rng.permutation(len(pairs))
         probes = [pairs[place] for place in chosen[:PROBES]]
-        model = TransferModel.fit(device, sources[net], [p.calls for p, _ in probes], [s for _, s in probes])
+        model = TransferModel.fit(device, source, [p.calls for p, _ in probes], [s for _, s in probes])
         rest = [pairs[place] for place in chosen[PROBES:]]
         carried = held_out([model.predict(p.calls).latency_s for p, _ in rest], [s for _, s in rest])
         row["transfer"] = asdict(carried) | {"trusted": model.trusted}
@@ -267,7 +298,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     random, front = (args.random or 16, args.front or 8) if args.quick else (args.random or 200, args.front or 50)
     torch.set_num_threads(1)
     rows: list[Row] = []
-    sources: dict[str, Any] = {}
+    sources: dict[str, TableModel] = {}
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         for count in sorted(threads):
