@@ -1,9 +1,11 @@
 """The child process that times kernels alone: `python -m planish.compilers.kernel_child REQUEST.json`.
 
 The request is `{"library": file, "kernels": [{"key": k, "symbol": s, "arguments": [[shape, dtype], ...]}, ...],
-"runs": n, "sample_s": s, "threads": t, "rpc": address, "time_limit_s": s}`; an empty address stands for this machine.
-The first kernel is the reference: it is timed before and after every sample of another, so that a change of the
-machine's speed meets both, and a sample is given beside the reference's.
+"runs": n, "sample_s": s, "before_s": s, "threads": t, "rpc": address, "time_limit_s": s}`; an empty address stands for
+this machine. The first kernel is the reference: it is timed before and after every sample of another, so that a change
+of the machine's speed meets both, and a sample is given beside the reference's. Every other kernel runs for `before_s`
+untimed first: its weights have to come back to the caches where they lie while a network runs, which takes more than
+one run.
 
 Standard output is one JSON line `{"touch": key}` before a kernel is touched for the first time and
 `{"key": key, "run_s": [...], "reference_s": [...]}` for each at the end.
@@ -37,13 +39,14 @@ def main(request_path: str) -> int:
     timed: list[_Timed] = []
     for kernel in request["kernels"]:
         _say({"touch": kernel["key"]})
-        timed.append(_Timed(library, device, kernel, request["sample_s"], rng))
+        timed.append(_Timed(library, device, kernel, request["sample_s"], request["before_s"], rng))
     reference, *others = timed
     run_s: dict[str, list[float]] = {kernel.key: [] for kernel in others}
     reference_s: dict[str, list[float]] = {kernel.key: [] for kernel in others}
     for _ in range(request["runs"]):
         before = reference.sample()
         for kernel in others:
+            kernel.warm_up()
             seconds, after = kernel.sample(), reference.sample()
             run_s[kernel.key].append(seconds)
             reference_s[kernel.key].append((before + after) / 2)
@@ -54,14 +57,23 @@ def main(request_path: str) -> int:
 
 
 class _Timed:
-    def __init__(self, library: Any, device: Any, kernel: dict[str, Any], sample_s: float, rng: Any) -> None:
+    def __init__(
+        self, library: Any, device: Any, kernel: dict[str, Any], sample_s: float, before_s: float, rng: Any
+    ) -> None:
         from tvm.runtime import tensor
 
         self.key = kernel["key"]
         self._arguments = [tensor(_values(tuple(s), dtype, rng), device) for s, dtype in kernel["arguments"]]
         self._evaluator: Any = library.time_evaluator(kernel["symbol"], device, number=1, repeat=1)
-        number = max(1, round(sample_s / max(min(self.sample() for _ in range(3)), 1e-9)))
-        self._evaluator = library.time_evaluator(kernel["symbol"], device, number=number, repeat=1)
+        once_s = max(min(self.sample() for _ in range(3)), 1e-9)
+        self._before, self._evaluator = (
+            library.time_evaluator(kernel["symbol"], device, number=max(1, round(seconds / once_s)), repeat=1)
+            for seconds in (before_s, sample_s)
+        )
+
+    def warm_up(self) -> None:
+        """Untimed runs."""
+        self._before(*self._arguments)
 
     def sample(self) -> float:
         """Mean seconds of one call; the calls are made by the runtime, because Python takes half a microsecond."""

@@ -30,14 +30,15 @@ class KernelProtocol:
     """How kernels are timed.
 
     Attributes:
-        runs: Samples of every kernel in a round, a process of its own, each of about `sample_s`: few, because how fast
-            a kernel is differs from process to process.
+        runs: Samples of every kernel in a round, a process of its own, each of about `sample_s` after `before_s`
+            untimed: few, because how fast a kernel is differs from process to process.
         rounds: What is not settled after one round is measured again, with all that waits, up to so many times.
         time_limit_s: For a round of `_TOGETHER` kernels.
     """
 
     runs: int = 4
-    sample_s: float = 1e-4
+    sample_s: float = 1e-3
+    before_s: float = 1e-3
     rounds: int = 10
     time_limit_s: float = 120.0
 
@@ -157,6 +158,7 @@ def _round(
             "library": str(group.library),
             "runs": protocol.runs,
             "sample_s": protocol.sample_s,
+            "before_s": protocol.before_s,
             "threads": device.threads,
             "rpc": device.rpc,
             "time_limit_s": protocol.time_limit_s,

@@ -11,8 +11,9 @@ from .cache_folder import cache_folder
 from .kernel_store import schedules_version
 
 _FILE = "kernel_times.sqlite"
-# Counted up when times are taken otherwise: 2, networks in samples of 5 ms after 2 ms untimed.
-_TIMING = 2
+# Counted up when times are taken otherwise: 2, networks in samples of 5 ms after 2 ms untimed; 3, kernels in samples of
+# 1 ms after 1 ms untimed, not of 0.1 ms at once, in which weights of a megabyte were still on their way to the caches.
+_TIMING = 3
 
 
 def database_of(device: Device, path: Path | None = None) -> KernelDatabase:

@@ -38,6 +38,9 @@ LEAST = 20
 # The process's scales are fitted to so many kernels, and it interpolates between so many: its cost grows with their
 # cube.
 _FOR_SCALES, _MOST = 400, 2500
+# Where the search for the process's scales begins, (variance, length, noise): from one start alone it ended now and
+# then where the process takes everything for noise, with four times the error.
+_STARTS = ((1.0, 10.0, 0.1), (1.0, 3.0, 0.01), (0.1, 30.0, 0.01))
 
 
 @dataclass(frozen=True)
@@ -140,12 +143,16 @@ def _process(x: NDArray[Any], y: NDArray[Any], rng: np.random.Generator) -> tupl
     from sklearn.gaussian_process import GaussianProcessRegressor
     from sklearn.gaussian_process.kernels import ConstantKernel, Matern, WhiteKernel
 
-    kernel = ConstantKernel(0.1, (1e-4, 1e2)) * Matern(3.0, (0.1, 100.0), nu=1.5) + WhiteKernel(1e-3, (1e-6, 1.0))
+    kernels = [
+        ConstantKernel(variance, (1e-4, 1e2)) * Matern(length, (0.1, 100.0), nu=1.5) + WhiteKernel(noise, (1e-6, 1.0))
+        for variance, length, noise in _STARTS
+    ]
     few = rng.choice(len(x), _FOR_SCALES, replace=False) if len(x) > _FOR_SCALES else np.arange(len(x))
     with warnings.catch_warnings():
         # A scale at the end of its range is one that hardly matters.
         warnings.simplefilter("ignore", ConvergenceWarning)
-        process = GaussianProcessRegressor(kernel, normalize_y=True).fit(x[few], y[few])
+        processes = [GaussianProcessRegressor(kernel, normalize_y=True).fit(x[few], y[few]) for kernel in kernels]
+    process = max(processes, key=lambda one: one.log_marginal_likelihood_value_)
     if len(few) < len(x):
         process = GaussianProcessRegressor(process.kernel_, optimizer=None, normalize_y=True).fit(x, y)
     # Leaving one out is a division by the inverse's diagonal (Rasmussen and Williams 2006, 5.12).
