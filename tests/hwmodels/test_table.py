@@ -73,6 +73,17 @@ def test_between_measured_kernels_the_regression_is_near_the_law_and_states_its_
     assert len(regression.predict([])) == 0
 
 
+@pytest.mark.parametrize("noise", [0.0, 0.03, 0.1])
+def test_the_regression_is_as_good_as_its_times_and_takes_no_law_for_noise(noise: float) -> None:
+    for seed in range(4):
+        rng = np.random.default_rng(seed)
+        times = []
+        for work in GRID:
+            seconds = _seconds(work) * float(np.exp(noise * rng.normal()))
+            times.append(KernelTime(work, Settled(seconds, 0.98 * seconds, 1.02 * seconds, 12, True)))
+        assert KernelRegression.fit(times).error < 0.02 + 1.5 * noise
+
+
 def test_an_unknown_kernel_makes_a_prediction_less_certain() -> None:
     times = {work.key(): _time(work, width=0.002) for work in GRID}
     model = TableModel(host(), times, KernelRegression.fit(list(times.values())), Corrector(error=0.0))
