@@ -103,8 +103,9 @@ def fused(program: ExportedProgram, device: Device) -> Fused:
         found = split(imported, graph, cpu)
         lowered = lower_split(found, cpu, context) if found else lower(graph, cpu, context)
         module = lowered.module
-        for step in _FUSION:
-            module = step(module)
+        with tvm.transform.PassContext(config={"relax.FuseOps.max_depth": _FUSED_OPS}):
+            for step in _FUSION:
+                module = step(module)
         module = relax.transform.RewriteDataflowReshape()(schedule_rest(module, cpu.lanes, cpu.threads))
     return Fused(module, lowered.kernels, lowered.calls, target, context, lowered.convolutions)
 
@@ -260,6 +261,9 @@ def planned_bytes(module: tvm.IRModule) -> int:
     return total
 
 
+# Operators in one kernel, at most. What a residual sum reads twice is written twice when its stages become one
+# expression: of every further block of a chain without convolutions in it the expression is twice as long.
+_FUSED_OPS = 24
 _FUSION = (
     relax.transform.LegalizeOps(),
     relax.transform.AnnotateTIROpPattern(),

@@ -83,7 +83,7 @@ def plan(program: ExportedProgram, device: Device) -> Plan:
                 rest[symbol] = function_kernel(found.module[symbol], symbol, found.context)
             kernel, site = rest[symbol], ""
         moved = sum(_bytes(argument) for argument in arguments)
-        work = workload_of(kernel.subject, cpu, moved, constant_bytes)
+        work = workload_of(kernel.subject, cpu, moved, constant_bytes, len(arguments))
         calls.append(replace(work, site=site))
         kernels.setdefault(work.key(), KernelWork(work, kernel, tuple(arguments)))
 
@@ -124,7 +124,7 @@ def _bytes(argument: tuple[tuple[int, ...], str]) -> int:
     return prod(shape) * int(tvm.DataType(dtype).itemsize)
 
 
-def workload_of(subject: object, cpu: Machine, moved: int, constant: int) -> Workload:
+def workload_of(subject: object, cpu: Machine, moved: int, constant: int, operands: int = 2) -> Workload:
     """The work of a kernel, by what it computes and how (`Kernel.subject`), without a site.
 
     Args:
@@ -132,6 +132,8 @@ def workload_of(subject: object, cpu: Machine, moved: int, constant: int) -> Wor
         cpu: It runs on.
         moved: All bytes that it reads and writes once.
         constant: Those of them that are weights.
+        operands: Its arguments, the output too: of a function that TVM fused, each but the first two is at least one
+            step more for every element.
     """
     if isinstance(subject, tuple) and isinstance(subject[0], ConvSpec):
         return _convolution(subject[0], subject[1], cpu, moved, constant)
@@ -160,7 +162,10 @@ def workload_of(subject: object, cpu: Machine, moved: int, constant: int) -> Wor
     if isinstance(subject, tuple) and subject[0] == "function":
         # The text of a function that TVM wrote is long; its digest tells it apart as well.
         form = f"{subject[1]} {hashlib.sha256(text.encode()).hexdigest()[:16]}"
-    cycles = max(moved / _MOVED_A_CYCLE, macs / cpu.macs_per_cycle(None))
+        shapes = shapes | {"operands": operands}
+    # Of an input and an output of float32; two steps a cycle.
+    steps = (operands - 2) * (moved - constant) / 8 / cpu.lanes
+    cycles = max(moved / _MOVED_A_CYCLE, macs / cpu.macs_per_cycle(None), steps / 2)
     return Workload("", op, shapes, macs, moved, 32, constant, threads, form, cycles)
 
 

@@ -31,7 +31,10 @@ _EPILOGUES = (
 )
 # Words of the names that TVM gives to what it fuses.
 _FUSED = ("_pack", "unpack", "pad", "transpose", "strided_slice", "concat", "quantize", "_add", "_multiply", "_relu")
-_SIZES = ("n", "c", "o", "h", "w", "oh", "ow", "kh", "kw", "stride", "groups", "m", "k", "heads", "s", "t", "bytes")
+_SIZES = (
+    "n", "c", "o", "h", "w", "oh", "ow", "kh", "kw", "stride", "groups", "m", "k", "heads", "s", "t", "bytes",
+    "operands",
+)  # fmt: skip
 _COUNTS = 4  # of the features: what is counted of a workload, before its sizes
 # Fewer measured kernels than this are no ground for a regression.
 LEAST = 20

@@ -50,6 +50,23 @@ class Net(nn.Module):
         return self.fc(y.mean((2, 3)))  # type: ignore[no-any-return]
 
 
+class Shortcuts(nn.Module):
+    """Residual blocks whose convolutions were taken out: what is left is one chain of elementwise steps."""
+
+    def __init__(self, blocks: int, width: int = 16) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList(nn.BatchNorm2d(width) for _ in range(2 * blocks))
+        for norm in self.norms:
+            assert isinstance(norm, nn.BatchNorm2d)
+            nn.init.uniform_(norm.weight, 0.2, 0.4)
+            nn.init.uniform_(norm.bias, -0.5, 0.5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for first, second in zip(self.norms[::2], self.norms[1::2], strict=True):
+            x = torch.relu(second(torch.relu(first(x))) + x)
+        return x
+
+
 EXAMPLE = torch.zeros(1, 3, 12, 12)
 
 
@@ -276,3 +293,19 @@ def test_a_dense_layer_known_from_its_shape_reads_the_weights_that_its_program_r
     # Beside the weights a call has two numbers of its input, and a scale, an offset and a correction for every channel.
     assert found.weight_bytes <= call.weight_bytes <= found.weight_bytes + 3 * 4 * 1200 + 8
     assert found.cycles == pytest.approx(call.cycles, rel=0.05)
+
+
+def test_a_chain_of_shortcuts_is_cut_before_what_they_repeat_grows_without_end(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    chain = Shortcuts(24).eval()
+    inputs = torch.randn(2, 1, 16, 9, 9)
+    exported = program(chain, inputs[0])
+    found = plan(exported, host())
+    # One expression of all would be 2**24 times as long as one block's.
+    assert max(len(repr(work.kernel.subject)) for work in found.kernels.values()) < 20_000
+    TvmCompiler().compile(exported, host(), tmp_path / "chain", inputs, tolerance=1e-5)
+    # More operands are more steps, and longer ones are estimated so.
+    short = plan(program(Shortcuts(1), inputs[0]), host()).calls[0]
+    longest = max(found.calls, key=lambda work: work.shapes["operands"])
+    assert longest.shapes["operands"] > short.shapes["operands"]
+    assert longest.cycles > short.cycles
