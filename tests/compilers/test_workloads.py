@@ -18,7 +18,7 @@ from planish.compilers.cpu.sub_batch import SubBatch
 from planish.compilers.kernel_store import KernelStore
 from planish.compilers.kernel_timer import KernelProtocol, time_kernels
 from planish.compilers.network_timer import time_networks
-from planish.compilers.runner import site_times
+from planish.compilers.runner import check, site_times
 from planish.compilers.tvm_compiler import TvmCompiler
 from planish.compilers.tvm_layers import layer_workloads
 from planish.compilers.tvm_values import Kernel
@@ -304,6 +304,7 @@ def test_a_chain_of_shortcuts_is_cut_before_what_they_repeat_grows_without_end(t
     # One expression of all would be 2**24 times as long as one block's.
     assert max(len(repr(work.kernel.subject)) for work in found.kernels.values()) < 20_000
     TvmCompiler().compile(exported, host(), tmp_path / "chain", inputs, tolerance=1e-5)
+    assert check(tmp_path / "chain", host()) < 1e-5
     # More operands are more steps, and longer ones are estimated so.
     short = plan(program(Shortcuts(1), inputs[0]), host()).calls[0]
     longest = max(found.calls, key=lambda work: work.shapes["operands"])
