@@ -42,7 +42,7 @@ LEAST = 20
 # cube.
 _FOR_SCALES, _MOST = 400, 2500
 # Where the search for the process's scales begins, (variance, length, noise): from one start alone it ended now and
-# then where the process takes everything for noise, with four times the error.
+# then where the process takes everything for noise.
 _STARTS = ((1.0, 10.0, 0.1), (1.0, 3.0, 0.01), (0.1, 30.0, 0.01))
 
 

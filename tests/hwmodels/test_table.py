@@ -43,6 +43,16 @@ def _time(work: Workload, width: float = 0.02) -> KernelTime:
     return KernelTime(work, Settled(seconds, seconds * (1 - width), seconds * (1 + width), 12, True))
 
 
+def _noisy(noise: float, seed: int) -> dict[str, KernelTime]:
+    """The grid's times, each off the law by so much."""
+    rng = np.random.default_rng(seed)
+    times = {}
+    for work in GRID:
+        seconds = _seconds(work) * float(np.exp(noise * rng.normal()))
+        times[work.key()] = KernelTime(work, Settled(seconds, 0.98 * seconds, 1.02 * seconds, 12, True))
+    return times
+
+
 GRID = [_work(c, o, p) for c in (8, 16, 32, 64) for o in (8, 16, 32, 64) for p in (16, 64, 256)]
 TIMES = {work.key(): _time(work) for work in GRID}
 
@@ -76,16 +86,11 @@ def test_between_measured_kernels_the_regression_is_near_the_law_and_states_its_
 @pytest.mark.parametrize("noise", [0.0, 0.03, 0.1])
 def test_the_regression_is_as_good_as_its_times_and_takes_no_law_for_noise(noise: float) -> None:
     for seed in range(4):
-        rng = np.random.default_rng(seed)
-        times = []
-        for work in GRID:
-            seconds = _seconds(work) * float(np.exp(noise * rng.normal()))
-            times.append(KernelTime(work, Settled(seconds, 0.98 * seconds, 1.02 * seconds, 12, True)))
-        assert KernelRegression.fit(times).error < 0.02 + 1.5 * noise
+        assert KernelRegression.fit(list(_noisy(noise, seed).values())).error < 0.02 + 1.5 * noise
 
 
 def test_an_unknown_kernel_makes_a_prediction_less_certain() -> None:
-    times = {work.key(): _time(work, width=0.002) for work in GRID}
+    times = _noisy(0.05, seed=0)
     model = TableModel(host(), times, KernelRegression.fit(list(times.values())), Corrector(error=0.0))
     known, unknown = model.predict([GRID[20]]), model.predict([_work(24, 24, 64)])
     assert unknown.std_s / unknown.latency_s > 2 * known.std_s / known.latency_s
