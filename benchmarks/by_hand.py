@@ -23,7 +23,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -153,6 +153,7 @@ def accuracy(engine: Any, split: Any) -> float:
 def compare(run: Path, ratios: Sequence[float], turns: int) -> tuple[list[Row], dict[str, Any]]:
     """A row a model, and the summary."""
     from compiled_speed import _times
+    from fine_tuned import at_drops, models_of
 
     spec, task = original(run)
     with tempfile.TemporaryDirectory() as name:
@@ -163,10 +164,11 @@ def compare(run: Path, ratios: Sequence[float], turns: int) -> tuple[list[Row], 
         x = task.data.example(1)
         engines: dict[str, Any] = {}
         sizes: dict[str, int] = {}
-        for number, size in _front(run):
+        for entry in models_of(run):
+            number = int(entry["trial"])
             label = f"trial {number}" if number else "original"
             engines[label] = Artifact(run / "trials" / f"{number:04d}" / "artifact", x)
-            sizes[label] = size
+            sizes[label] = int(entry["metrics"]["size_bytes"])
         engines["original, onnxruntime fp32"] = Onnx(files[ratios[0]].with_suffix(".float.onnx"), x)
         sizes["original, onnxruntime fp32"] = sizes["original"]
         for ratio, file in files.items():
@@ -188,24 +190,11 @@ def compare(run: Path, ratios: Sequence[float], turns: int) -> tuple[list[Row], 
         row["speedup"] = base["us"] / row["us"]
         row["drop_pp"] = 100 * (base["test_accuracy"] - row["test_accuracy"])
         row["size_ratio"] = row["size_bytes"] / base["size_bytes"]
-    summary: dict[str, Any] = {"epochs": spec.distill.rungs[-1], "images_an_epoch": spec.distill.train_limit}
-    for own, prefix in ((False, ""), (True, "by_hand_")):
-        for drop in (0.5, 1.5):
-            within = [row for row in rows if row["by_hand"] == own and row["drop_pp"] <= drop]
-            summary[f"{prefix}speedup_at_{drop}pp"] = max((row["speedup"] for row in within), default=None)
-            if drop == 0.5:
-                summary[f"{prefix}size_ratio_at_{drop}pp"] = min((row["size_ratio"] for row in within), default=None)
+    keys = spec.distill
+    summary: dict[str, Any] = {"epochs": keys.rungs[-1], "images_an_epoch": keys.train_limit or len(task.data.train)}
+    summary |= at_drops([row for row in rows if not row["by_hand"]])
+    summary |= at_drops([row for row in rows if row["by_hand"]], "by_hand_")
     return rows, summary
-
-
-def _front(run: Path) -> Iterator[tuple[int, int]]:
-    """(trial, stored bytes) of the original, then of the front's other models."""
-    from planish.search.rundir import RunDirectory
-
-    front: Any = RunDirectory.open(run).front()
-    others = [entry for entry in front["front"] if entry["trial"] != 0]
-    for entry in (front["original"], *others):
-        yield int(entry["trial"]), int(entry["metrics"]["size_bytes"])
 
 
 def _child(run: Path, ratio: float, out: Path) -> None:
@@ -213,18 +202,6 @@ def _child(run: Path, ratio: float, out: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"by hand at ratio {ratio}: {(done.stderr.strip().splitlines() or ['no reason given'])[-1]}")
-
-
-def _searched(folder: Path) -> Path:
-    """A short search of the digits."""
-    run = folder / "run"
-    spec = Path(__file__).resolve().parents[1] / "runs" / "digits.toml"
-    command = [sys.executable, "-m", "planish.search", "search", str(spec), "--out", str(run)]
-    for change in ("search.trials=16", "distill.rungs=[2]", "distill.survivors=[6]"):
-        command += ["--set", change]
-    if subprocess.run(command, stdout=sys.stderr, check=False).returncode:
-        raise SystemExit("the search of the digits failed; it says above why")
-    return run
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -249,8 +226,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ratio, out = json.loads(args.one)
         by_hand(args.run, float(ratio), Path(out))
         return 0
+    from fine_tuned import search_digits
+
     with tempfile.TemporaryDirectory() as folder:
-        run = args.run or _searched(Path(folder))
+        run = args.run or search_digits(Path(folder))
         ratios = tuple(dict.fromkeys([0.0, *(args.ratios or (RATIOS[:3] if args.quick else RATIOS))]))
         rows, summary = compare(run, ratios, args.turns)
     if args.json:

@@ -65,8 +65,10 @@ class Judge:
     def __init__(
         self, task: str, latency: str, cache: Path, workers: int, families: Sequence[str] | None = None
     ) -> None:
+        from planish.compilers.kernel_times import times_version
         from planish.search.config import load_spec
         from planish.search.evaluate import Evaluator
+        from planish.search.predicting import keep_times
 
         keys = {**TASKS[task], "device": "cpu", "search.proxy_images": _PROXY, "preset": "quick"}
         if families is not None:
@@ -75,14 +77,16 @@ class Judge:
         self.evaluator = Evaluator(self.spec)
         self.space = self.evaluator.proposal.space
         self.latency = latency
-        cache.mkdir(parents=True, exist_ok=True)
-        self.file = cache / f"{task}-{latency}.jsonl"
+        # Latencies of other kernels, or by another table, are not to be mixed with these.
+        self.folder = cache.resolve() / task / times_version()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.evaluator.times = keep_times(self.evaluator, self.folder)
+        self.file = self.folder / f"{latency}.jsonl"
         self.known: dict[str, dict[str, float] | None] = {}
         if self.file.exists():
             for text in self.file.read_text(encoding="utf-8").splitlines():
                 entry = json.loads(text)
                 self.known[entry["key"]] = entry["values"]
-        self.folder = cache
         self.workers = workers or os.cpu_count() or 1
 
     def __enter__(self) -> Judge:
@@ -91,7 +95,8 @@ class Judge:
 
         self._cluster = cluster("local", self.workers)
         self._cluster.__enter__()
-        self.pool = Pool(Shared(self.spec, task=stored(self.evaluator.task)), self.workers)
+        shared = Shared(self.spec, task=stored(self.evaluator.task), times=self.evaluator.times)
+        self.pool = Pool(shared, self.workers)
         self._learn()
         return self
 
@@ -106,6 +111,13 @@ class Judge:
         from planish.search.progress import Progress
         from planish.search.sampler import strongest
 
+        predictor = self.evaluator.predictor
+        print(
+            f"latencies are {self.latency}; the model {type(predictor.model('cpu')).__name__} "
+            f"says {predictor.error('cpu'):.1%} of itself",
+            file=sys.stderr,
+            flush=True,
+        )
         self.original = self.values([self.space.original()])[0]
         assert self.original is not None
         # Two evaluations in a row, both not from the cache, for the charge; the first one warms the workers.
@@ -159,7 +171,7 @@ class Judge:
     def _evaluate(self, candidates: Sequence[Any]) -> list[dict[str, float] | None]:
         from planish.search.workers import Failure
 
-        method = "foresee" if self.latency == "counted" else "score"
+        method = "foresee" if self.latency == "predicted" else "score"
         found = self._run(method, candidates, [()] * len(candidates))
         if self.latency == "measured":
             found = self._timed(found)

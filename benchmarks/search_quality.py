@@ -1,16 +1,23 @@
 """How good the search is: against an exact front, against every other sampler, and one family against all together.
 
     python benchmarks/search_quality.py              # the small space with all samplers, then a real task
-    python benchmarks/search_quality.py --quick      # the small space, fewer seeds
+    python benchmarks/search_quality.py --quick      # the small space, fewer seeds; a short search of the digits
+    python benchmarks/search_quality.py --run RUN    # what a finished run's front comes to, too
 
 **The small space** (`micro_space.py`): 46 656 networks whose accuracy and latency are all stored, so that the best
 hypervolume is known. A method's regret is the share of it that is missing after so many charged evaluations. What the
 library of options costs is charged too, as evaluations.
 
 **A real task** (`--task digits` or `--task cifar10`): candidates are built and scored before training on the validation
-split; latency is the compiler's counted time of every kernel that the candidate calls (`--latency counted`, the same
-for every method and machine), or compiled and timed beside the original (`--latency measured`). Evaluations are kept by
-candidate in `--cache`, so that methods and seeds share them and a killed run carries on.
+split; latency is predicted by the table that `planish profile` left, else by the compiler's counted time of every
+kernel that the candidate calls (`--latency predicted`, the same for every method), or compiled and timed beside the
+original (`--latency measured`). Evaluations are kept by candidate in `--cache`, so that methods and seeds share them
+and a killed run carries on.
+
+**A finished run** (`--run`): the speed-up of its fine-tuned front, as timed, at 0.5 and 1.5 points of test accuracy
+below the original, the size at 0.5 points, and the epochs of training.
+
+In the summary `hv_...` are hypervolumes of the real task where one is judged, else shares of the small space's best.
 
 Every method has the same space, evaluator, batches of 8 and seeds; the reference of the hypervolume is (error 1,
 latency of the original). Intervals are 95 %, by bootstrap over seeds.
@@ -21,6 +28,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -38,23 +46,31 @@ Row = dict[str, Any]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="the small space alone, 2 seeds, baselines to 100")
+    parser.add_argument("--quick", action="store_true", help="the small space, 2 seeds, without tpe; a short search")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--most", type=int, default=300, help="charged evaluations of the baselines")
     parser.add_argument("--ours", type=int, default=60, help="charged evaluations of ours that are compared")
     parser.add_argument("--samplers", nargs="+", default=list(BASELINES))
     parser.add_argument("--task", choices=("none", "digits", "cifar10"), default="digits")
+    parser.add_argument("--task-alone", action="store_true", help="without the small space")
     parser.add_argument("--families", action="store_true", help="each family alone against all together, too")
-    parser.add_argument("--latency", choices=("counted", "measured"), default="counted")
+    parser.add_argument("--latency", choices=("predicted", "measured"), default="predicted")
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--cache", type=Path, default=Path("runs/search-quality"))
+    parser.add_argument("--run", type=Path, help="the folder of a finished run whose front is summed up")
     args = parser.parse_args()
     if args.quick:
-        args.seeds, args.most, args.task = 2, 100, "none"
+        args.seeds, args.task = 2, "none"
+        args.samplers = [name for name in args.samplers if name != "tpe"]  # by far the slowest
+    from fine_tuned import front_rows, front_summary, search_digits
+
     seeds = list(range(args.seeds))
-    rows = micro_rows(args.samplers, seeds, args.most, args.ours)
-    summary: Row = micro_summary(rows, args.ours)
+    rows: list[Row] = []
+    summary: Row = {}
+    if not args.task_alone:
+        rows = micro_rows(args.samplers, seeds, args.most, args.ours)
+        summary = micro_summary(rows, args.ours, args.most)
     if args.task != "none":
         from real_judge import task_rows
 
@@ -62,15 +78,21 @@ def main() -> None:
             args.task, args.samplers, seeds, args.most, args.ours, args.latency, args.cache, args.workers, args.families
         )
         rows += real
-        summary |= real_summary(real, args.ours)
+        summary |= real_summary(real, args.ours, args.most)
+    if args.run or args.quick:
+        with tempfile.TemporaryDirectory() as folder:
+            front = front_rows(args.run or search_digits(Path(folder)))
+        rows += front
+        summary |= front_summary(front)
     if args.json:
         from compiled_speed import machine
 
         print(json.dumps({"rows": rows, "summary": summary, "machine": machine()}, indent=2))
         return
     for row in rows:
-        print(line(row))
-    print(", ".join(f"{key} {value if value is None else round(value, 4)}" for key, value in summary.items()))
+        print(front_line(row) if "trial" in row else line(row))
+    shown = {key: round(value, 4) if isinstance(value, float) else value for key, value in summary.items()}
+    print(", ".join(f"{key} {value}" for key, value in shown.items()))
 
 
 def micro_rows(samplers: Sequence[str], seeds: Sequence[int], most: int, ours: int) -> list[Row]:
@@ -85,9 +107,19 @@ def micro_rows(samplers: Sequence[str], seeds: Sequence[int], most: int, ours: i
     return rows
 
 
-def micro_summary(rows: Sequence[Row], ours: int) -> Row:
+def micro_summary(rows: Sequence[Row], ours: int, most: int) -> Row:
     own = next(row for row in rows if row["sampler"] == OURS)
-    return {"regret_60": float(np.mean(own["regret"][str(ours)])), **wins(rows)}
+    regret = float(np.mean(own["regret"][str(ours)]))
+    return {f"regret_{ours}": regret, **volumes(rows, "regret", ours, most), **wins(rows)}
+
+
+def volumes(rows: Sequence[Row], kind: str, ours: int, most: int) -> Row:
+    """Our hypervolume at so many charged evaluations, the best baseline's at more; of regrets what is not missing."""
+    means = {}
+    for row in rows:
+        mean = float(np.mean(row[kind][str(ours if row["sampler"] == OURS else most)]))
+        means[row["sampler"]] = 1 - mean if kind == "regret" else mean
+    return {f"hv_ours_{ours}": means.pop(OURS), f"hv_best_baseline_{most}": max(means.values())}
 
 
 def wins(rows: Sequence[Row]) -> Row:
@@ -97,16 +129,9 @@ def wins(rows: Sequence[Row]) -> Row:
     return {"auc_wins": int((own[None] < others).all(0).sum()), "auc_seeds": len(own)}
 
 
-def real_summary(rows: Sequence[Row], ours: int) -> Row:
-    own = next(row for row in rows if row["sampler"] == OURS)
-    others = [row for row in rows if row["sampler"] != OURS and not row["task"].endswith("families")]
-    return {
-        "hv_ours_60": float(np.mean(own["hypervolume"][str(ours)])),
-        "hv_best_baseline_300": max(
-            float(np.mean(row["hypervolume"][max(row["hypervolume"], key=int)])) for row in others
-        ),
-        **wins([own, *others]),
-    }
+def real_summary(rows: Sequence[Row], ours: int, most: int) -> Row:
+    judged = [row for row in rows if not row["task"].endswith("families")]
+    return {**volumes(judged, "hypervolume", ours, most), **wins(judged)}
 
 
 def line(row: Row) -> str:
@@ -118,6 +143,15 @@ def line(row: Row) -> str:
         parts.append(f"{place}: {scale * np.mean(values):.3f} [{scale * low:.3f}, {scale * high:.3f}]")
     unit = " %" if kind == "regret" else ""
     return f"{row['task']:14} {row['sampler']:10} {kind}{unit} at {'  '.join(parts)}  ({row['seconds']:.0f} s)"
+
+
+def front_line(row: Row) -> str:
+    low, high = row["test_accuracy_ci95"]
+    return (
+        f"{row['task']:14} trial {row['trial']:4} {row['us']:9.1f} us {row['speedup']:6.2f}x  "
+        f"test {row['test_accuracy']:.2%} [{low:.2%}, {high:.2%}] drop {row['drop_pp']:5.2f}  "
+        f"size {row['size_ratio']:.3f}x  MACs {row['macs_ratio']:.3f}x  {row['epochs']} epochs"
+    )
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:

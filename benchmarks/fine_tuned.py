@@ -1,0 +1,89 @@
+"""What the front of a finished run comes to: speed-up and size at so many points of accuracy, epochs of training."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+# Points of accuracy below the original.
+DROPS = (0.5, 1.5)
+
+Row = dict[str, Any]
+
+
+def front_rows(run: Path) -> list[Row]:
+    """A row for the original and every other model of a run's front, on the device that the run named first."""
+    from planish.search.rundir import RunDirectory
+
+    directory = RunDirectory.open(run)
+    spec = directory.spec()
+    device = spec.device[0]
+    rows = []
+    for entry in models_of(run):
+        values = entry["metrics"]
+        low, high = values["test_accuracy_ci95"]
+        rows.append(
+            {
+                "task": spec.model,
+                "device": device,
+                "trial": entry["trial"],
+                "us": 1e6 * values["latency_s"][device]["value"],
+                "speedup": 1 / values["latency_ratio"][device],
+                "validation_accuracy": values["accuracy"],
+                "test_accuracy": values["test_accuracy"],
+                "test_accuracy_ci95": [low, high],
+                "size_bytes": values["size_bytes"],
+                "macs": values["macs"],
+                "epochs": (entry["recipe"] or {}).get("epochs", 0),
+            }
+        )
+    base = rows[0]
+    for row in rows:
+        row["drop_pp"] = 100 * (base["test_accuracy"] - row["test_accuracy"])
+        row["size_ratio"] = row["size_bytes"] / base["size_bytes"]
+        row["macs_ratio"] = row["macs"] / base["macs"]
+    return rows
+
+
+def models_of(run: Path) -> Iterator[Row]:
+    """The entries of a run's `front.json`: the original, then the front's other models."""
+    from planish.search.rundir import RunDirectory
+
+    front: Any = RunDirectory.open(run).front()
+    yield front["original"]
+    yield from (entry for entry in front["front"] if entry["trial"] != 0)
+
+
+def at_drops(rows: Sequence[Row], prefix: str = "") -> dict[str, float | None]:
+    """The best speed-up, and the least size, of what loses at most so many points of test accuracy; else None."""
+    summary: dict[str, float | None] = {}
+    for drop in DROPS:
+        within = [row for row in rows if row["drop_pp"] <= drop]
+        summary[f"{prefix}speedup_at_{drop}pp"] = max((row["speedup"] for row in within), default=None)
+    within = [row for row in rows if row["drop_pp"] <= DROPS[0]]
+    summary[f"{prefix}size_ratio_at_{DROPS[0]}pp"] = min((row["size_ratio"] for row in within), default=None)
+    return summary
+
+
+def front_summary(rows: Sequence[Row]) -> dict[str, Any]:
+    """Which task it is, `at_drops`, and the epochs of training that the front's models had at most."""
+    return {"task": rows[0]["task"], **at_drops(rows), "epochs": max(row["epochs"] for row in rows)}
+
+
+def search_digits(folder: Path) -> Path:
+    """A short search of the digits, in `folder`; the run's own folder.
+
+    Raises:
+        SystemExit: it failed.
+    """
+    run = folder / "run"
+    spec = Path(__file__).resolve().parents[1] / "runs" / "digits.toml"
+    command = [sys.executable, "-m", "planish.search", "search", str(spec), "--out", str(run)]
+    for change in ("search.trials=16", "distill.rungs=[2]", "distill.survivors=[6]"):
+        command += ["--set", change]
+    if subprocess.run(command, stdout=sys.stderr, check=False).returncode:
+        raise SystemExit("the search of the digits failed; it says above why")
+    return run
