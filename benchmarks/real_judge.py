@@ -113,7 +113,7 @@ class Judge:
 
         predictor = self.evaluator.predictor
         print(
-            f"latencies are {self.latency}; the model {type(predictor.model('cpu')).__name__} "
+            f"latencies are {self.latency}; the model, {predictor.model('cpu').basis}, "
             f"says {predictor.error('cpu'):.1%} of itself",
             file=sys.stderr,
             flush=True,

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from ..hwmodels.rapl import EnergyCounters, PowerMeter
 from . import manifest as manifests
-from .loader import LOADERS, REMOTE_LOADERS, Loaded, remote_session
+from .loader import LOADERS, REMOTE_LOADERS, Loaded, answers, remote_session
 
 # One sample, and what runs before it untimed. The models' weights push each other out of the caches: after another
 # model's turn the first run took three times as long as the tenth, and samples of 1 ms ranked models by whose weights
@@ -34,8 +34,6 @@ _KERNEL_REPEATS = 20
 EXIT_WRONG_OUTPUT = 3
 EXIT_FAILED = 4
 EXIT_LOST = 5
-# A server that has just lost a session to a crash takes a moment until it takes the next.
-_TRIES, _BETWEEN_S = 10, 1.0
 
 
 def main(request_path: str, result_path: str) -> int:
@@ -57,7 +55,7 @@ def main(request_path: str, result_path: str) -> int:
         return _ended(EXIT_WRONG_OUTPUT, str(error))
     except Exception as error:
         reason = (str(error).strip().splitlines() or ["no reason given"])[0]
-        if request["rpc"] and (session is None or not _answers(request["rpc"])):
+        if request["rpc"] and (session is None or not answers(request["rpc"])):
             return _ended(EXIT_LOST, reason)
         return _ended(EXIT_FAILED, f"{type(error).__name__}: {reason}")
     Path(result_path).write_text(json.dumps(result), encoding="utf-8")
@@ -67,18 +65,6 @@ def main(request_path: str, result_path: str) -> int:
 def _ended(code: int, reason: str) -> int:
     print(reason, file=sys.stderr, flush=True)
     return code
-
-
-def _answers(rpc: str) -> bool:
-    """Whether the device gives a new session: what ended the last one was then the code in it."""
-    for _ in range(_TRIES):
-        try:
-            remote_session(rpc, 1, _TRIES * _BETWEEN_S)
-        except Exception:  # whatever TVM raises: it does not, for now
-            time.sleep(_BETWEEN_S)
-        else:
-            return True
-    return False
 
 
 def _timed(

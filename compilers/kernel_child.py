@@ -7,8 +7,9 @@ of the machine's speed meets both, and a sample is given beside the reference's.
 untimed first: its weights have to come back to the caches where they lie while a network runs, which takes more than
 one run.
 
-Standard output is one JSON line `{"touch": key}` before a kernel is touched for the first time and
-`{"key": key, "run_s": [...], "reference_s": [...]}` for each at the end.
+Standard output is one JSON line `{"touch": key}` before a kernel is touched and `{"key": key, "run_s": [...],
+"reference_s": [...]}` for each at the end. The exit status says whether the device is lost; what else a kernel does
+wrong ends the process.
 """
 
 from __future__ import annotations
@@ -20,17 +21,29 @@ from typing import Any
 
 import numpy as np
 
+from .child import EXIT_FAILED, EXIT_LOST
 from .cpu.packing import bfloat16
-from .loader import pin_caller, remote_session, torch_hidden, uploaded
+from .loader import answers, pin_caller, remote_session, torch_hidden, uploaded
 
 
 def main(request_path: str) -> int:
-    """Runs a request; what a kernel does wrong ends the process."""
+    """Runs a request."""
     request = json.loads(Path(request_path).read_text(encoding="utf-8"))
+    if not request["rpc"]:
+        return _run(request, None)
+    session = None
+    try:
+        session = remote_session(request["rpc"], request["threads"], request["time_limit_s"])
+        return _run(request, session)
+    except Exception as error:  # whatever TVM raises
+        print((str(error).strip().splitlines() or ["no reason given"])[0], file=sys.stderr, flush=True)
+        return EXIT_LOST if session is None or not answers(request["rpc"]) else EXIT_FAILED
+
+
+def _run(request: dict[str, Any], session: Any) -> int:
     with torch_hidden():
         import tvm
-    if request["rpc"]:
-        session = remote_session(request["rpc"], request["threads"], request["time_limit_s"])
+    if session is not None:
         library, device = uploaded(session, Path(request["library"])), session.cpu()
     else:
         pin_caller(request["threads"])
@@ -46,6 +59,7 @@ def main(request_path: str) -> int:
     for _ in range(request["runs"]):
         before = reference.sample()
         for kernel in others:
+            _say({"touch": kernel.key})
             kernel.warm_up()
             seconds, after = kernel.sample(), reference.sample()
             run_s[kernel.key].append(seconds)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import sqlite3
 import time
 from collections.abc import Callable
@@ -52,7 +53,8 @@ class KernelStore:
                 return None
             return row[0]
 
-        return self._try(read) if self.path.exists() else None
+        # Not `Path.exists`, which raises where a folder may not be searched.
+        return self._try(read) if os.path.exists(self.path) else None
 
     def put(self, codes: dict[str, bytes]) -> None:
         """Stores object code by key, in one transaction."""

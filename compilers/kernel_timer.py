@@ -13,9 +13,11 @@ from pathlib import Path
 
 from ..hwmodels.device import Device
 from ..hwmodels.quiet import Samples, best_reference_s, open_samples
+from .child import EXIT_LOST
 from .compiler import CompileError
 from .kernel_store import KernelStore
 from .linker import linker
+from .remote import DeviceLost
 from .runner import device_lock, environment
 from .tvm_build import kernel_objects, tvm_target
 from .tvm_values import Kernel
@@ -45,11 +47,15 @@ class KernelProtocol:
 
 @dataclass(frozen=True)
 class Timed:
-    """The samples of kernels by key, the reference's time on a quiet machine, and why kernels have no samples."""
+    """The samples of kernels by key, the reference's time on a quiet machine, and why kernels have no samples.
+
+    `lost` is what ended it before its time, the device's not answering: the samples up to then count.
+    """
 
     samples: dict[str, Samples]
     reference_s: float
     failed: dict[str, str]
+    lost: DeviceLost | None = None
 
 
 def time_kernels(
@@ -93,10 +99,14 @@ def time_kernels(
                 break
             for group in waiting:
                 keys = [key for key in group.keys if key not in failed and open_samples(samples.get(key), best)]
-                with device_lock(device):
-                    for key, new in _round(group, keys, works, reference, device, protocol, failed).items():
-                        samples[key] = samples.get(key, Samples()) + new
-                        found.append(new)
+                try:
+                    with device_lock(device):
+                        timed = _round(group, keys, works, reference, device, protocol, failed)
+                except DeviceLost as lost:
+                    return Timed(samples, best or 0.0, failed, lost)
+                for key, new in timed.items():
+                    samples[key] = samples.get(key, Samples()) + new
+                    found.append(new)
                 if found:
                     seen = best_reference_s(found)
                     best = seen if known_reference_s is None else min(seen, known_reference_s)
@@ -151,7 +161,11 @@ def _round(
     protocol: KernelProtocol,
     failed: dict[str, str],
 ) -> dict[str, Samples]:
-    """One child's samples; a kernel that ends the child is named in `failed` and the others run again without it."""
+    """One child's samples; a kernel that ends the child is named in `failed` and the others run again without it.
+
+    Raises:
+        DeviceLost: the device is behind RPC and does not answer.
+    """
     left = list(keys)
     while left:
         request = {
@@ -186,8 +200,11 @@ def _round(
                 for line in lines
                 if "key" in line
             }
+        last = (errors.strip().splitlines() or ["it failed"])[-1]
+        if code == EXIT_LOST or (device.rpc and not lines):
+            raise DeviceLost(f"device {device.name} is lost: {last}")
         culprit = next((line["touch"] for line in reversed(lines) if "touch" in line), "reference")
-        reason = f"crashed with signal {-code}" if code < 0 else (errors.strip().splitlines() or ["it failed"])[-1]
+        reason = f"crashed with signal {-code}" if code < 0 else last
         if culprit == "reference":
             failed |= dict.fromkeys(left, f"the reference kernel {reason}")
             return {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from pathlib import Path
 
 from ..hwmodels.device import Device
@@ -22,5 +23,5 @@ def database_of(device: Device, path: Path | None = None) -> KernelDatabase:
 
 
 def times_version() -> str:
-    """What times must have in common to be used together: the schedules' code, and how it is timed."""
-    return f"{schedules_version()[:14]}.{_TIMING}"
+    """What times must have in common to be used together: the code of schedules and compiler, and how it is timed."""
+    return f"{schedules_version()[:14]}.{_TIMING}.tvm{version('apache-tvm')}"

@@ -16,6 +16,9 @@ from numpy.typing import NDArray
 
 from .manifest import Manifest
 
+# A server that has just lost a session to a crash takes a moment until it takes the next.
+_TRIES, _BETWEEN_S = 10, 1.0
+
 
 class Loaded(Protocol):
     """A compiled model in this process."""
@@ -130,6 +133,18 @@ def remote_session(rpc: str, threads: int, time_limit_s: float) -> Any:
     # 1: the pool takes the fastest cores.
     session.get_function("runtime.config_threadpool")(1, threads)
     return session
+
+
+def answers(rpc: str) -> bool:
+    """Whether a device behind RPC gives a new session: what ended the last one was then the code in it."""
+    for _ in range(_TRIES):
+        try:
+            remote_session(rpc, 1, _TRIES * _BETWEEN_S)
+        except Exception:  # whatever TVM raises: it does not, for now
+            time.sleep(_BETWEEN_S)
+        else:
+            return True
+    return False
 
 
 def uploaded(session: Any, library: Path) -> Any:

@@ -12,6 +12,7 @@ from ..hwmodels.measurement import MeasureProtocol
 from ..hwmodels.quiet import Samples, best_reference_s, open_samples
 from .compiler import RunError
 from .kernel_timer import Timed
+from .remote import DeviceLost
 from .runner import device_lock, run_child
 
 # Models in one child: they share its start and the reference's runs.
@@ -68,6 +69,8 @@ def time_networks(
             try:
                 with device_lock(device):
                     result = run_child({_REFERENCE: reference, **{n: artifacts[n] for n in group}}, device, protocol)
+            except DeviceLost as lost:
+                return Timed(samples, best or 0.0, failed, lost)
             except RunError as error:
                 if error.artifact not in group:
                     raise

@@ -29,7 +29,7 @@ class Corrector:
         byte_s: Seconds a byte of weights.
         error: The standard deviation of log(predicted / measured), each network predicted from the others.
         networks: That it was fitted to.
-        held_out: The errors on them, each predicted from the others; None where it was not fitted.
+        held_out: The errors on those that are judged, each predicted from the others; None where it was not fitted.
     """
 
     call_s: float = 0.0
@@ -45,8 +45,20 @@ class Corrector:
         return self.factor * sum_s + self.call_s * len(workloads) + self.byte_s * weights
 
     @staticmethod
-    def fit(sums_s: Sequence[float], networks: Sequence[Sequence[Workload]], measured_s: Sequence[float]) -> Corrector:
+    def fit(
+        sums_s: Sequence[float],
+        networks: Sequence[Sequence[Workload]],
+        measured_s: Sequence[float],
+        judged: Sequence[bool] | None = None,
+    ) -> Corrector:
         """Fits to measured networks.
+
+        Args:
+            sums_s: What each one's kernels take alone.
+            networks: Their workloads.
+            measured_s: What they take.
+            judged: On which of them the error is stated, of another model's it is another one; by default all, and
+                where they are fewer than `LEAST`.
 
         Raises:
             ValueError: fewer than `LEAST`, or not as many of each.
@@ -65,5 +77,7 @@ class Corrector:
         )
         fit = relative_fit(terms, y, _SUM)
         factor, call, byte = (float(value) for value in fit.coefficients)
-        found = held_out(list(fit.left_out), list(y))
-        return Corrector(call * 1e-6, factor, byte * 1e-10, log_error(fit.left_out, y), len(y), found)
+        chosen = np.ones(len(y), dtype=bool) if judged is None or sum(judged) < LEAST else np.array(judged)
+        left_out, measured = fit.left_out[chosen], y[chosen]
+        found = held_out(list(left_out), list(measured))
+        return Corrector(call * 1e-6, factor, byte * 1e-10, log_error(left_out, measured), len(y), found)

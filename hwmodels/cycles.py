@@ -38,6 +38,11 @@ class CountedCycles:
         widest = device.macs_per_s[max(device.macs_per_s)]
         return CountedCycles(device, widest / device.threads / macs_per_cycle, error=DESCRIBED_ERROR)
 
+    @property
+    def basis(self) -> str:
+        """See `LatencyModel.basis`."""
+        return "the compiler's count of cycles"
+
     def predict(self, workloads: Sequence[Workload]) -> Prediction:
         """See `LatencyModel.predict`."""
         roofline = Roofline(self.device)

@@ -12,6 +12,9 @@ from pathlib import Path
 from .device import Device, cpu_flags
 
 _CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
+# Of a description what is no part of the device: what was found out about it, and of `rpc://.../cpu` this machine's
+# clock of the moment.
+_CHANGING = ("siblings", "tiles", "macs_per_s", "bytes_per_s", "memory_bytes", "title", "source")
 _NAMES = ("vendor_id", "model name", "cpu family", "model", "stepping", "CPU implementer", "CPU part", "CPU variant")
 
 
@@ -27,9 +30,7 @@ def fingerprint(device: Device) -> str:
     if device.here:
         about |= {"machine": platform.machine(), "cpu": _processor(), "flags": sorted(cpu_flags()), "caches": _caches()}
     else:
-        about |= {
-            "described": {key: value for key, value in asdict(device).items() if key not in ("siblings", "tiles")}
-        }
+        about |= {"described": {key: value for key, value in asdict(device).items() if key not in _CHANGING}}
     text = json.dumps(about, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

@@ -22,6 +22,8 @@ from .workload import Workload
 
 _FORMAT = 1
 _WAIT_S = 30.0
+# Seconds since 1970 at the end of the year 9999, after which no date can be told.
+_LATEST_S = 253402300800.0
 _TABLES = (
     "CREATE TABLE IF NOT EXISTS about (format INTEGER NOT NULL)",
     "CREATE TABLE IF NOT EXISTS devices (device TEXT NOT NULL, schedules TEXT NOT NULL, title TEXT NOT NULL,"
@@ -101,7 +103,7 @@ class KernelDatabase:
 
     def times(self) -> dict[str, KernelTime]:
         """Every time of this device and version, by the workload's key; empty where there is no file."""
-        if not self.path.exists():
+        if not self._there():
             return {}
         found = {}
         for key, text, *numbers in self._rows("times", "workload"):
@@ -112,7 +114,7 @@ class KernelDatabase:
 
     def networks(self) -> list[NetworkTime]:
         """Every measured network of this device and version."""
-        if not self.path.exists():
+        if not self._there():
             return []
         found = []
         for key, text, *numbers in self._rows("networks", "workloads"):
@@ -123,6 +125,10 @@ class KernelDatabase:
             self._check(key, network.key())
             found.append(network)
         return found
+
+    def _there(self) -> bool:
+        with _told(self.path, "read"):
+            return self.path.exists()
 
     def _rows(self, table: str, column: str) -> list[tuple[object, ...]]:
         query = (
@@ -148,7 +154,7 @@ class KernelDatabase:
 
     def reference_s(self, reference: str) -> float | None:
         """What the reference of that name took on a quiet machine; None where that is not known."""
-        if not self.path.exists():
+        if not self._there():
             return None
         query = "SELECT reference_s FROM refs WHERE device = ? AND schedules = ? AND reference = ?"
         with self._reading() as connection:
@@ -158,6 +164,14 @@ class KernelDatabase:
         if not isinstance(row[0], float) or not 0 < row[0] < inf:
             raise DatabaseError(f"{self.path} is damaged: the reference {reference} takes {row[0]!r} s. {_REMEDY}")
         return row[0]
+
+    def knows_device(self) -> bool:
+        """Whether anything was ever added for this device and version, were it nothing."""
+        if not self._there():
+            return False
+        query = "SELECT 1 FROM devices WHERE device = ? AND schedules = ?"
+        with self._reading() as connection:
+            return connection.execute(query, (self.device, self.schedules)).fetchone() is not None
 
     def add(self, times: Sequence[KernelTime | NetworkTime], references: Mapping[str, float]) -> None:
         """Adds kernels and networks in one transaction, and what references took on a quiet machine, by name.
@@ -187,7 +201,7 @@ class KernelDatabase:
 
     def tiles(self) -> dict[str, str]:
         """How a convolution is computed fastest, by the convolution; empty where none was measured."""
-        if not self.path.exists():
+        if not self._there():
             return {}
         with self._reading() as connection:
             rows = [row[2:4] for row in _tiles(connection) if row[:2] == (self.device, self.schedules)]
@@ -221,14 +235,16 @@ class KernelDatabase:
     def merge(self, other: Path) -> int:
         """Adds everything that another database file holds; the number of kernel times in that.
 
+        What references took there is left: the same processor at a higher clock would make nothing here quiet again.
+
         Raises:
             DatabaseError: a file cannot be read or written.
         """
         if not other.is_file():
             raise DatabaseError(f"{other} does not exist; name a kernel database")
         with KernelDatabase(other, "", "")._reading() as connection:
+            connection.execute("BEGIN")  # all of one moment
             devices = connection.execute("SELECT device, schedules, title FROM devices").fetchall()
-            references = connection.execute("SELECT device, schedules, reference, reference_s FROM refs").fetchall()
             rows = connection.execute(
                 "SELECT device, schedules, key, workload, median_s, low_s, high_s, runs, quiet, measured FROM times"
             ).fetchall()
@@ -242,13 +258,14 @@ class KernelDatabase:
             damaged.times()
             damaged.networks()
             damaged.tiles()
+            damaged.contents()
         with self._writing() as connection:
-            _put(connection, devices, references, rows, networks, tiles)
+            _put(connection, devices, [], rows, networks, tiles)
         return len(rows)
 
     def contents(self) -> list[Contents]:
         """What the file holds, by device and version, the newest first."""
-        if not self.path.exists():
+        if not self._there():
             return []
         query = (
             "SELECT t.device, t.schedules, d.title, count(*), sum(t.quiet),"
@@ -259,7 +276,8 @@ class KernelDatabase:
         with self._reading() as connection:
             rows = connection.execute(query).fetchall()
         for row in rows:
-            if not all(isinstance(text, str) for text in row[:3]) or not isinstance(row[6], (int, float)):
+            when = isinstance(row[6], (int, float)) and 0 <= row[6] < _LATEST_S
+            if not all(isinstance(text, str) for text in row[:3]) or not when:
                 raise DatabaseError(f"{self.path} is damaged: it holds times of {row[:3]} from {row[6]!r} s. {_REMEDY}")
         return [Contents(*row) for row in rows]
 

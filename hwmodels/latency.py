@@ -30,6 +30,11 @@ class LatencyModel(Protocol):
         """What the predictions are about."""
         ...
 
+    @property
+    def basis(self) -> str:
+        """What the predictions come from, in a few words."""
+        ...
+
     def predict(self, workloads: Sequence[Workload]) -> Prediction:
         """The latency of the operators run one after the other."""
         ...

@@ -24,16 +24,18 @@ class EnergyCounters:
     @staticmethod
     def here(root: Path = ROOT) -> EnergyCounters | None:
         """This machine's; None where there are none or they may not be read, as for most users since 2020."""
-        zones = []
+        # By package: some processors show the same one by two ways ("intel-rapl:0" and "intel-rapl-mmio:0").
+        zones: dict[str, tuple[Path, int]] = {}
         try:
             for zone in sorted(root.iterdir()):
-                name = zone / "name"
-                if name.is_file() and name.read_text(encoding="ascii").startswith(_PACKAGE):
-                    zones.append((zone, int((zone / "max_energy_range_uj").read_text(encoding="ascii"))))
+                file = zone / "name"
+                name = file.read_text(encoding="ascii").strip() if file.is_file() else ""
+                if name.startswith(_PACKAGE) and name not in zones:
+                    zones[name] = zone, int((zone / "max_energy_range_uj").read_text(encoding="ascii"))
                     int((zone / "energy_uj").read_text(encoding="ascii"))
         except (OSError, ValueError):
             return None
-        return EnergyCounters(tuple(zones)) if zones else None
+        return EnergyCounters(tuple(zones.values())) if zones else None
 
     def read(self) -> tuple[int, ...]:
         """Microjoules of every package, from some time on."""

@@ -41,6 +41,8 @@ LEAST = 20
 # The process's scales are fitted to so many kernels, and it interpolates between so many: its cost grows with their
 # cube.
 _FOR_SCALES, _MOST = 400, 2500
+# The standard deviation of log seconds of an operator that was never measured.
+_UNKNOWN_OPERATOR = 0.5
 # Where the search for the process's scales begins, (variance, length, noise): from one start alone it ended now and
 # then where the process takes everything for noise.
 _STARTS = ((1.0, 10.0, 0.1), (1.0, 3.0, 0.01), (0.1, 30.0, 0.01))
@@ -103,12 +105,16 @@ class KernelRegression:
         return np.asarray(np.exp(self.line.predict(x[:, : _COUNTS + len(self.ops)]) + rest), np.float64)
 
     def spread(self, workloads: Sequence[Workload]) -> NDArray[np.float64]:
-        """How uncertain each is, shape (n,): the process's standard deviation of log seconds."""
+        """How uncertain each is, shape (n,): the process's standard deviation of log seconds.
+
+        Of an operator that was never measured the process knows nothing: it counts as a device that nobody has.
+        """
         if not workloads:
             return np.empty(0)
         x = _without_counts(np.array([_features(work, self.ops) for work in workloads]))
         with _one_thread():
-            return np.asarray(self.process.predict((x - self.centre) / self.scale, return_std=True)[1], np.float64)
+            found = np.asarray(self.process.predict((x - self.centre) / self.scale, return_std=True)[1], np.float64)
+        return np.where([work.op in self.ops for work in workloads], found, np.maximum(found, _UNKNOWN_OPERATOR))
 
 
 def _features(work: Workload, ops: Sequence[str]) -> list[float]:

@@ -23,6 +23,11 @@ class Roofline:
     launch_s: float = 0.0
     error: float = 1.0
 
+    @property
+    def basis(self) -> str:
+        """See `LatencyModel.basis`."""
+        return "the roofline"
+
     def predict(self, workloads: Sequence[Workload]) -> Prediction:
         """See `LatencyModel.predict`."""
         sites: dict[str, float] = {}

@@ -36,6 +36,11 @@ class TableModel:
     regression: KernelRegression | None = None
     corrector: Corrector = field(default_factory=Corrector)
 
+    @property
+    def basis(self) -> str:
+        """See `LatencyModel.basis`."""
+        return "measured kernels"
+
     def predict(self, workloads: Sequence[Workload]) -> Prediction:
         """See `LatencyModel.predict`.
 
@@ -45,14 +50,16 @@ class TableModel:
         if not workloads:
             return Prediction(0.0, 0.0, {})
         seconds, variances = self.kernels(workloads)
-        total = float(seconds.sum())
-        whole = self.corrector.apply(total, workloads)
-        share = whole / total
+        whole = self.corrector.apply(float(seconds.sum()), workloads)
         sites: dict[str, float] = {}
-        for work, own in zip(workloads, seconds, strict=True):
-            sites[work.site] = sites.get(work.site, 0.0) + float(own) * share
-        std = float(np.sqrt(share**2 * variances.sum() + (self.corrector.error * whole) ** 2))
-        return Prediction(whole, std, sites)
+        # A kernel that is called often is wrong by the same every time: its errors add up before they are squared.
+        deviations: dict[str, float] = {}
+        for work, own, variance in zip(workloads, seconds, variances, strict=True):
+            sites[work.site] = sites.get(work.site, 0.0) + self.corrector.apply(float(own), [work])
+            key = work.key()
+            deviations[key] = deviations.get(key, 0.0) + self.corrector.factor * float(np.sqrt(variance))
+        spread = sum(deviation**2 for deviation in deviations.values())
+        return Prediction(whole, float(np.sqrt(spread + (self.corrector.error * whole) ** 2)), sites)
 
     def kernels(self, workloads: Sequence[Workload]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Seconds of every kernel alone, and the variances of those figures, each of shape (n,)."""

@@ -65,6 +65,11 @@ class TransferModel:
         found = held_out(list(fit.left_out), list(y))
         return TransferModel(device, source, (a, b, c * 1e-6), log_error(fit.left_out, y), found)
 
+    @property
+    def basis(self) -> str:
+        """See `LatencyModel.basis`."""
+        return "kernels measured with another number of threads"
+
     def predict(self, workloads: Sequence[Workload]) -> Prediction:
         """See `LatencyModel.predict`."""
         if not workloads:

@@ -122,10 +122,10 @@ class _Search:
             keep_devices(self.folder.path, self.evaluator.devices)
         self.folder.write_space(self.space)
         write_task(self.folder.path, self.evaluator.task)
-        if self.spec.measure.latency == "predicted":
-            self.evaluator.times = keep_times(self.evaluator, self.folder.path)
         if self.ledger.phase() == "done":
             return Run(self.folder.path)
+        if self.spec.measure.latency == "predicted":
+            self.evaluator.times = keep_times(self.evaluator, self.folder.path)
         check_answers(self.evaluator.devices.values(), predicted=self.spec.measure.latency == "predicted")
         if not self.space.choices:
             raise UserError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import replace
 
 from ..hwmodels.corrector import LEAST, Corrector
@@ -14,9 +14,21 @@ from ..hwmodels.table import TableModel
 
 
 def fitted(
-    device: Device, times: Mapping[str, KernelTime], networks: Sequence[NetworkTime], seed: int = 0
+    device: Device,
+    times: Mapping[str, KernelTime],
+    networks: Sequence[NetworkTime],
+    seed: int = 0,
+    own: Container[str] | None = None,
 ) -> TableModel:
-    """Fits a regression where the kernels are enough for one, and a corrector where the networks are."""
+    """Fits a regression where the kernels are enough for one, and a corrector where the networks are.
+
+    Args:
+        device: Whose times these are.
+        times: Of kernels, by key.
+        networks: Of any model.
+        seed: Of which kernels a regression is fitted to, where they are very many.
+        own: The keys of the networks whose error is stated; None: of all.
+    """
     regression = KernelRegression.fit(list(times.values()), seed) if len(times) >= LEAST_KERNELS else None
     model = TableModel(device, times, regression)
     chosen = _usable(model, networks)
@@ -24,7 +36,9 @@ def fitted(
         return model
     calls = [network.workloads for network in chosen]
     sums = [float(model.kernels(network)[0].sum()) for network in calls]
-    return replace(model, corrector=Corrector.fit(sums, calls, [network.time.median_s for network in chosen]))
+    judged = None if own is None else [network.key() in own for network in chosen]
+    seconds = [network.time.median_s for network in chosen]
+    return replace(model, corrector=Corrector.fit(sums, calls, seconds, judged))
 
 
 def _usable(model: TableModel, networks: Sequence[NetworkTime]) -> list[NetworkTime]:

@@ -13,7 +13,7 @@ import numpy as np
 
 from ..hwmodels.corrector import LEAST as LEAST_NETWORKS
 from ..hwmodels.held_out import HeldOut
-from ..hwmodels.kernel_database import KernelDatabase
+from ..hwmodels.kernel_database import KernelDatabase, NetworkTime, network_key
 from ..hwmodels.latency import Prediction
 from ..hwmodels.load import BusyMachine, wait_for_quiet
 from ..hwmodels.regression import LEAST as LEAST_KERNELS
@@ -33,7 +33,7 @@ from .table_measuring import (
     reference_program,
     spread,
 )
-from .transferred import ENOUGH, carried_over, source_of
+from .transferred import carried_over, source_of
 
 if TYPE_CHECKING:
     from ..compilers.tvm_workloads import KernelWork, Plan
@@ -45,6 +45,8 @@ if TYPE_CHECKING:
 # A device that was never seen, and one whose kernels of another model are known: under five minutes, and under one.
 FIRST = TableLimits(candidates=32, least=12, build_s=170.0, kernels=400, kernel_s=50.0, network_s=40.0)
 AGAIN = TableLimits(candidates=10, least=4, build_s=25.0, kernels=60, kernel_s=8.0, network_s=10.0)
+# Kernels of other models from which on few of a further one have to be measured.
+_KNOWN = 150
 # One of whose processor another number of threads has a table: networks alone, and the kernels where that fails.
 PROBES = TableLimits(candidates=20, least=12, build_s=100.0, kernels=0, kernel_s=0.0, network_s=40.0)
 
@@ -56,7 +58,7 @@ class LatencyTable:
     Attributes:
         model: Predicts the latency of a plan's calls.
         source: What it is from, where it was carried over from another number of threads.
-        held_out: Its error on the measured networks, each predicted without itself.
+        held_out: Its error on the measured networks of this space, each predicted without itself.
         measured: Kernels that were timed for this table; `known` that were in the database before.
         left: Kernels of the planned candidates that are predicted from the others.
         quiet: The share of the times that were taken on a quiet machine.
@@ -178,8 +180,9 @@ def _built(
 
     device = evaluator.devices[label]
     known = database.times()
-    carries = limits is None and len(known) < ENOUGH and source_of(device, database) is not None
-    limits = limits or (AGAIN if len(known) >= ENOUGH else FIRST)
+    settled = sum(time.time.quiet for time in known.values())
+    carries = limits is None and settled < _KNOWN and source_of(device, database) is not None
+    limits = limits or (AGAIN if settled >= _KNOWN else FIRST)
     notes: list[str] = []
     candidates = table_candidates(evaluator.proposal.space, limits.candidates, seed, more)
     measuring = TableMeasuring(device, database, PROBES if carries else limits, progress, known, notes=notes)
@@ -188,7 +191,7 @@ def _built(
     reference = plan(reference_program(), device)
     if not device.rpc:
         wait_for_quiet(device.threads)
-    before = set(known)
+    before = len(known)
     works: dict[str, KernelWork] = {}
 
     def look() -> None:
@@ -196,15 +199,20 @@ def _built(
 
     look()
 
+    def own(networks: Sequence[NetworkTime]) -> list[NetworkTime]:
+        """Those of this space: another model's say little of the error here."""
+        keys = {network_key(one.calls) for one in planned.plans.values()}
+        return [network for network in networks if network.key() in keys]
+
     def finished(model: TableModel | TransferModel, found: HeldOut | None, source: str = "") -> LatencyTable:
         times = [*(t.time for t in known.values()), *(n.time for n in networks)]
         return LatencyTable(
             model=model,
             source=source,
             held_out=found,
-            measured=len(known.keys() - before),
-            known=len(before),
-            left=sum(key not in known for key in works),
+            measured=len(measuring.timed),
+            known=before,
+            left=sum(key not in known for key in works),  # however noisy: it is what the model goes by
             quiet=float(np.mean([time.quiet for time in times])) if times else 0.0,
             failed=measuring.failed,
             notes=tuple(dict.fromkeys(notes)),
@@ -212,9 +220,10 @@ def _built(
         )
 
     if carries:
-        measuring.kernels([key for key in reference.kernels if key not in known], works, reference, 1.0)
+        measuring.kernels([key for key in reference.kernels if measuring.asks(key)], works, reference, 1.0)
         networks = measuring.networks(evaluator, label, planned, folder, quiet_s(reference, known))
-        carried, origin = carried_over(device, database, networks)
+        refuse_disturbed([network.time.quiet for network in own(networks)], device.name)
+        carried, origin = carried_over(device, database, own(networks))
         if carried is not None and carried.trusted:
             return finished(carried, carried.probes, origin)
         reached = "" if carried is None else f": {carried.probes.within_10:.0%} of the probes are within 10 %"
@@ -226,14 +235,14 @@ def _built(
     plans = planned.plans
     first = [*reference.kernels, *plans[candidates[0].key()].kernels]
     # Half by the time that goes to them, half by how uncertain what the first half tells of them is.
-    wanted = [key for key in by_weight(plans.values(), works, first) if key not in known]
+    wanted = [key for key in by_weight(plans.values(), works, first) if measuring.asks(key)]
     half = limits.kernels // 2 if len(known) + limits.kernels // 2 >= LEAST_KERNELS else limits.kernels
     measuring.kernels(wanted[:half], works, reference, limits.kernel_s * half / limits.kernels)
-    left = [key for key in wanted[half:] if key not in known]
+    left = [key for key in wanted[half:] if measuring.asks(key)]
     if left and len(known) >= LEAST_KERNELS:
         left = by_error(plans.values(), left, KernelRegression.fit(list(known.values()), seed))
     measuring.kernels(left[: limits.kernels - half], works, reference, limits.kernel_s / 2)
     networks = measuring.networks(evaluator, label, planned, folder, quiet_s(reference, known))
-    refuse_disturbed([network.time.quiet for network in networks], device.name)
-    model = fitted(device, known, networks, seed)
+    refuse_disturbed([network.time.quiet for network in own(networks)], device.name)
+    model = fitted(device, known, networks, seed, {network.key() for network in own(networks)})
     return finished(model, model.corrector.held_out)

@@ -27,9 +27,6 @@ from .option_table import Array, OptionTable, Site, every_level, undominated
 if TYPE_CHECKING:
     from .evaluate import Evaluator
 
-# Kernels of a device that must have been timed before their times go before the compiler's counts.
-_ENOUGH = 100
-
 
 def option_table(
     evaluator: Evaluator, errors: LocalErrors, costs: Sequence[str], *, every: bool = False
@@ -247,14 +244,14 @@ def latency_model(
     from ..compilers.tvm_layers import layer_workloads
     from ..hwmodels.kernel_database import DatabaseError
     from .fitted import fitted
-    from .transferred import carried_over
+    from .transferred import ENOUGH, carried_over
 
     if not device.timed:
         return CountedCycles.described(device, cpu_machine(device).macs_per_cycle(None)), layer_workloads(device)
     try:
         database = database_of(device, evaluator.times)
         times, networks = database.times(), database.networks()
-        if len(times) >= _ENOUGH:
+        if len(times) >= ENOUGH:
             model: LatencyModel = fitted(device, times, networks)
         else:
             carried, _ = carried_over(device, database, networks)

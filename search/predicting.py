@@ -92,17 +92,41 @@ def keep_times(evaluator: Evaluator, run: Path) -> Path:
             )
     kept = run / KERNELS
     if kept.exists():
+        _check(evaluator, kept)
         return kept
     half = kept.with_suffix(".part")
     half.unlink(missing_ok=True)
     try:
-        device = next(iter(evaluator.devices.values()))
-        user, copied = database_of(device).path, database_of(device, half)
-        # One that holds nothing is kept as well: the run goes by what was known when it began.
-        copied.add([], {})
+        for device in evaluator.devices.values():
+            # One that holds nothing is kept as well: the run goes by what was known when it began.
+            database_of(device, half).add([], {})
+        user = database_of(device).path
         if user.exists():
-            copied.merge(user)
+            database_of(device, half).merge(user)
     except DatabaseError as error:
         raise UserError(f"the kernel times cannot be copied into {run}: {error}") from error
     half.rename(kept)
     return kept
+
+
+def _check(evaluator: Evaluator, kept: Path) -> None:
+    """Refuses times that the run's predictions cannot go on with: two models' figures would stand side by side."""
+    from ..compilers.kernel_times import database_of
+    from ..hwmodels.kernel_database import DatabaseError
+
+    for label, device in evaluator.devices.items():
+        database = database_of(device, kept)
+        try:
+            database.times()
+            database.networks()
+            known = database.knows_device()
+        except DatabaseError as error:
+            raise UserError(
+                f"the kernel times that this run predicts by cannot be read: {error}; start anew with another --out"
+            ) from error
+        if not known:
+            raise UserError(
+                f"{kept} holds the times that this run predicts {label} by, and they are of other kernels than this "
+                f"version of planish makes ({database.schedules}); carry on with the version that it began with, or "
+                "start anew with another --out"
+            )

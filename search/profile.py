@@ -10,8 +10,9 @@ from pathlib import Path
 
 from ..compilers.kernel_times import database_of
 from ..hwmodels.device import Device
-from ..hwmodels.load import wait_for_quiet
+from ..hwmodels.load import LoadWatch, wait_for_quiet
 from .config import Spec
+from .errors import UserError
 from .json_text import mapping
 from .latency_table import LatencyTable, build_table
 from .measuring import measure_trials
@@ -20,7 +21,7 @@ from .peaks import with_measured_peaks
 from .progress import Progress
 from .reachable import check_answers
 from .slow_sites import LayerCost, layer_costs
-from .table_measuring import TableLimits
+from .table_measuring import TableLimits, refuse_loaded
 from .tile_measuring import measure_tiles
 from .workers import Failure
 
@@ -47,8 +48,8 @@ def profile(
         was left out with its reason.
 
     Raises:
-        ValueError: the task or a device is not usable; with a table also: others use the cores that measuring needs,
-            or the database of kernel times is damaged.
+        ValueError: the task or a device is not usable, others use the cores that measuring needs, or used them
+            meanwhile; with a table also: the database of kernel times is damaged.
     """
     import torch
 
@@ -63,11 +64,13 @@ def profile(
     progress.advance()
     check_answers(evaluator.devices.values(), predicted=True)
     described = [label for label, device in evaluator.devices.items() if not device.timed]
+    evaluator.asks_energy = True
+    here = [device for device in evaluator.devices.values() if device.here]
     if table:  # what would refuse a table is told before anything is spent
         for device in evaluator.devices.values():
             database_of(device).times()
-            if device.here:
-                wait_for_quiet(device.threads)
+    for device in here:
+        wait_for_quiet(device.threads)
     space = evaluator.proposal.space
     candidates = [space.original(), *(strongest(space) if space.choices else [])]
     with tempfile.TemporaryDirectory(prefix="planish-profile-") as folder:
@@ -82,9 +85,15 @@ def profile(
             metrics[job.number]["latency_s"] = {label: predicted[label] for label in described}
             progress.advance()
         progress.begin("time", 1)
-        timed = measure_trials(
-            evaluator, {job.number: job.folder for job in jobs}, jobs[0].folder, "artifact", final=True
-        )
+        with LoadWatch() as watch:
+            timed = measure_trials(
+                evaluator, {job.number: job.folder for job in jobs}, jobs[0].folder, "artifact", final=True
+            )
+        for device in here:
+            refuse_loaded(watch, device)
+        first = timed.get(0)
+        if isinstance(first, Failure):
+            raise UserError(f"the model as it is cannot be timed: {first}")
         for number, result in timed.items():
             if not isinstance(result, Failure):
                 latencies = {**mapping(metrics[number]["latency_s"]), **mapping(result.get("latency_s"))}
@@ -100,7 +109,9 @@ def profile(
             if device.here:
                 artifact = evaluator.artifact_folder(jobs[0].folder, label, "artifact")
                 protocol = MeasureProtocol(time_limit_s=spec.measure.time_limit_s)
-                calls = site_times({"original": artifact}, device, protocol)["original"]
+                with LoadWatch() as watch:
+                    calls = site_times({"original": artifact}, device, protocol)["original"]
+                refuse_loaded(watch, device)
             else:  # its kernels cannot be told from each other from here
                 calls = evaluator.predictor.calls(space.original(), label)
             peaks = with_measured_peaks(device, evaluator.compilers[label]) if device.timed else device
@@ -114,6 +125,7 @@ def profile(
                 devices[label]["predicted_error"] = evaluator.predictor.error(label)
     for label in evaluator.devices if space.choices else ():
         devices[label]["gains"] = option_gains(evaluator, label)
+        devices[label]["gains_from"] = evaluator.predictor.model(label).basis
     return {
         "model": spec.model,
         "devices": devices,
@@ -139,7 +151,9 @@ def _device(
             "bytes_per_s": device.bytes_per_s,
             "source": device.source,
         },
-        "latency_s": _value(metrics[0], "latency_s", label),
+        "latency_s": _value(metrics[0], label),
+        "latency_ci95": _entry(metrics[0], label).get("ci95"),
+        "drifted": bool(metrics[0].get("drifted")),
         "layers": [
             {
                 "site": row.site,
@@ -156,13 +170,15 @@ def _device(
         "reachable": {
             name: [min(values), max(values)]
             for name, values in {
-                "latency_s": [_value(m, "latency_s", label) for m in metrics.values()],
+                "latency_s": [_value(m, label) for m in metrics.values()],
                 **{
                     key: [float(str(m[key])) for m in metrics.values()]
-                    for key in ("size_bytes", "macs", "peak_memory_bytes")
+                    for key in ("size_bytes", "macs", "peak_memory_bytes", "energy_j")
+                    if all(key in m for m in metrics.values())
                 },
             }.items()
         },
+        "energy_measured": all(bool(m.get("energy_measured")) for m in metrics.values()),
     }
 
 
@@ -184,6 +200,9 @@ def _table(table: LatencyTable) -> dict[str, object]:
     }
 
 
-def _value(metrics: Mapping[str, object], name: str, label: str) -> float:
-    entry = mapping(metrics.get(name)).get(label)
-    return float(entry["value"]) if isinstance(entry, Mapping) else float("nan")
+def _entry(metrics: Mapping[str, object], label: str) -> Mapping[str, object]:
+    return mapping(mapping(metrics.get("latency_s")).get(label))
+
+
+def _value(metrics: Mapping[str, object], label: str) -> float:
+    return float(str(_entry(metrics, label).get("value", "nan")))

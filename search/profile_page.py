@@ -89,7 +89,7 @@ def _device(name: str, entry: Mapping[str, object]) -> str:
         layers_svg(layers, _number(entry.get("other_time_s"))),
         "<h3>Reachable</h3>",
         table(["cost", "least", "most"], reachable),
-        "<h3>What options gain, each alone</h3>",
+        f"<h3>What options gain, each alone, by {escape(str(entry.get('gains_from', 'the latency model')))}</h3>",
         f'<div class="scroll">{table(["choice", "option", "latency", "size"], [_gain(g) for g in paying])}</div>',
         "<h3>Options that gain nothing, and why</h3>",
         f'<div class="scroll">{_idle(idle)}</div>',
@@ -107,7 +107,10 @@ def _latency(entry: Mapping[str, object]) -> str:
     seconds = f"{_number(entry.get('latency_s')) * 1e6:.1f} us"
     error = entry.get("predicted_error")
     if error is None:
-        return f"The model takes {seconds}."
+        low, high = ([_number(value) * 1e6 for value in _list(entry.get("latency_ci95"))] + [0.0, 0.0])[:2]
+        interval = f" (95 % interval {low:.1f} to {high:.1f} us)" if high else ""
+        drifted = " The machine's speed changed meanwhile: take it with care." if entry.get("drifted") else ""
+        return f"The model takes {seconds}{interval}.{drifted}"
     return (
         f"The model is predicted to take {seconds}: the device is only described, so that the figure's standard "
         f"deviation is {_number(error):.0%} of it; a wrong clock cancels in ratios between models."

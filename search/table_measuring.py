@@ -10,14 +10,16 @@ from typing import TYPE_CHECKING, TypeVar
 
 from ..hwmodels.kernel_database import DatabaseError, KernelDatabase, KernelTime, NetworkTime, network_key
 from ..hwmodels.load import BusyMachine, LoadWatch
-from ..hwmodels.quiet import settled
+from ..hwmodels.quiet import Samples, best_reference_s, settled
 from ..spaces.apply import skeleton
 from ..spaces.quantize import deploy
+from .errors import UserError
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
     from ..compilers.compiler import Artifact
+    from ..compilers.kernel_timer import Timed
     from ..compilers.tvm_workloads import KernelWork, Plan
     from ..hwmodels.device import Device
     from ..hwmodels.regression import KernelRegression
@@ -65,6 +67,7 @@ class TableMeasuring:
 
     Attributes:
         known: Kernel times by key; those that are measured join them.
+        timed: The keys of those.
         failed: Why kernels and networks could not be timed.
         notes: What went wrong and did not stop it.
     """
@@ -74,8 +77,13 @@ class TableMeasuring:
     limits: TableLimits
     progress: Progress
     known: dict[str, KernelTime]
+    timed: set[str] = field(default_factory=set)
     failed: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+
+    def asks(self, key: str) -> bool:
+        """Whether a kernel is to be timed: it was not, or met no quiet machine and was not tried again by now."""
+        return key not in self.known or (key not in self.timed and not self.known[key].time.quiet)
 
     def kernels(
         self, wanted: Sequence[str], works: Mapping[str, KernelWork], reference_plan: Plan, limit_s: float
@@ -93,12 +101,13 @@ class TableMeasuring:
                 {key: works[key] for key in wanted}, reference, self.device,
                 known_reference_s=self.database.reference_s(name), limit_s=limit_s, advance=_advancer(self.progress),
             )  # fmt: skip
-        _refuse(watch, self.device)
+        refuse_loaded(watch, self.device)
         new = [KernelTime(works[key].workload, settled(s, timed.reference_s)) for key, s in timed.samples.items()]
         self.known |= {time.workload.key(): time for time in new}
-        if new:
-            self._keep(new, name, timed.reference_s)
+        self.timed |= {time.workload.key() for time in new}
+        self._keep(new, name, timed.samples.values())
         self.failed |= timed.failed
+        self._go_on(timed)
 
     def build(
         self, evaluator: Evaluator, label: str, candidates: Sequence[Candidate], networks: Networks, folder: Path
@@ -148,21 +157,33 @@ class TableMeasuring:
                 networks.artifacts, reference.path, self.device, known_reference_s=known_s,
                 limit_s=self.limits.network_s, advance=_advancer(self.progress),
             )  # fmt: skip
-        _refuse(watch, self.device)
+        refuse_loaded(watch, self.device)
         self.failed |= {f"network {key}": reason for key, reason in timed.failed.items()}
         plans = networks.plans
         new = [NetworkTime(plans[key].calls, settled(s, timed.reference_s)) for key, s in timed.samples.items()]
         found |= {network.key(): network for network in new}
-        if new:
-            self._keep(new, name, timed.reference_s)
+        self._keep(new, name, timed.samples.values())
+        self._go_on(timed)
         return list(found.values())
 
-    def _keep(self, new: Sequence[KernelTime | NetworkTime], reference: str, reference_s: float) -> None:
-        """What was measured counts even where it cannot be kept."""
+    def _keep(self, new: Sequence[KernelTime | NetworkTime], reference: str, samples: Iterable[Samples]) -> None:
+        """What was measured counts even where it cannot be kept.
+
+        Of the reference what was seen is kept: an estimate that was too low would make nothing quiet for ever.
+        """
+        if not new:
+            return
         try:
-            self.database.add(new, {reference: reference_s})
+            self.database.add(new, {reference: best_reference_s(list(samples))})
         except DatabaseError as error:
             self.notes.append(f"times are not kept: {error}")
+
+    def _go_on(self, timed: Timed) -> None:
+        """Raises UserError where the device was lost; what was timed before is kept."""
+        if timed.lost is not None:
+            raise UserError(
+                f"{timed.lost}; what was timed is kept: once {self.device.name} answers, give the same command again"
+            )
 
 
 def quiet_s(reference: Plan, known: Mapping[str, KernelTime]) -> float | None:
@@ -275,7 +296,7 @@ def _advancer(progress: Progress) -> Callable[[int, int], None]:
     return advance
 
 
-def _refuse(watch: LoadWatch, device: Device) -> None:
+def refuse_loaded(watch: LoadWatch, device: Device) -> None:
     """Rather no table than a wrong one."""
     reason = watch.refusal(device.threads)
     if reason and not device.rpc:

@@ -10,8 +10,8 @@ from ..hwmodels.kernel_database import KernelDatabase, NetworkTime
 from ..hwmodels.transfer import LEAST, TransferModel
 from .fitted import fitted
 
-# Kernels that make a table to carry over from.
-ENOUGH = 150
+# Kernels that make a table, to predict by and to carry over from: a small model's space has no more.
+ENOUGH = 60
 
 
 def carried_over(

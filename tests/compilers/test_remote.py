@@ -20,10 +20,11 @@ import torch
 from tests.compilers.faulty import library
 from torch import nn
 
-from planish.compilers import board_server, manifest, runner
+from planish.compilers import board_server, kernel_timer, manifest, runner
 from planish.compilers.compiler import RunError
 from planish.compilers.kernel_store import KernelStore
 from planish.compilers.kernel_timer import KernelProtocol, time_kernels
+from planish.compilers.network_timer import time_networks
 from planish.compilers.remote import DeviceLost, unanswered
 from planish.compilers.tvm_compiler import TvmCompiler
 from planish.compilers.tvm_workloads import plan
@@ -136,6 +137,35 @@ def test_kernels_are_timed_on_the_device(
     assert not timed.failed
     assert timed.samples.keys() == works.keys()
     assert all(0 < seconds < 1e-3 for samples in timed.samples.values() for seconds in samples.run_s)
+
+
+def test_a_device_that_is_lost_between_kernels_keeps_what_was_timed_and_blames_none(
+    model: tuple[torch.export.ExportedProgram, torch.Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    port = free_port()
+    server = started("planish.compilers.board_server", "--port", port, "--key", "cpu")
+    assert server.stderr is not None
+    server.stderr.readline()
+    device = parse_device(f"rpc://127.0.0.1:{port}/cpu")
+    works = plan(model[0], device).kernels
+    assert len(works) > 1
+    reference = max(works.values(), key=lambda work: work.workload.macs)
+    monkeypatch.setattr(kernel_timer, "_TOGETHER", 1)
+    timed = time_kernels(
+        works, reference, device, KernelProtocol(runs=2, sample_s=1e-5, rounds=1),
+        store=KernelStore(tmp_path / "store.sqlite"),
+        advance=lambda done, total: server.poll() is None and ended(server),  # type: ignore[func-returns-value]
+    )  # fmt: skip
+    assert len(timed.samples) == 1
+    assert timed.failed == {}
+    assert f"nothing answers at 127.0.0.1:{port}" in str(timed.lost)
+
+
+def test_a_device_that_is_lost_between_networks_is_told(good: Path) -> None:
+    gone = parse_device(f"rpc://127.0.0.1:{free_port()}/cpu")
+    timed = time_networks({"one": good}, good, gone, QUICK)
+    assert (timed.samples, timed.failed) == ({}, {})
+    assert "nothing answers at 127.0.0.1" in str(timed.lost)
 
 
 def test_a_device_that_is_gone_is_no_artifacts_fault(good: Path) -> None:

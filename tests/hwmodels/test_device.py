@@ -235,3 +235,13 @@ def test_a_file_that_is_missing_or_no_toml_is_named(tmp_path: Path) -> None:
 def test_a_size_that_is_not_positive_and_finite_is_refused(label: str, value: float) -> None:
     with pytest.raises(DeviceError, match=f"has {label}"):
         replace(host(), **{label: value})  # type: ignore[arg-type]
+
+
+def test_the_clock_of_the_moment_is_no_part_of_a_board_s_fingerprint(monkeypatch: pytest.MonkeyPatch) -> None:
+    prints = set()
+    for hertz in (2.0e9, 2.4e9):
+        monkeypatch.setattr("planish.hwmodels.device._cpu_hertz", lambda hertz=hertz: hertz)
+        prints.add(fingerprint(parse_device("rpc://board:9090/cpu")))
+    assert len(prints) == 1
+    assert fingerprint(parse_device("rpc://other:9090/cpu")) not in prints
+    assert fingerprint(parse_device("cpu/cortex-a72")) != fingerprint(parse_device("cpu/cortex-a76"))

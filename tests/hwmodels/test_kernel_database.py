@@ -209,3 +209,45 @@ def test_a_tile_that_is_no_text_is_damage(database: KernelDatabase) -> None:
         database.tiles()
     with pytest.raises(DatabaseError, match="is damaged"):
         KernelDatabase(database.path.parent / "other.sqlite", "device", "v1").merge(database.path)
+
+
+def test_an_import_leaves_the_references_of_this_machine(database: KernelDatabase, tmp_path: Path) -> None:
+    """The same processor at a higher clock would make nothing here quiet again."""
+    database.add([_kernel(1)], {"reference": 1e-5})
+    faster = KernelDatabase(tmp_path / "faster.sqlite", "device", "v1")
+    faster.add([_kernel(2)], {"reference": 5e-6, "network": 3e-5})
+    assert database.merge(faster.path) == 1
+    assert len(database.times()) == 2
+    assert database.reference_s("reference") == 1e-5
+    assert database.reference_s("network") is None
+
+
+@pytest.mark.parametrize("when", ["1e300", "-5", "'late'"])
+def test_a_moment_that_no_calendar_has_is_damage(database: KernelDatabase, tmp_path: Path, when: str) -> None:
+    other = KernelDatabase(tmp_path / "other.sqlite", "device", "v1")
+    other.add([_kernel(1)], {})
+    with sqlite3.connect(other.path) as connection:
+        connection.execute(f"UPDATE times SET measured = {when}")
+    connection.close()
+    with pytest.raises(DatabaseError, match="damaged"):
+        database.merge(other.path)
+    assert database.times() == {}
+
+
+def test_a_device_and_version_are_known_from_when_something_is_added(database: KernelDatabase) -> None:
+    assert not database.knows_device()
+    database.add([], {})
+    assert database.knows_device()
+    assert not KernelDatabase(database.path, "device", "v2").knows_device()
+
+
+def test_a_folder_that_may_not_be_searched_is_told(database: KernelDatabase, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Root may search every folder, so what the system would say is said for it."""
+
+    def denied(path: Path) -> bool:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "exists", denied)
+    for read in (database.times, database.networks, database.tiles, database.contents, database.knows_device):
+        with pytest.raises(DatabaseError, match=r"cannot be read: .*Permission denied"):
+            read()

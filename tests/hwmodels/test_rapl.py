@@ -34,6 +34,14 @@ def test_packages_are_summed_and_parts_of_them_are_not(tmp_path: Path) -> None:
     assert counters.joules(before, counters.read()) == pytest.approx(2.500001)
 
 
+def test_a_package_that_is_shown_twice_counts_once(tmp_path: Path) -> None:
+    zone(tmp_path, "intel-rapl-mmio:0", "package-0", 1_000_000)
+    zone(tmp_path, "intel-rapl:0", "package-0", 1_000_000)
+    counters = EnergyCounters.here(tmp_path)
+    assert counters is not None
+    assert counters.read() == (1_000_000,)
+
+
 def test_a_counter_that_began_again_counts_on(tmp_path: Path) -> None:
     zone(tmp_path, "intel-rapl:0", "package-0", 0, limit=1_000_000)
     counters = EnergyCounters.here(tmp_path)

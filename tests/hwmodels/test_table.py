@@ -67,6 +67,29 @@ def test_known_kernels_are_summed_by_site() -> None:
     assert model.predict([]).latency_s == 0
 
 
+def test_what_a_call_costs_is_the_site_s_that_calls() -> None:
+    corrector = Corrector(call_s=2e-6, factor=0.9, byte_s=1e-11, error=0.0)
+    network = [replace(GRID[3], site="a"), *[replace(GRID[0], site="b")] * 3]
+    found = TableModel(host(), TIMES, corrector=corrector).predict(network)
+    own = {site: 0.9 * _seconds(w) + 2e-6 + 1e-11 * w.weight_bytes for site, w in (("a", GRID[3]), ("b", GRID[0]))}
+    assert found.site_s == pytest.approx({"a": own["a"], "b": 3 * own["b"]})
+    assert found.latency_s == pytest.approx(own["a"] + 3 * own["b"])
+
+
+def test_a_kernel_that_is_called_often_is_wrong_by_the_same_every_time() -> None:
+    model = TableModel(host(), TIMES, corrector=Corrector(error=0.0))
+    one, other = model.predict([GRID[3]]), model.predict([GRID[7]])
+    assert model.predict([GRID[3]] * 9).std_s == pytest.approx(9 * one.std_s)
+    assert model.predict([GRID[3], GRID[7]]).std_s == pytest.approx(float(np.hypot(one.std_s, other.std_s)))
+
+
+def test_an_operator_that_was_never_measured_is_as_uncertain_as_a_device_that_nobody_has() -> None:
+    regression = KernelRegression.fit(list(TIMES.values()))
+    known, unknown = regression.spread([_work(24, 24, 64), replace(_work(24, 24, 64), op="attention")])
+    assert known < 0.2
+    assert unknown >= 0.5
+
+
 def test_a_kernel_that_nothing_is_known_of_is_named() -> None:
     unknown = _work(7, 7, 7)
     with pytest.raises(UnknownKernel, match=r"1 kernels are not in the table of cpu, the first of them conv2d"):

@@ -17,12 +17,16 @@ import pytest
 import torch
 from torch import nn
 
+from planish.compilers import kernel_timer
 from planish.compilers.compiler import CompileError
+from planish.compilers.kernel_timer import Timed
 from planish.compilers.kernel_times import database_of
+from planish.compilers.remote import DeviceLost
 from planish.hwmodels.cycles import CountedCycles
+from planish.hwmodels.device import host
 from planish.hwmodels.kernel_database import KernelDatabase, NetworkTime
-from planish.hwmodels.load import BusyMachine
-from planish.hwmodels.quiet import Settled
+from planish.hwmodels.load import BusyMachine, LoadWatch
+from planish.hwmodels.quiet import Samples, Settled
 from planish.hwmodels.regression import KernelRegression
 from planish.hwmodels.table import TableModel
 from planish.hwmodels.transfer import TransferModel
@@ -30,6 +34,7 @@ from planish.hwmodels.workload import Workload
 from planish.search import latency_table, table_measuring, transferred
 from planish.search.config import load_spec
 from planish.search.data import Data, Split
+from planish.search.errors import UserError
 from planish.search.evaluate import Evaluator, Job
 from planish.search.fitted import fitted
 from planish.search.latency_table import (
@@ -48,6 +53,7 @@ from planish.spaces import Kind
 
 pytestmark = pytest.mark.tvm
 
+REFUSE = table_measuring.refuse_loaded
 SMALL = TableLimits(candidates=11, least=9, build_s=60.0, kernels=26, kernel_s=0.5, network_s=0.5)
 
 
@@ -56,7 +62,7 @@ def machine_that_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
     """Who else uses the machine that the tests run on is not what they are about."""
     monkeypatch.setattr(latency_table, "wait_for_quiet", lambda threads: None)
     monkeypatch.setattr(latency_table, "refuse_disturbed", lambda quiet, name: None)
-    monkeypatch.setattr(table_measuring, "_refuse", lambda watch, device: None)
+    monkeypatch.setattr(table_measuring, "refuse_loaded", lambda watch, device: None)
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +87,7 @@ def table(evaluator: Evaluator, database: KernelDatabase) -> LatencyTable:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(latency_table, "wait_for_quiet", lambda threads: None)
         patch.setattr(latency_table, "refuse_disturbed", lambda quiet, name: None)
-        patch.setattr(table_measuring, "_refuse", lambda watch, device: None)
+        patch.setattr(table_measuring, "refuse_loaded", lambda watch, device: None)
         return build_table(evaluator, "cpu", database, Progress(None), limits=SMALL)
 
 
@@ -109,7 +115,8 @@ def test_the_table_states_what_it_measured_and_how_wrong_it_is(table: LatencyTab
 def test_a_second_table_measures_nothing_twice(
     table: LatencyTable, evaluator: Evaluator, database: KernelDatabase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = database.times()
+    before = {key: time for key, time in database.times().items() if time.time.quiet}
+    known = len(database.times())
     asked: list[set[str]] = []
     real = TableMeasuring.kernels
 
@@ -121,8 +128,56 @@ def test_a_second_table_measures_nothing_twice(
     again = build_table(evaluator, "cpu", database, Progress(None), limits=SMALL)
     assert asked
     assert not any(wanted & set(before) for wanted in asked)
-    assert again.known == len(before)
+    assert again.known == known
     assert {key: time for key, time in database.times().items() if key in before} == before
+
+
+def test_what_met_no_quiet_machine_is_timed_again_the_next_time_and_once(
+    table: LatencyTable, evaluator: Evaluator, database: KernelDatabase, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    own = database_of(evaluator.devices["cpu"], tmp_path / "times.sqlite")
+    disturbed = [replace(time, time=replace(time.time, quiet=False)) for time in database.times().values()]
+    own.add([*disturbed, *database.networks()], {})
+    asked: list[str] = []
+
+    def noted(self: TableMeasuring, wanted: list[str], *rest: Any) -> None:
+        asked.extend(wanted)
+        self.timed.update(wanted)
+
+    monkeypatch.setattr(TableMeasuring, "kernels", noted)
+    monkeypatch.setattr(TableMeasuring, "networks", lambda self, *rest: self.database.networks())
+    build_table(evaluator, "cpu", own, Progress(None), limits=SMALL)
+    original = plan_of(evaluator, "cpu", evaluator.proposal.space.original())
+    assert original.kernels.keys() <= set(asked)
+    assert len(asked) == len(set(asked))
+
+
+def test_the_error_is_stated_of_this_space_s_networks(
+    table: LatencyTable, evaluator: Evaluator, database: KernelDatabase, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Another model's networks, twice as slow as their kernels: no part of what is stated."""
+    own = database_of(evaluator.devices["cpu"], tmp_path / "times.sqlite")
+    ours = [replace(network, time=replace(network.time, quiet=True)) for network in database.networks()]
+    own.add([*database.times().values(), *ours], {})
+    kernels = list(database.times().values())
+    rng = np.random.default_rng(0)
+    others = []
+    for _ in range(12):
+        works = tuple(kernels[int(place)].workload for place in rng.choice(len(kernels), 5))
+        s = 2.0 * sum(database.times()[work.key()].time.median_s for work in works)
+        others.append(NetworkTime(works, Settled(s, 0.99 * s, 1.01 * s, 20, True)))
+    own.add(others, {})
+    seen: list[list[bool]] = []
+    monkeypatch.setattr(latency_table, "refuse_disturbed", lambda quiet, name: seen.append(list(quiet)))
+    monkeypatch.setattr(TableMeasuring, "kernels", lambda self, *rest: None)
+    monkeypatch.setattr(TableMeasuring, "networks", lambda self, *rest: self.database.networks())
+    found = build_table(evaluator, "cpu", own, Progress(None), limits=SMALL)
+    assert len(own.networks()) == len(ours) + 12
+    assert seen == [[True] * len(ours)]
+    assert found.held_out is not None
+    assert found.held_out.count == len(ours)
 
 
 @pytest.fixture
@@ -140,7 +195,7 @@ def test_another_number_of_threads_carries_the_table_over_if_networks_say_that_i
 ) -> None:  # fmt: skip
     """Times of two threads are made up: by a law that a few networks show, or by none."""
     monkeypatch.setattr(transferred, "ENOUGH", 15)
-    monkeypatch.setattr(latency_table, "ENOUGH", 15)
+    monkeypatch.setattr(latency_table, "_KNOWN", 10**9)
     for limits in ("FIRST", "PROBES"):
         monkeypatch.setattr(latency_table, limits, replace(SMALL, candidates=10))
     source = fitted(table.model.device, database.times(), database.networks())
@@ -302,11 +357,35 @@ def test_a_busy_machine_gives_no_table_and_keeps_nothing(
     def busy(watch: object, device: object) -> None:
         raise BusyMachine("busy")
 
-    monkeypatch.setattr(table_measuring, "_refuse", busy)
+    monkeypatch.setattr(table_measuring, "refuse_loaded", busy)
     database = database_of(evaluator.devices["cpu"], tmp_path / "times.sqlite")
     with pytest.raises(BusyMachine):
         build_table(evaluator, "cpu", database, Progress(None), limits=replace(SMALL, candidates=2))
     assert database.times() == {}
+
+
+def test_what_was_timed_beside_others_is_refused() -> None:
+    busy, free = LoadWatch(cores=2), LoadWatch(cores=2)
+    busy.others, free.others = 1.9, 0.2
+    device = host()
+    with pytest.raises(BusyMachine, match=r"keep 1\.9 of 2 cores busy.*what was measured meanwhile is not kept"):
+        REFUSE(busy, device)
+    REFUSE(free, device)
+    REFUSE(busy, replace(device, here=False, rpc="board:9090/cpu"))  # a board's own cores are its own
+
+
+def test_a_device_that_is_lost_keeps_what_was_timed_and_says_so(
+    evaluator: Evaluator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lost(works: dict[str, Any], *rest: Any, **options: Any) -> Timed:
+        samples = {key: Samples((1e-5,) * 12, (2e-5,) * 12) for key in list(works)[:3]}
+        return Timed(samples, 2e-5, {}, DeviceLost("device cpu is lost: no route"))
+
+    monkeypatch.setattr(kernel_timer, "time_kernels", lost)
+    database = database_of(evaluator.devices["cpu"], tmp_path / "times.sqlite")
+    with pytest.raises(UserError, match="device cpu is lost: no route; what was timed is kept"):
+        build_table(evaluator, "cpu", database, Progress(None), limits=replace(SMALL, candidates=2))
+    assert len(database.times()) == 3
 
 
 def test_a_table_of_networks_that_met_no_quiet_machine_is_refused_and_what_met_one_is_kept(

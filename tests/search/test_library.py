@@ -12,7 +12,7 @@ import torch
 
 from planish.hwmodels.cycles import CountedCycles
 from planish.hwmodels.device import parse_device
-from planish.search import library
+from planish.search import transferred
 from planish.search.config import load_spec
 from planish.search.data import Data, Split
 from planish.search.errors import UserError
@@ -45,7 +45,7 @@ def evaluator() -> Evaluator:
 def table(evaluator: Evaluator) -> OptionTable:
     # What the machine's database knows of kernels is not what this is about.
     patch = pytest.MonkeyPatch()
-    patch.setattr(library, "_ENOUGH", 10**9)
+    patch.setattr(transferred, "ENOUGH", 10**9)
     rising = {c.name: tuple(0.01 * level for level in range(len(c.options))) for c in evaluator.proposal.space.choices}
     found = option_table(evaluator, LocalErrors(rising, {}), ["latency[cpu]", "size", "macs"])
     patch.undo()
