@@ -151,10 +151,15 @@ def test_a_device_that_is_lost_between_kernels_keeps_what_was_timed_and_blames_n
     assert len(works) > 1
     reference = max(works.values(), key=lambda work: work.workload.macs)
     monkeypatch.setattr(kernel_timer, "_TOGETHER", 1)
+
+    def unplugged(done: int, total: int) -> None:
+        if server.poll() is None:
+            ended(server)
+
     timed = time_kernels(
         works, reference, device, KernelProtocol(runs=2, sample_s=1e-5, rounds=1),
         store=KernelStore(tmp_path / "store.sqlite"),
-        advance=lambda done, total: server.poll() is None and ended(server),  # type: ignore[func-returns-value]
+        advance=unplugged,
     )  # fmt: skip
     assert len(timed.samples) == 1
     assert timed.failed == {}
