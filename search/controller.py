@@ -288,9 +288,13 @@ class _Search:
         guess = guessing(self.evaluator.task.data.validation)
         alive = [n for n in sorted(ledger.records) if n and ledger.state(n) in (State.RUNNING, State.COMPLETE)]
         for rung, (until, count) in enumerate(zip(epochs, survivors, strict=True)):
-            entering = promoted(ledger, alive, count, rung, guess)
-            self._begin(f"distill to epoch {until}", len(entering), "rung", rung)
-            missing = [n for n in entering if rung not in ledger.records[n].rungs]
+            name = f"distill to epoch {until}"
+            # As it was decided once: a kill between two of those who are stopped leaves others to choose from.
+            entering = self._entered(name) or promoted(ledger, alive, count, rung, guess, 0 < rung == len(epochs) - 1)
+            self._begin(name, len(entering), "rung", rung, entering)
+            missing = [
+                n for n in entering if rung not in ledger.records[n].rungs and ledger.state(n) is not State.FAILED
+            ]
             self.progress.begin(f"distill to epoch {until}", len(entering), len(entering) - len(missing))
             for number in alive:
                 if number not in entering:
@@ -309,6 +313,11 @@ class _Search:
             shutil.rmtree(self.folder.path / LESSONS, ignore_errors=True)
             alive = [n for n in entering if ledger.state(n) is not State.FAILED]
         return alive
+
+    def _entered(self, phase: str) -> list[int]:
+        """The trials that an earlier session let into a rung; none where none did."""
+        found = next((p.trials for p in self.folder.phases if p.name == phase and p.trials), ())
+        return [number for number in found if number in self.ledger.records]
 
     def _finalists(self, finalists: Sequence[int]) -> None:
         """Compiles what was trained, checks it against torch, and times it in several fresh processes."""
@@ -357,9 +366,9 @@ class _Search:
         write_report(self.folder.path)
         return Run(self.folder.path)
 
-    def _begin(self, name: str, total: int, unit: str, rung: int | None = None) -> None:
+    def _begin(self, name: str, total: int, unit: str, rung: int | None = None, trials: Sequence[int] = ()) -> None:
         if self.ledger.phase() != name:
-            self.folder.phase(name, total, unit)
+            self.folder.phase(name, total, unit, trials)
         if rung is None and name not in ("finalists", "done"):
             scored = sum(1 for n, r in self.ledger.records.items() if n and r.trial.batch and r.score is not None)
             self.progress.begin(name, total, scored if name == "search" else 0)

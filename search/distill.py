@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -71,6 +72,7 @@ def distill(
     samples: int = 0,
     shared_seed: int | None = None,
     lessons: Path | None = None,
+    restarts: Sequence[int] = (),
 ) -> History:
     """Trains the student in place from one epoch to another, on the device it is on; it ends in eval mode.
 
@@ -84,12 +86,14 @@ def distill(
         from_epoch: What the caller knows to be done. The checkpoint may be ahead of it (the process was killed), then
             training carries on from there.
         to_epoch: Where to stop now.
-        total_epochs: What the learning rate is planned for.
+        total_epochs: What the learning rate is planned for: it has fallen to 0 then.
         checkpoint: Read at the start if it is there, written after every epoch.
         on_epoch: Called after every epoch, the checkpoint written; what it raises ends the training.
         samples: In an epoch, every epoch others until all were shown; 0 stands for all of `train`.
         shared_seed: The seed where it is None. Students that share one and a teacher can share `lessons`.
         lessons: The folder where the teacher's logits are kept from epoch to epoch and from student to student.
+        restarts: Epochs in between at which it has fallen to 0, too, and rises anew (Loshchilov and Hutter 2017): a
+            student is what it can be there, and students can be compared.
 
     Raises:
         DistillError: a loss or a gradient is NaN or infinite.
@@ -99,13 +103,16 @@ def distill(
     recipe = recipe or Recipe()
     if not 0 <= from_epoch <= to_epoch <= total_epochs or total_epochs < 1:
         raise ValueError(f"epochs {from_epoch} to {to_epoch} of {total_epochs} are out of order")
+    ends = [*restarts, total_epochs]
+    if ends[0] < 1 or any(a >= b for a, b in pairwise(ends)):
+        raise ValueError(f"restarts at {list(restarts)} of {total_epochs} epochs must rise, from 1 on")
     if teacher is None and (recipe.alpha > 0 or recipe.attention > 0 or recipe.hints > 0):
         raise ValueError(
             f"alpha {recipe.alpha}, attention {recipe.attention} and hints {recipe.hints} need a teacher; set all to 0"
         )
     if student is teacher:
         raise ValueError("the student is the teacher itself; train a copy")
-    training = _Training(student, teacher, train, total_epochs, seed, recipe)
+    training = _Training(student, teacher, train, ends, seed, recipe)
     training.share(seed if shared_seed is None else shared_seed, samples, lessons)
     done = training.resume(checkpoint, from_epoch, to_epoch)
     channels_last(student, training.example())
@@ -127,16 +134,23 @@ class _Training:
     """A student with its optimiser and what it imitates."""
 
     def __init__(
-        self, student: nn.Module, teacher: nn.Module | None, train: Split, total_epochs: int, seed: int, recipe: Recipe
+        self,
+        student: nn.Module,
+        teacher: nn.Module | None,
+        train: Split,
+        ends: Sequence[int],
+        seed: int,
+        recipe: Recipe,
     ) -> None:
         self.student, self.train, self.recipe, self.seed = student, train, recipe, seed
-        self.total_epochs = total_epochs
+        # Of the learning rate's cycles.
+        self.ends = tuple(ends)
         self.device = device_of(student)
         self.optimiser = build_optimiser(student, recipe)
         self.epochs: list[Epoch] = []
         self.identity: dict[str, object] = {
             "seed": seed,
-            "total_epochs": total_epochs,
+            "ends": list(ends),
             "recipe": asdict(recipe),
         }
         self.stages: tuple[str, ...] = ()
@@ -216,7 +230,7 @@ class _Training:
 
     def _step(self, indices: Tensor, tap: FeatureTap | None, number: int) -> Tensor:
         for group in self.optimiser.param_groups:
-            group["lr"] = learning_rate(self.recipe, number, self.steps_per_epoch * self.total_epochs)
+            group["lr"] = self._rate(number)
         inputs, targets, wanted = self.lessons.batch(indices)
         logits = self.student(inputs)
         found = tap.features if tap is not None else ()
@@ -233,6 +247,13 @@ class _Training:
             self._check("norm of the gradient", norm, *divmod(number, self.steps_per_epoch))
         self.optimiser.step()
         return torch.cat((parts.detach(), norm.detach()[None])).to(torch.float64)
+
+    def _rate(self, step: int) -> float:
+        """The learning rate of a step of the whole training."""
+        epoch = step // self.steps_per_epoch
+        end = next(end for end in self.ends if end > epoch)
+        start = max((before for before in self.ends if before <= epoch), default=0)
+        return learning_rate(self.recipe, step - start * self.steps_per_epoch, (end - start) * self.steps_per_epoch)
 
     def _check(self, what: str, value: Tensor, epoch: int, step: int | None = None) -> None:
         if not bool(value.isfinite()):

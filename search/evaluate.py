@@ -225,6 +225,7 @@ class Evaluator:
             samples=keys.train_limit,
             shared_seed=self.spec.seed,
             lessons=job.folder.parent.parent / LESSONS,
+            restarts=[rung for rung in keys.rungs if rung < total],
         )
         return self._accuracy(module, None)
 

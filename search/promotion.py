@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from .front import cheaper
 from .ledger import Ledger
 from .objective import number
 from .pareto import Array, crowding_distance, nondominated_rank
@@ -16,12 +17,14 @@ from .replay import Metrics
 _BINS = 4
 
 
-def promoted(ledger: Ledger, alive: Sequence[int], count: int, rung: int, guess: float = 0.0) -> list[int]:
+def promoted(
+    ledger: Ledger, alive: Sequence[int], count: int, rung: int, guess: float = 0.0, last: bool = False
+) -> list[int]:
     """Which of the trials enter a rung; those who keep the budgets on cost go before those who do not.
 
     Once they were trained, those who keep a budget on accuracy go before those who do not, and of these the most
-    accurate of every bin, which are the nearest to it. A pure function of what was recorded before the rung, so that a
-    resumed run promotes the same.
+    accurate of every bin, which are the nearest to it; to the last rung the most accurate of all, because the fast end
+    has no longer training to hope for. A pure function of what was recorded before the rung.
 
     Args:
         ledger: Of the run.
@@ -30,6 +33,7 @@ def promoted(ledger: Ledger, alive: Sequence[int], count: int, rung: int, guess:
         rung: 0 is the first.
         guess: The accuracy of always naming the most frequent class. What was trained and cannot be told from that is
             left behind, small and fast as it may be, unless there is nothing else.
+        last: Whether what enters is trained to the end.
     """
     if not alive:
         return []
@@ -37,14 +41,16 @@ def promoted(ledger: Ledger, alive: Sequence[int], count: int, rung: int, guess:
     rows = [ledger.records[number].before(rung) for number in alive]
     losses = np.array([[o.loss(o.value(row)) for o in objectives] for row in rows])
     costs = [o for o in objectives if o.goal == "minimize"]
-    cost = np.array([max((o.ratio(row, base) for o in costs), default=0.0) for row in rows])
+    # Bins are of latency, where that is traded off: the worst device's, relative to the original.
+    binned = [o for o in costs if o.metric.startswith("latency[")] or costs
+    cost = np.array([max((o.ratio(row, base) for o in binned), default=0.0) for row in rows])
 
     def keeping(goal: str) -> NDArray[np.bool_]:
         bounds = [b for b in ledger.bounds() if b.goal == goal]
         return np.array([all(b.allows(b.value(row)) for b in bounds) for row in rows], dtype=bool)
 
-    # What is not faster than the original can never be offered: it does not take a place.
-    losses[np.array([c >= 1 for c in cost], dtype=bool)] = np.nan
+    # What can never be offered does not take a place.
+    losses[np.array([not cheaper(objectives, row, base) for row in rows], dtype=bool)] = np.nan
     cheap = keeping("minimize")
     accurate = keeping("maximize") if rung else np.ones(len(rows), dtype=bool)
     if rung:
@@ -53,8 +59,10 @@ def promoted(ledger: Ledger, alive: Sequence[int], count: int, rung: int, guess:
     chosen: list[int] = []
     for group in (cheap & accurate, cheap & ~accurate, ~cheap):
         # Below a budget on accuracy only accuracy counts.
-        own = losses[:, [o.goal == "maximize" for o in objectives]] if (group & ~accurate).any() else losses
-        chosen += promote(np.where(group[:, None], own, np.nan), cost, count - len(chosen))
+        below = bool((group & ~accurate).any())
+        own = losses[:, [o.goal == "maximize" for o in objectives]] if below else losses
+        bins = 1 if below and last else _BINS
+        chosen += promote(np.where(group[:, None], own, np.nan), cost, count - len(chosen), bins)
     return sorted(alive[row] for row in chosen)
 
 
@@ -64,13 +72,14 @@ def _lowest(metrics: Metrics) -> float:
     return number(interval[0]) if isinstance(interval, (list, tuple)) and interval else 1.0
 
 
-def promote(losses: Array, cost: Array, count: int) -> list[int]:
+def promote(losses: Array, cost: Array, count: int, bins: int = _BINS) -> list[int]:
     """The rows that go on, at most `count`: by nondominated rank and crowding distance inside bins of cost.
 
     Args:
         losses: Shape (n, m), less is better; a row with a NaN is never promoted.
         cost: Shape (n,), what the bins are made of (latency, relative to the original). Bins hold equally many.
         count: How many.
+        bins: Of cost.
 
     Returns:
         Row numbers in ascending order.
@@ -82,11 +91,11 @@ def promote(losses: Array, cost: Array, count: int) -> list[int]:
         return [int(row) for row in able]
     ranks, crowding = nondominated_rank(losses[able]), crowding_distance(losses[able])
     by_cost = able[np.argsort(cost[able], kind="stable")]
-    bins = np.array_split(by_cost, min(_BINS, count))
+    groups = np.array_split(by_cost, min(bins, count))
     position = {int(row): place for place, row in enumerate(able)}
     queues = [
         sorted((int(row) for row in members), key=lambda row: (ranks[position[row]], -crowding[position[row]], row))
-        for members in bins
+        for members in groups
     ]
     chosen: list[int] = []
     while len(chosen) < count:

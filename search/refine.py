@@ -74,7 +74,9 @@ def pool(table: OptionTable, goals: Goals, elite: Levels, rng: np.random.Generat
     if not len(parents):
         parents = np.zeros((1, len(table.space.choices)), dtype=np.int64)
     children = np.stack([_child(table, parents, rng) for _ in range(_MUTANTS)])
-    return np.unique(np.concatenate([from_programs, children]), axis=0)
+    found_all = np.unique(np.concatenate([from_programs, children]), axis=0)
+    # A mutant may have an option that could not be fitted.
+    return found_all[np.isfinite(table.error(found_all))]
 
 
 def within_limits(table: OptionTable, goals: Goals) -> Levels:

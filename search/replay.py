@@ -56,12 +56,16 @@ class Record:
 
 @dataclass(frozen=True)
 class Phase:
-    """A phase of the run: how many items it has, and the event that counts one (`score`, `rung`, `measure`, `end`)."""
+    """A phase of the run: how many items it has, and the event that counts one (`score`, `rung`, `measure`, `end`).
+
+    `trials` are those that were chosen for it, where that was a choice.
+    """
 
     name: str
     total: int
     unit: str
     time_s: float
+    trials: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -219,7 +223,12 @@ def _merged(old: Metrics, new: Metrics) -> dict[str, object]:
 
 
 def _phase(data: Mapping[str, object]) -> Phase:
-    return Phase(str(data.get("phase")), _whole(data, "total"), str(data.get("unit")), _number(data, "time"))
+    given = data.get("trials", [])
+    if not isinstance(given, list) or not all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in given):
+        raise ValueError(f"'trials' is {given!r}; it must be a list of trials' numbers")
+    return Phase(
+        str(data.get("phase")), _whole(data, "total"), str(data.get("unit")), _number(data, "time"), tuple(given)
+    )
 
 
 def _whole(data: Mapping[str, object], key: str) -> int:

@@ -164,14 +164,16 @@ class RunDirectory:
         event = {"event": "rung", "trial": self._started(number), "rung": rung, "epochs": epochs}
         self._record({**event, "metrics": dict(metrics)})
 
-    def phase(self, name: str, total: int, unit: str) -> None:
+    def phase(self, name: str, total: int, unit: str, trials: Sequence[int] = ()) -> None:
         """Records that a phase begins, or goes on after a resumption.
 
         Args:
             total: The phase's items, those done before a resumption included.
             unit: The event that counts one item: `score`, `rung`, `measure` or `end`.
+            trials: Who was chosen for it, where that was a choice.
         """
-        self._record({"event": "phase", "phase": name, "total": total, "unit": unit})
+        chosen = {"trials": list(trials)} if trials else {}
+        self._record({"event": "phase", "phase": name, "total": total, "unit": unit, **chosen})
 
     def trial_folder(self, number: int) -> Path:
         """The folder of a trial's weights, recipe and artifact: `trials/0007`; a locked run makes a missing one."""

@@ -87,7 +87,8 @@ class Proposer:
         self._candidates: list[Candidate] = []
         self._simplified = simplified
         self._keys: dict[str, str] = {}
-        self._seen = {self._model(space.original())}
+        # The levels by which every model was first asked for.
+        self._rows = {self._model(space.original()): (0,) * len(space.choices)}
         self._log = StudyLog(path, space, directions)
         self._storage, self._distributions = InMemoryStorage(), distributions_of(space)
         self._study = optuna.create_study(
@@ -192,13 +193,13 @@ class Proposer:
             if attempt == _REPETITIONS:
                 # A repetition tells a sampler nothing, so one that is sure of itself (TPE) would repeat it for ever.
                 self._study.sampler = _sampler("random", _seed(self._seed, batch, place))
-            if len(self._seen) >= self._space.size():
+            if len(self._rows) >= self._space.size():
                 return None
             trial = self._study.ask()
             candidate = Candidate(
                 {c.name: trial.suggest_categorical(c.name, list(c.options)) for c in self._space.choices}
             )
-            if self._model(candidate) not in self._seen:
+            if self._model(candidate) not in self._rows:
                 self._note(candidate, trial)
                 return candidate
             self._study.tell(trial, state=_fail())
@@ -213,7 +214,7 @@ class Proposer:
             return None
         if self._sampler not in ("grid", "dp") and sum(p.key() in self._asked for p in self._policies) >= _POLICIES:
             return None
-        return next((p for p in self._policies if self._model(p) not in self._seen), None)
+        return next((p for p in self._policies if self._model(p) not in self._rows), None)
 
     def _next_step(self) -> Candidate | None:
         """The next candidate of NetAdapt's walk; None where it has ended, and for other samplers."""
@@ -221,9 +222,20 @@ class Proposer:
             return None
         costs = [o.metric for o in self._task.objectives if o.metric in self._task.table.fixed]
         pending = [tuple(int(level) for level in self._space.encode(candidate)) for candidate in self._candidates]
-        row = next_of_walk(self._task.table, costs[0], self._accuracy, pending) if costs else None
-        candidate = None if row is None else self._space.decode(row)
-        return candidate if candidate is not None and self._model(candidate) not in self._seen else None
+        while costs:
+            row = next_of_walk(self._task.table, costs[0], self._accuracy, pending)
+            if row is None:
+                return None
+            candidate = self._space.decode(row)
+            twin = self._rows.get(self._model(candidate))
+            if twin is None:
+                return candidate
+            # The same model by other options: what that comes to counts for this, too. The original is no step.
+            if twin in self._accuracy or not any(twin):
+                self._accuracy[row] = self._accuracy.get(twin)
+            else:
+                pending.append(row)
+        return None
 
     def _fixed(self, candidate: Candidate) -> Candidate:
         self._study.enqueue_trial(dict(candidate.options))
@@ -241,7 +253,7 @@ class Proposer:
         return self._keys[key]
 
     def _note(self, candidate: Candidate, trial: optuna.trial.Trial | None) -> None:
-        self._seen.add(self._model(candidate))
+        self._rows.setdefault(self._model(candidate), tuple(int(level) for level in self._space.encode(candidate)))
         self._asked[candidate.key()] = trial
         self._candidates.append(candidate)
 

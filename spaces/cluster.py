@@ -2,12 +2,37 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 MOVES = 16  # of a centre to another place in k-means
 ITERATIONS = 50  # of Lloyd's algorithm after each; large layers gain nothing from more
+
+
+class _LookUp(torch.autograd.Function):
+    """codebook[indices], whose gradient is the mean over an entry's weights.
+
+    A step then is the nearest to the plain weights' own step that keeps them shared. With the sum, which is the
+    derivative, an entry of two thousand weights moved by two thousand times as much at the same learning rate, away
+    from what k-means had found.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, codebook: Tensor, indices: Tensor) -> Tensor:
+        flat = indices.flatten().long()
+        ctx.save_for_backward(flat)
+        ctx.entries = len(codebook)
+        return torch.index_select(codebook, 0, flat).reshape(indices.shape)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (flat,) = ctx.saved_tensors
+        own = gradients[0].flatten()
+        summed = own.new_zeros(ctx.entries).index_add_(0, flat, own)
+        return summed / torch.bincount(flat, minlength=ctx.entries).clamp(min=1), None
 
 
 class SharedWeight(nn.Module):
@@ -21,8 +46,8 @@ class SharedWeight(nn.Module):
         self.register_buffer("indices", indices.to(torch.uint8))
 
     def forward(self) -> Tensor:
-        flat = torch.index_select(self.codebook, 0, self.indices.flatten().long())
-        return flat.reshape(self.indices.shape)
+        found: Tensor = _LookUp.apply(self.codebook, self.indices)  # type: ignore[no-untyped-call]
+        return found
 
 
 class SharedConv2d(nn.Conv2d):

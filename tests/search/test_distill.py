@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,7 @@ from torch.nn.utils import parametrize
 
 from planish.search.data import Split
 from planish.search.data_augment import Augment
-from planish.search.distill import DistillError, Epoch, Recipe, distill
+from planish.search.distill import DistillError, Epoch, History, Recipe, distill
 from planish.search.distill_attention import attention_map
 from planish.search.distill_loss import losses, softened_kl
 from planish.search.distill_recipe import learning_rate
@@ -332,6 +333,36 @@ def test_after_every_epoch_the_checkpoint_is_there_before_the_caller_hears_of_it
         on_epoch=lambda epoch: seen.append(epoch.number),
     )
     assert seen == [1, 2, 3, 4]
+
+
+def test_the_learning_rate_rises_anew_after_a_restart_and_a_kill_there_leaves_no_trace(tmp_path: Path) -> None:
+    split, teacher, path = train_split(), Network(4, seed=1), tmp_path / "c.safetensors"
+
+    def trained(student: Network, to_epoch: int, checkpoint: Path | None = None) -> History:
+        return distill(
+            student, teacher, split, to_epoch=to_epoch, total_epochs=6, seed=5, recipe=SMALL, checkpoint=checkpoint,
+            restarts=[1, 3],
+        )  # fmt: skip
+
+    whole, parts = Network(2, seed=2), Network(2, seed=2)
+    history = trained(whole, 6)
+    for until in (1, 3):
+        trained(parts, until, path)
+    assert trained(parts, 6, path) == history
+    assert equal(whole, parts)
+    steps = math.ceil(len(split) / SMALL.batch)
+    expected = [learning_rate(SMALL, steps * (e - s) - 1, steps * (t - s)) for s, t in ((0, 1), (1, 3), (3, 6))
+                for e in range(s + 1, t + 1)]  # fmt: skip
+    assert [epoch.learning_rate for epoch in history.epochs] == expected
+    assert expected[0] < expected[1] > expected[2] < expected[3]
+
+
+@pytest.mark.parametrize("restarts", [[0], [3, 2], [4], [2, 2]])
+def test_restarts_out_of_order_are_refused(restarts: list[int]) -> None:
+    with pytest.raises(ValueError, match="must rise, from 1 on"):
+        distill(
+            Network(2, 2), Network(4, 1), train_split(), to_epoch=1, total_epochs=4, seed=0, restarts=restarts
+        )  # fmt: skip
 
 
 def test_a_finished_training_is_only_read_back(tmp_path: Path) -> None:

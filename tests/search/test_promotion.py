@@ -126,6 +126,31 @@ def test_below_a_budget_on_accuracy_the_nearest_go_on() -> None:
     )  # nobody was trained yet
 
 
+def test_to_the_last_rung_go_those_nearest_to_a_budget_on_accuracy_however_fast_the_others_are() -> None:
+    accuracies = [0.83, 0.80, 0.85, 0.60, 0.70, 0.30, 0.40, 0.20]
+    names = list(range(1, 9))
+    ledger = ledger_of(accuracies, budget=["accuracy>=-5pp"])
+    assert promoted(ledger, names, 4, 2) == [1, 3, 5, 7]  # the best of every bin
+    assert promoted(ledger, names, 4, 2, last=True) == [1, 2, 3, 5]
+    keeping = ledger_of([0.94, 0.93, 0.92, 0.91, 0.70, 0.6], budget=["accuracy>=-5pp"])
+    # Those who keep it are chosen as ever: fast and slow ones.
+    assert promoted(keeping, [1, 2, 3, 4, 5, 6], 2, 2, last=True) == promoted(keeping, [1, 2, 3, 4], 2, 2)
+
+
+def test_a_cost_that_stays_as_it_is_excludes_nobody() -> None:
+    """Narrow numbers change no count of multiply-accumulates, and are offered all the same: they are faster."""
+    ledger = ledger_of([0.9, 0.8, 0.7, 0.6], objectives=["accuracy", "latency", "macs"])
+    original = dict(ledger.original) | {"macs": 100}
+    rows = {n: dict(record.before(0)) | {"macs": 100} for n, record in ledger.records.items()}
+    fake = SimpleNamespace(
+        original=original, objectives=ledger.objectives, bounds=lambda: [],
+        records={n: SimpleNamespace(before=lambda rung, n=n: rows[n]) for n in rows},
+    )  # fmt: skip
+    assert promoted(cast("Ledger", fake), [1, 2, 3, 4], 4, 1) == [1, 2, 3, 4]
+    rows[2]["latency_s"] = {"cpu": {"value": 2e-3}}  # slower than the original
+    assert promoted(cast("Ledger", fake), [1, 2, 3, 4], 4, 1) == [1, 3, 4]
+
+
 def test_where_all_guess_they_go_on() -> None:
     assert promoted(ledger_of([0.1, 0.09, 0.11]), [1, 2, 3], 2, 1, guess=0.1)
 

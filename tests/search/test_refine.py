@@ -141,6 +141,26 @@ def test_a_pool_holds_the_best_of_every_budget_once(table: OptionTable) -> None:
     assert table.error(rows[cheap]).min() <= table.error(levels_of(table.space, [best]))[0] * 1.05
 
 
+def test_what_could_not_be_fitted_is_in_no_pool(table: OptionTable) -> None:
+    broken = tuple(
+        np.where(np.arange(len(errors)) == len(errors) - 1, np.inf, errors) for errors in table.option_errors
+    )
+    sites = [
+        replace(
+            site,
+            errors=np.array(
+                [sum(broken[p][level] for p, level in zip(site.own, c, strict=True)) for c in site.combinations]
+            ),
+        )
+        for site in table.sites
+    ]
+    shared = {place: broken[place] for place in table.shared_errors}
+    spoiled = replace(table, sites=tuple(sites), option_errors=broken, shared_errors=shared)
+    rows = pool(spoiled, GOALS, np.zeros((0, len(table.space.choices)), dtype=np.int64), np.random.default_rng(0))
+    assert len(rows) > 20
+    assert np.isfinite(spoiled.error(rows)).all()
+
+
 def test_candidates_of_the_program_begin_with_both_ends(table: OptionTable) -> None:
     found = levels_of(table.space, program_candidates(table, ["time"]))
     costs = table.cost("time", found)

@@ -75,12 +75,15 @@ def test_a_trial_that_is_recorded_already_is_not_written_again(tmp_path: Path) -
 def test_scores_measures_rungs_and_phases_are_recorded(tmp_path: Path) -> None:
     with RunDirectory.create(tmp_path / "r", _spec(), {}) as run:
         run.phase("search", 5, "score")
+        run.phase("distill to epoch 1", 2, "rung", [3, 1])
         run.append(_trial(0, State.RUNNING))
         run.score(0, {"accuracy": 0.4})
         run.measure(0, "cpu", {"latency_s": {"cpu": {"value": 1.0}}})
         run.rung(0, 1, 3, {"accuracy": 0.6})
     history = RunDirectory.open(tmp_path / "r").history()
-    assert [(p.name, p.total, p.unit) for p in history.phases] == [("search", 5, "score")]
+    assert [(p.name, p.total, p.unit, p.trials) for p in history.phases] == [
+        ("search", 5, "score", ()), ("distill to epoch 1", 2, "rung", (3, 1)),
+    ]  # fmt: skip
     assert history.trials()[0].metrics == {"accuracy": 0.6, "latency_s": {"cpu": {"value": 1.0}}}
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import optuna
 import pytest
 from tests.search.tables import table_for
 
+from planish.search.dynamic_program import solve
 from planish.search.errors import UserError
 from planish.search.objective import objectives_of
 from planish.search.planish_sampler import SamplerTask
@@ -69,6 +71,35 @@ def test_a_run_that_was_cut_short_is_completed_as_it_would_have_been(
     known = undisturbed[: round(share * len(undisturbed))]
     resumed = asked(proposer(tmp_path / "b", sampler), *length(sampler), known)
     assert [c.key() for c in resumed] == [c.key() for c in undisturbed]
+
+
+def test_netadapt_takes_what_one_model_came_to_for_its_other_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Models have many names here, and its walk comes to the cheap end all the same."""
+    space = space_of(2)
+
+    def without_codebooks(candidate: Candidate) -> Candidate:
+        return Candidate({n: None if n.endswith("cluster") else option for n, option in candidate.options.items()})
+
+    task = SamplerTask(table_for(space), objectives_of(("accuracy", "latency"), ("cpu",)), (1.0, 1.0), {}, 10)
+    proposing = Proposer(
+        tmp_path / "study.log", space, "netadapt", 0, ["maximize", "minimize"], without_codebooks, task=task
+    )
+    walked: list[Candidate] = []
+    step = Proposer._next_step
+
+    def noted(self: Proposer) -> Candidate | None:
+        candidate = step(self)
+        walked.extend([candidate] if candidate else [])
+        return candidate
+
+    monkeypatch.setattr(Proposer, "_next_step", noted)
+    asked(proposing, 40, 4)
+    assert len({without_codebooks(c).key() for c in walked}) == len(walked)
+    cost = task.table.cost("latency[cpu]", np.array([space.encode(c) for c in walked]))
+    least = solve(task.table, "latency[cpu]", buckets=400).least()
+    assert cost.min() < 1.2 * least
 
 
 def test_planish_opens_with_uniform_policies_and_goes_on_as_one_that_was_told_them(tmp_path: Path) -> None:

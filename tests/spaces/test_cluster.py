@@ -80,7 +80,8 @@ def test_the_codebooks_shape_does_not_depend_on_the_weights() -> None:
     assert torch.equal(weight_of(shared), torch.full((30, 40), 0.5))
 
 
-def test_a_codebook_entrys_gradient_is_the_sum_over_its_weights() -> None:
+def test_a_codebook_entrys_gradient_is_the_mean_over_its_weights() -> None:
+    """One step of the codebook is the projection of the plain weights' step onto weights that are shared."""
     layer = nn.Conv2d(4, 8, 3)
     shared = share(layer, 8)
     assert isinstance(shared, SharedConv2d)
@@ -91,7 +92,7 @@ def test_a_codebook_entrys_gradient_is_the_sum_over_its_weights() -> None:
     assert plain.weight.grad is not None
     assert shared.shared.codebook.grad is not None
     for entry in range(8):
-        expected = plain.weight.grad[shared.shared.indices == entry].sum()
+        expected = plain.weight.grad[shared.shared.indices == entry].mean()
         assert torch.allclose(shared.shared.codebook.grad[entry], expected, rtol=1e-4, atol=1e-4)
 
 
