@@ -46,7 +46,8 @@ def task_rows(
         for sampler in ("planish", *samplers):
             started = time.monotonic()
             curves = np.array([judge.curve(sampler, seed, most) for seed in seeds])
-            rows.append(curve_row("hypervolume", task, sampler, curves, ours, time.monotonic() - started))
+            row = curve_row("hypervolume", task, sampler, curves, ours, time.monotonic() - started)
+            rows.append(row | {"library_charge": judge.charge})
             print(rows[-1]["sampler"], rows[-1]["hypervolume"], file=sys.stderr, flush=True)
     if families:
         for name in (*FAMILIES, "all"):
@@ -109,7 +110,6 @@ class Judge:
         from planish.search.library_phase import LIBRARY, library
         from planish.search.planish_sampler import SamplerTask
         from planish.search.progress import Progress
-        from planish.search.sampler import strongest
 
         predictor = self.evaluator.predictor
         print(
@@ -120,10 +120,13 @@ class Judge:
         )
         self.original = self.values([self.space.original()])[0]
         assert self.original is not None
-        # Two evaluations in a row, both not from the cache, for the charge; the first one warms the workers.
+        # For the charge, candidates as searches evaluate them, on all workers at once; the first ones warm these.
+        rng = np.random.default_rng(0)
+        typical = [self.space.sample(rng) for _ in range(6 * self.workers)]
+        self._evaluate(typical[: 2 * self.workers])
         started = time.monotonic()
-        self._evaluate(list(strongest(self.space)) * 2)
-        each = (time.monotonic() - started) / (2 * len(strongest(self.space)))
+        self._evaluate(typical[2 * self.workers :])
+        each = (time.monotonic() - started) / (4 * self.workers)
         (self.folder / LIBRARY).unlink(missing_ok=True)
         started = time.monotonic()
         table = library(self.evaluator, self.folder, self.pool, self.workers, ["latency[cpu]"], Progress(None))
@@ -152,7 +155,7 @@ class Judge:
         with tempfile.TemporaryDirectory() as folder:
             proposer = Proposer(
                 Path(folder) / "study.log", self.space, sampler, seed, ("maximize", "minimize"),
-                self.evaluator.simplified if sampler == "netadapt" else lambda candidate: candidate,
+                self.evaluator.simplified,
                 task=None if sampler in OPENS else self.task,
             )  # fmt: skip
             return charged_curve(proposer, sampler, self.task, library, most, 0.0, evaluate)
@@ -199,11 +202,11 @@ class Judge:
             n: self.folder / "work" / str(n) for n, result in enumerate(found) if not isinstance(result, Failure)
         }
         original = self.folder / "original"
-        if not original.exists():
+        if not (original / "artifact").exists():
             from planish.search.evaluate import Job
 
             job = Job(0, self.space.original(), 0, original)
-            self.evaluator.compile(self.evaluator.build(job.candidate), job, "untrained")
+            self.evaluator.compile(self.evaluator.build(job.candidate), job, "artifact")
         timed = measure_trials(self.evaluator, folders, original, "untrained", final=False)
         return [
             timed[n] if isinstance(timed.get(n, r), Failure) else {**r, **timed.get(n, {})} for n, r in enumerate(found)

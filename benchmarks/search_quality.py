@@ -14,8 +14,9 @@ kernel that the candidate calls (`--latency predicted`, the same for every metho
 original (`--latency measured`). Evaluations are kept by candidate in `--cache`, so that methods and seeds share them
 and a killed run carries on.
 
-**A finished run** (`--run`): the speed-up of its fine-tuned front, as timed, at 0.5 and 1.5 points of test accuracy
-below the original, the size at 0.5 points, and the epochs of training.
+**A finished run** (`--run`): the speed-up of its fine-tuned front, as timed, at 0.5 and 1.5 points of validation
+accuracy below the original and the size at 0.5 points, beside each what that model loses on the test split (which chose
+nothing), and the epochs of training.
 
 In the summary `hv_...` are hypervolumes of the real task where one is judged, else shares of the small space's best.
 
@@ -146,10 +147,12 @@ def line(row: Row) -> str:
 
 
 def front_line(row: Row) -> str:
-    low, high = row["test_accuracy_ci95"]
+    interval = row["test_drop_pp_ci95"]
+    within = "" if interval is None else f" [{interval[0]:.2f}, {interval[1]:.2f}]"
     return (
         f"{row['task']:14} trial {row['trial']:4} {row['us']:9.1f} us {row['speedup']:6.2f}x  "
-        f"test {row['test_accuracy']:.2%} [{low:.2%}, {high:.2%}] drop {row['drop_pp']:5.2f}  "
+        f"points lost: validation {row['validation_drop_pp']:+.2f}, test {row['test_drop_pp']:+.2f}{within} to "
+        f"{row['test_accuracy']:.2%}  "
         f"size {row['size_ratio']:.3f}x  MACs {row['macs_ratio']:.3f}x  {row['epochs']} epochs"
     )
 

@@ -53,13 +53,16 @@ def _fills(metrics: Mapping[str, object], name: str, key: str) -> bool:
 
 
 def metric_cells(metrics: Mapping[str, object], original: Mapping[str, object], names: Sequence[str]) -> list[str]:
-    """One text per name: `91.20 % (-0.31)` in points against the original, `1.23 ms (0.41x)`."""
+    """One text per name: `91.20 % (-0.31)` in points against the original, `1.23 ms (0.41x)`.
+
+    Where the change has an interval, it follows: `91.20 % (-0.31 [-0.52, -0.09])`.
+    """
     keys = {name: (key, unit) for name, key, unit in (*_COSTS, *_MORE_COSTS)}
     cells = []
     for name in names:
         if name.endswith("accuracy"):
             key = name.replace(" ", "_")
-            cells.append(_accuracy(metrics.get(key), original.get(key)))
+            cells.append(_accuracy(metrics.get(key), original.get(key), metrics.get(f"{key}_change_ci95")))
         elif name in keys:
             key, unit = keys[name]
             cells.append(quantity(metrics.get(key), unit) + _ratio(metrics.get(key), original.get(key)))
@@ -72,11 +75,15 @@ def metric_cells(metrics: Mapping[str, object], original: Mapping[str, object], 
     return cells
 
 
-def _accuracy(value: object, base: object) -> str:
+def _accuracy(value: object, base: object, interval: object) -> str:
     if not isinstance(value, (int, float)):
         return "-"
-    change = f" ({100 * (value - base):+.2f})" if isinstance(base, (int, float)) else ""
-    return f"{100 * value:.2f} %{change}"
+    if not isinstance(base, (int, float)):
+        return f"{100 * value:.2f} %"
+    ends = list(interval) if isinstance(interval, (list, tuple)) else []
+    known = len(ends) == 2 and all(isinstance(end, (int, float)) for end in ends)
+    within = f" [{', '.join(f'{100 * end:+.2f}' for end in ends)}]" if known else ""
+    return f"{100 * value:.2f} % ({100 * (value - base):+.2f}{within})"
 
 
 def _ratio(value: object, base: object) -> str:
