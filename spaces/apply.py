@@ -123,12 +123,12 @@ def _build(
     for site, option in chosen.get(Kind.RANK, {}).items():
         remarks += factorise_site(module, site, str(option), extents[site], moments.get(site))
     for site, option in chosen.get(Kind.CLUSTER, {}).items():
-        remarks += share_site(module, site, int(option or 0), fitted)
+        remarks += share_site(module, site, int(option or 0), fitted, moments.get(site))
     _check(module, traced)
     if calibration is not None and chosen.keys() - {Kind.BITS}:
         correct_batch_norms(module, calibration, memory)
     if Kind.BITS in chosen:
-        remarks += quantise_sites(module, chosen[Kind.BITS], calibration)
+        remarks += quantise_sites(module, chosen[Kind.BITS], calibration, moments)
         if calibration is not None:
             correct_batch_norms(module, calibration, memory)
     module.eval()

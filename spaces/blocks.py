@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .moments import Moments
 from .prune import absorb
 
+_SWEEPS = 12  # of least squares over the two factors of a separable block
 SMOOTHNESS = 0.7  # correlation of neighbouring pixels that is assumed where no input was measured
 
 
@@ -70,7 +71,7 @@ def build_block(
         the same becomes `pointwise`.
     """
     if option == "separable":
-        return _separable(conv), ""
+        return _separable(conv, moments), ""
     if option == "pointwise":
         return _pointwise(conv, moments), ""
     if option == "identity":
@@ -88,15 +89,48 @@ def build_block(
     return conv, f"grouped stayed dense: {widths} after pruning do not divide"
 
 
-def _separable(conv: nn.Conv2d) -> Separable:
-    """Per input channel the best rank-1 W[:, i] ~ p_i d_i^T (Eckart and Young 1936), scale shared equally."""
+def _separable(conv: nn.Conv2d, moments: Moments | None) -> Separable:
+    """Per input channel the best rank-1 W[:, i] ~ p_i d_i^T (Eckart and Young 1936), scale shared equally.
+
+    With moments the outputs are fitted, not the weights: least squares of one factor after the other from there on.
+    """
     weight = conv.weight.detach()
     outputs, inputs = weight.shape[:2]
-    u, s, v = torch.linalg.svd(weight.double().flatten(2).transpose(0, 1), full_matrices=False)
-    scale = s[:, 0].sqrt()[:, None]
-    depthwise = _like(conv, (v[:, 0] * scale).reshape(inputs, 1, *weight.shape[2:]), groups=inputs, bias=None)
-    pointwise = _like(conv, (u[:, :, 0] * scale).T.reshape(outputs, inputs, 1, 1), spatial=False, bias=conv.bias)
+    taps = weight.double().flatten(2)
+    u, s, v = torch.linalg.svd(taps.transpose(0, 1), full_matrices=False)
+    across, kernels = u[:, :, 0].T * s[:, 0], v[:, 0]
+    if moments is not None and moments.taps.shape == conv.kernel_size:
+        across, kernels = _fitted_factors(taps, across, kernels, moments)
+    scale = (across.norm(dim=0) / kernels.norm(dim=1).clamp_min(1e-30)).clamp_min(1e-30).sqrt()
+    depthwise = _like(conv, (kernels * scale[:, None]).reshape(inputs, 1, *weight.shape[2:]), groups=inputs, bias=None)
+    pointwise = _like(conv, (across / scale).reshape(outputs, inputs, 1, 1), spatial=False, bias=conv.bias)
     return Separable(OrderedDict([("depthwise", depthwise), ("pointwise", pointwise)]))
+
+
+def _fitted_factors(taps: Tensor, across: Tensor, kernels: Tensor, moments: Moments) -> tuple[Tensor, Tensor]:
+    """Factors p (o, i) and d (i, t) whose outputs are nearest to those of the taps W (o, i, t).
+
+    With the covariance C of channels and T between taps, the error is a quadratic form in either factor. For given d
+    it is least at p = R K^-1, K = C * (d T d^T) and R[o, i] = sum_j C_ij W_oj T d_i; for given p where
+    (p^T p * C) d = sum_oj p_oi C_ij W_oj, in which T cancels.
+    """
+    channels, between = moments.ridge().double(), moments.between_taps()
+    mixed = torch.einsum("ojt,ij->oit", taps, channels)
+    for _ in range(_SWEEPS):
+        gram = channels * (kernels @ between @ kernels.T)
+        wanted = torch.einsum("oit,ts,is->oi", mixed, between, kernels)
+        across = _solved(gram, wanted.T).T
+        kernels = _solved(channels * (across.T @ across), torch.einsum("oi,oit->it", across, mixed))
+        size = kernels.norm(dim=1, keepdim=True).clamp_min(1e-30)
+        kernels, across = kernels / size, across * size.T
+    return across, kernels
+
+
+def _solved(matrix: Tensor, right: Tensor) -> Tensor:
+    """The solution of a symmetric system, made safely solvable where a channel says nothing."""
+    level = 1e-9 * matrix.diagonal().mean().clamp_min(1e-30)
+    found: Tensor = torch.linalg.solve(matrix + level * torch.eye(len(matrix), dtype=matrix.dtype), right)
+    return found
 
 
 def _pointwise(conv: nn.Conv2d, moments: Moments | None) -> nn.Conv2d:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -88,14 +89,24 @@ class SharedLinear(nn.Linear):
         return F.linear(input, weight_of(self), self.bias)
 
 
-def share(layer: nn.Conv2d | nn.Linear, entries: int, fitted: bool = True) -> SharedConv2d | SharedLinear:
+def share(
+    layer: nn.Conv2d | nn.Linear, entries: int, fitted: bool = True, importance: Tensor | None = None
+) -> SharedConv2d | SharedLinear:
     """The layer with its weight replaced by the nearest of at most `entries` (<= 256) values, by k-means.
 
     The codebook has exactly `entries` values, used or not, so that its shape does not depend on the weights.
     (Han, Mao and Dally 2016, "Deep Compression".) Not `fitted`, it is where k-means would begin: structure alone.
+
+    Args:
+        layer: Left as it is.
+        entries: Of the codebook.
+        fitted: See above.
+        importance: How much a weight's squared error counts, in a shape that broadcasts to the weight's: the variance
+            of the input that it multiplies. By default all count alike.
     """
     values = layer.weight.detach().flatten()
-    codebook = kmeans(values, entries) if fitted else _quantiles(values.sort().values, entries)
+    counts = None if importance is None else importance.expand(layer.weight.shape).flatten()
+    codebook = kmeans(values, entries, counts) if fitted else _quantiles(values.sort().values, entries)
     middles = (codebook[1:] + codebook[:-1]) / 2
     shared = SharedWeight(codebook, torch.bucketize(layer.weight.detach(), middles))
     return SharedLinear(layer, shared) if isinstance(layer, nn.Linear) else SharedConv2d(layer, shared)
@@ -142,17 +153,38 @@ def worth_sharing(weights: int, entries: int) -> bool:
     return weights * index_bits(entries) + 32 * entries < 32 * weights
 
 
-def kmeans(values: Tensor, entries: int) -> Tensor:
+def kmeans(values: Tensor, entries: int, importance: Tensor | None = None) -> Tensor:
     """The ascending centres (entries,) of the values (n,), by Lloyd's algorithm in one dimension.
 
     It starts from quantiles, which serves the many small weights, and from evenly spaced values, which keeps the rare
     large ones, and returns the better result. Nothing is random.
+
+    Args:
+        values: What is to be represented.
+        entries: How many centres.
+        importance: What each value's squared error counts, (n,), none below 0; by default all count alike.
     """
-    ordered = values.double().sort().values
-    sums = torch.cat([ordered.new_zeros(1), ordered.cumsum(0)])
+    ordered, order = values.double().sort()
+    counts = torch.ones_like(ordered)
+    if importance is not None:
+        # Relative to their mean, so that nothing depends on the unit, and none is quite without.
+        counts = importance.double()[order]
+        counts = counts / counts.mean().clamp_min(1e-30) + 1e-6
+    points = _Points(
+        ordered, *(torch.cat([ordered.new_zeros(1), part.cumsum(0)]) for part in (counts, counts * ordered))
+    )
     even = torch.linspace(float(ordered[0]), float(ordered[-1]), entries, dtype=torch.float64)
-    fits = [_improved(ordered, sums, *_lloyd(ordered, sums, start)) for start in (_quantiles(ordered, entries), even)]
-    return max(fits, key=lambda fit: _explained(*fit))[0].to(values.dtype)
+    fits = [_improved(points, *_lloyd(points, start)) for start in (_quantiles(ordered, entries), even)]
+    return max(fits, key=lambda fit: _explained(points, *fit))[0].to(values.dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class _Points:
+    """Ascending values, and the sums up to each of what they count (`mass`) and of that times them (`sums`)."""
+
+    ordered: Tensor
+    mass: Tensor
+    sums: Tensor
 
 
 def _quantiles(ordered: Tensor, entries: int) -> Tensor:
@@ -160,43 +192,45 @@ def _quantiles(ordered: Tensor, entries: int) -> Tensor:
     return ordered[ranks]
 
 
-def _improved(ordered: Tensor, sums: Tensor, centres: Tensor, edges: Tensor) -> tuple[Tensor, Tensor]:
+def _improved(points: _Points, centres: Tensor, edges: Tensor) -> tuple[Tensor, Tensor]:
     """Centres after up to `MOVES` moves of a centre to where it helps more, as long as the squared error falls."""
     for _ in range(MOVES):
-        moved = _move(ordered, sums, centres, edges)
+        moved = _move(points, centres, edges)
         if moved is None:
             break
-        other = _lloyd(ordered, sums, moved)
-        if _explained(*other) <= _explained(centres, edges):
+        other = _lloyd(points, moved)
+        if _explained(points, *other) <= _explained(points, centres, edges):
             break
         centres, edges = other
     return centres, edges
 
 
-def _lloyd(ordered: Tensor, sums: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:
+def _lloyd(points: _Points, centres: Tensor) -> tuple[Tensor, Tensor]:
     """Ascending centres that are the means of the sorted values nearest to them, and where each one's values begin."""
+    ordered, sums = points.ordered, points.sums
     first, last = torch.tensor([0]), torch.tensor([len(ordered)])
     for _ in range(ITERATIONS):
         centres = centres.sort().values
         edges = torch.cat([first, torch.searchsorted(ordered, (centres[1:] + centres[:-1]) / 2), last])
-        counts = edges.diff()
-        new = torch.where(counts > 0, sums[edges].diff() / counts.clamp_min(1), centres)  # an empty one stays
+        counts = points.mass[edges].diff()
+        new = torch.where(counts > 0, sums[edges].diff() / counts.clamp_min(1e-30), centres)  # an empty one stays
         if torch.allclose(new, centres, rtol=1e-12, atol=0):
             break
         centres = new
     return new, edges
 
 
-def _move(ordered: Tensor, sums: Tensor, centres: Tensor, edges: Tensor) -> Tensor | None:
+def _move(points: _Points, centres: Tensor, edges: Tensor) -> Tensor | None:
     """Merges the two neighbours that cost least and splits the cluster that gains most; None if that does not pay."""
-    counts = edges.diff().double()
-    merged = counts[1:] * counts[:-1] / (counts[1:] + counts[:-1]).clamp_min(1) * centres.diff().square()
+    ordered, mass, sums = points.ordered, points.mass, points.sums
+    counts = mass[edges].diff()
+    merged = counts[1:] * counts[:-1] / (counts[1:] + counts[:-1]).clamp_min(1e-30) * centres.diff().square()
     pair = int(merged.argmin())
     middle = torch.searchsorted(ordered, centres).clamp(edges[:-1], edges[1:])
-    below, above = (middle - edges[:-1]).double(), (edges[1:] - middle).double()
-    low = (sums[middle] - sums[edges[:-1]]) / below.clamp_min(1)
-    high = (sums[edges[1:]] - sums[middle]) / above.clamp_min(1)
-    gained = below * above / counts.clamp_min(1) * (high - low).square()
+    below, above = mass[middle] - mass[edges[:-1]], mass[edges[1:]] - mass[middle]
+    low = (sums[middle] - sums[edges[:-1]]) / below.clamp_min(1e-30)
+    high = (sums[edges[1:]] - sums[middle]) / above.clamp_min(1e-30)
+    gained = below * above / counts.clamp_min(1e-30) * (high - low).square()
     gained[pair : pair + 2] = 0
     split = int(gained.argmax())
     if not float(gained[split]) > float(merged[pair]):
@@ -208,6 +242,6 @@ def _move(ordered: Tensor, sums: Tensor, centres: Tensor, edges: Tensor) -> Tens
     return moved
 
 
-def _explained(centres: Tensor, edges: Tensor) -> float:
+def _explained(points: _Points, centres: Tensor, edges: Tensor) -> float:
     """The part of the sum of squares that the centres explain; the squared error is the rest."""
-    return float((edges.diff() * centres.square()).sum())
+    return float((points.mass[edges].diff() * centres.square()).sum())

@@ -110,11 +110,11 @@ class _Builder:
         elif choice.kind is Kind.RANK:
             factorise_site(holder, "layer", str(option), self._extents[site], self._moments.get(site))
         elif choice.kind is Kind.CLUSTER:
-            share_site(holder, "layer", int(option or 0))
+            share_site(holder, "layer", int(option or 0), moments=self._moments.get(site))
         else:
             layer = holder.layer
             assert isinstance(layer, nn.Conv2d | nn.Linear)
-            holder.layer = quantised(layer, option, ranges[site])
+            holder.layer = quantised(layer, option, ranges[site], self._moments.get(site))
         compute = holder.layer
         assert isinstance(compute, nn.Module)
         return _Change(site, compute.eval())

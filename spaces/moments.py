@@ -35,11 +35,32 @@ class Moments:
         """The same statistics of some of the channels, int64 (k,)."""
         return Moments(self.mean[channels], self.covariance[channels][:, channels], self.taps)
 
+    def between_taps(self) -> Tensor:
+        """How alike the pixels under a kernel's taps are, (kh kw, kh kw), positive definite.
+
+        `taps` tells it of neighbours; what lies further apart is taken for a first-order process of rows and columns.
+        """
+        rows, columns = (_decay(_beside(self.taps, dim), size) for dim, size in enumerate(self.taps.shape))
+        return torch.kron(rows, columns)
+
     def ridge(self) -> Tensor:
         """The covariance made safely invertible: a thousandth of the mean variance is added to every variance."""
         size = len(self.covariance)
         level = 1e-3 * self.covariance.diagonal().mean().clamp_min(1e-12)
         return self.covariance + level * torch.eye(size, dtype=self.covariance.dtype)
+
+
+def _beside(taps: Tensor, dim: int) -> float:
+    """The correlation of a pixel with its neighbours along a dimension of the taps."""
+    middle = [size // 2 for size in taps.shape]
+    near = [index for index in (middle[dim] - 1, middle[dim] + 1) if 0 <= index < taps.shape[dim]]
+    values = [float(taps[index, middle[1]] if dim == 0 else taps[middle[0], index]) for index in near]
+    return min(max(sum(values) / len(values), 0.0), 0.98) if values else 0.0
+
+
+def _decay(correlation: float, size: int) -> Tensor:
+    places = torch.arange(size)
+    return correlation ** (places[:, None] - places).abs().to(torch.float64)
 
 
 @dataclass(frozen=True, eq=False)

@@ -40,7 +40,7 @@ class Range:
 class Quantized(nn.Module):
     """A convolution or linear layer with integer weights and inputs, simulated in float32.
 
-    The forward pass computes with integers: the input as q = clamp(round(x / s) + z, 0, 255) - z, the weight as
+    The forward pass computes with integers: the input as q = clamp(round(x (1 / s)) + z, 0, 255) - z, the weight as
     round(w / s_o), limited, with one scale an output channel, and y = (q * w) s s_o + bias. Weights of 4 bits are at
     most 7. Of 8 bits the inputs 2i and 2i + 1 are limited together, or where a convolution has one input channel, the
     columns 2i and 2i + 1 of its kernel: their two weights, where the sum of their
@@ -174,7 +174,9 @@ class _Steps(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, scale: float, zero: int) -> Tensor:
         ctx.save_for_backward(x)
         ctx.scale, ctx.zero = scale, zero
-        return torch.div(x, scale).round_().clamp_(-zero, INPUT_LEVELS - zero)
+        # As `planish::quantize` has it: a division would round some ties the other way.
+        inverse = 1 / torch.tensor(scale, dtype=torch.float32)
+        return torch.mul(x, inverse).round_().clamp_(-zero, INPUT_LEVELS - zero)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
@@ -191,7 +193,7 @@ class _StepsOfTensors(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
         ctx.save_for_backward(x, scale, zero)
-        return torch.div(x, scale).round_().clamp_(-zero, INPUT_LEVELS - zero)
+        return torch.mul(x, 1 / scale).round_().clamp_(-zero, INPUT_LEVELS - zero)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:

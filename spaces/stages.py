@@ -11,6 +11,7 @@ from .bfloat16 import Bfloat16, pairs
 from .bit_widths import BFLOAT16, WEIGHT_ONLY
 from .blocks import Grouped, Separable, build_block
 from .cluster import share, worth_sharing
+from .compensate import compensate
 from .lowrank import Extent, Rank, factorise, fit_rank
 from .moments import Moments
 from .prune import Group, choose_channels, kept_channels, narrow
@@ -74,15 +75,21 @@ def factorise_site(module: nn.Module, site: str, option: str, extent: Extent, mo
     return [Remark(site, Kind.RANK, f"rank {rank} became {fitted} in what is left", False)]
 
 
-def share_site(module: nn.Module, site: str, entries: int, fitted: bool = True) -> list[Remark]:
-    """Shares the weights of every layer at the site that is large enough to gain from it; `fitted` as in `share`."""
+def share_site(
+    module: nn.Module, site: str, entries: int, fitted: bool = True, moments: Moments | None = None
+) -> list[Remark]:
+    """Shares the weights of every layer at the site that is large enough to gain from it; `fitted` as in `share`.
+
+    With the moments of the site's input, a layer that stands there as it did is fitted by what its weights multiply.
+    """
     small = []
     names = _layers_at(module, site)
     for name in names:
         layer = module.get_submodule(name)
         assert isinstance(layer, nn.Conv2d | nn.Linear)
         if worth_sharing(layer.weight.numel(), entries):
-            module.set_submodule(name, share(layer, entries, fitted))
+            known = moments if name == site else None
+            module.set_submodule(name, share(layer, entries, fitted, _importance(layer, known)))
         else:
             small.append(name)
     if not names:
@@ -91,8 +98,26 @@ def share_site(module: nn.Module, site: str, entries: int, fitted: bool = True) 
     return [Remark(site, Kind.CLUSTER, text, len(small) == len(names))] if small else []
 
 
-def quantise_sites(module: nn.Module, options: Mapping[str, Option], calibration: Tensor | None) -> list[Remark]:
-    """Quantises every layer at the sites; without calibration their input ranges are placeholders to be loaded."""
+def _importance(layer: nn.Conv2d | nn.Linear, moments: Moments | None) -> Tensor | None:
+    """The variance of the input that every weight multiplies, in a shape that broadcasts to the weight's."""
+    if moments is None or (isinstance(layer, nn.Conv2d) and layer.groups > 1):
+        return None
+    variances = moments.covariance.diagonal()
+    if isinstance(layer, nn.Conv2d):
+        return variances[None, :, None, None]
+    return variances.repeat_interleave(layer.in_features // len(variances))[None]
+
+
+def quantise_sites(
+    module: nn.Module,
+    options: Mapping[str, Option],
+    calibration: Tensor | None,
+    moments: Mapping[str, Moments] | None = None,
+) -> list[Remark]:
+    """Quantises every layer at the sites; without calibration their input ranges are placeholders to be loaded.
+
+    With moments of the sites' inputs, layers that stand there as they did are rounded by them (`quantised`).
+    """
     found = {name: option for site, option in options.items() for name in _layers_at(module, site)}
     bits = {name: option for name, option in found.items() if option != BFLOAT16 and option not in WEIGHT_ONLY}
     empty = [site for site in options if not _layers_at(module, site)]
@@ -100,21 +125,28 @@ def quantise_sites(module: nn.Module, options: Mapping[str, Option], calibration
     for name, option in found.items():
         layer = module.get_submodule(name)
         assert isinstance(layer, nn.Conv2d | nn.Linear)
-        module.set_submodule(name, quantised(layer, option, ranges.get(name, Range(0.0, 1.0))))
+        known = (moments or {}).get(name)
+        module.set_submodule(name, quantised(layer, option, ranges.get(name, Range(0.0, 1.0)), known))
     return [Remark(site, Kind.BITS, "there is no weight left to quantise", True) for site in empty]
 
 
-def quantised(layer: nn.Conv2d | nn.Linear, option: Option, seen: Range) -> nn.Module:
+def quantised(layer: nn.Conv2d | nn.Linear, option: Option, seen: Range, moments: Moments | None = None) -> nn.Module:
     """The layer with an option of BITS; `seen` are the values of its input, where that is quantised too.
 
+    Whole weights of 4 bits are rounded so that the outputs are near, where the moments of the input are known
+    (`compensate`); of 8 bits rounding to the nearest is as near.
     The depthwise convolution of a separable block is left in float32 where the option is bfloat16.
     """
     if option == BFLOAT16:
         return Bfloat16(layer) if pairs(layer) else layer
     if option in WEIGHT_ONLY:
         assert isinstance(layer, nn.Linear)  # `propose` offers it to no other
-        return WeightQuantized(layer, WEIGHT_ONLY[str(option)])
-    return Quantized(layer, int(option or 0), seen)
+        found: Quantized | WeightQuantized = WeightQuantized(layer, WEIGHT_ONLY[str(option)])
+    else:
+        found = Quantized(layer, int(option or 0), seen)
+    if moments is not None and found.bits == 4 and type(layer) in (nn.Conv2d, nn.Linear):
+        compensate(found, moments)
+    return found
 
 
 def _same_channels(site: str, kept: Kept) -> bool:

@@ -33,17 +33,21 @@ class WeightQuantized(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         weight = weight_of(self.inner)
-        scale = _scale(weight.detach(), self.clip, self.bits)
+        scale = self.weight_scale(weight.detach())
         whole = _whole(weight / column(scale, weight), self.bits)
         if self.training:
             return F.linear(x, whole * column(scale, whole), self.inner.bias)
         sums = F.linear(x, whole) * scale
         return sums if self.inner.bias is None else sums + self.inner.bias
 
+    def weight_scale(self, weight: Tensor) -> Tensor:
+        """The scale (o,) of each output channel."""
+        return _scale(weight, self.clip, self.bits)
+
     def integer(self) -> WeightOnlyLinear:
         """The same layer with int8 weights, calling `planish::wlinear`."""
         weight = weight_of(self.inner).detach()
-        scale = _scale(weight, self.clip, self.bits)
+        scale = self.weight_scale(weight)
         whole = _whole(weight / column(scale, weight), self.bits).to(torch.int8)
         bias = torch.zeros_like(scale) if self.inner.bias is None else self.inner.bias.detach().clone()
         return WeightOnlyLinear(whole, scale, bias)

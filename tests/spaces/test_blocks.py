@@ -56,6 +56,35 @@ def test_a_convolution_of_rank_one_kernels_becomes_separable_exactly() -> None:
     assert torch.allclose(block(x), conv(x), atol=1e-5)
 
 
+def smooth(channels: int, generator: torch.Generator) -> Tensor:
+    """Images whose channels and neighbouring pixels are alike."""
+    x = nn.functional.avg_pool2d(torch.randn(48, channels, 12, 12, generator=generator), 3, 1, 1)
+    mix = torch.eye(channels) + 0.5 * torch.randn(channels, channels, generator=generator)
+    return torch.einsum("nchw,dc->ndhw", x, mix)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_separable_with_moments_fits_the_outputs(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    conv = nn.Conv2d(8, 12, 3, padding=1, bias=False)
+    conv.weight.data = torch.randn(12, 8, 3, 3, generator=generator)
+    x = smooth(8, generator)
+    taps = torch.tensor([[4.0, 6.0, 4.0], [6.0, 9.0, 6.0], [4.0, 6.0, 4.0]]) / 9  # of a mean over 3 x 3 pixels
+    blind, _ = build_block(conv, "separable", 16, True, None)
+    fitted, _ = build_block(conv, "separable", 16, True, moments_of(x, taps))
+    inner = (..., slice(1, -1), slice(1, -1))
+    errors = [float((block(x)[inner] - conv(x)[inner]).square().mean()) for block in (fitted, blind)]
+    assert errors[0] < 0.8 * errors[1]
+
+
+def test_separable_with_moments_is_exact_where_it_can_be() -> None:
+    conv = nn.Conv2d(6, 10, 3, 2, 1)
+    conv.weight.data = torch.randn(10, 6, 1, 1) * torch.randn(1, 6, 3, 3)
+    x = torch.randn(2, 6, 9, 9)
+    block, _ = build_block(conv, "separable", 16, True, moments_of(x, torch.ones(3, 3) * 0.5))
+    assert torch.allclose(block(x), conv(x), atol=1e-4)
+
+
 def test_a_kernel_with_only_a_centre_becomes_pointwise_exactly() -> None:
     conv = nn.Conv2d(6, 10, 3, 2, 1)
     with torch.no_grad():

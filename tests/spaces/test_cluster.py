@@ -48,6 +48,48 @@ def test_centres_are_the_means_of_what_is_nearest_to_them(numbers: list[float], 
         assert torch.allclose(values[nearest == index].mean(), centres[index], atol=1e-9)
 
 
+@given(
+    st.lists(st.tuples(st.floats(-4, 4, width=16), st.floats(0, 8, width=16)), min_size=2, max_size=40),
+    st.integers(2, 6),
+)
+def test_weighted_centres_are_the_weighted_means_of_what_is_nearest(
+    pairs: list[tuple[float, float]], entries: int
+) -> None:
+    values, counts = (torch.tensor(part, dtype=torch.float64) for part in zip(*pairs, strict=True))
+    centres = kmeans(values, entries, counts)
+    counts = counts / counts.mean().clamp_min(1e-30) + 1e-6  # nothing is quite without importance
+    nearest = torch.bucketize(values, (centres[1:] + centres[:-1]) / 2)
+    for index in set(nearest.tolist()):
+        own = nearest == index
+        assert torch.allclose((values[own] * counts[own]).sum() / counts[own].sum(), centres[index], atol=1e-6)
+
+
+def test_what_counts_more_is_nearer_to_a_centre() -> None:
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(3000, generator=generator)
+    # The wide ones count: centres go where they are.
+    counts = torch.where(values.abs() > 1.5, 50.0, 1.0)
+
+    def error(centres: torch.Tensor) -> float:
+        return float((counts * (values[:, None] - centres).square().amin(1)).sum())
+
+    assert error(kmeans(values, 8, counts)) < 0.8 * error(kmeans(values, 8))
+
+
+def test_a_layer_is_shared_by_what_its_weights_multiply() -> None:
+    torch.manual_seed(0)
+    layer = nn.Conv2d(16, 32, 3)
+    with torch.no_grad():
+        layer.weight[:, :4] *= 3
+    variances = torch.where(torch.arange(16) < 4, 10.0, 0.1)[None, :, None, None]
+
+    def error(shared: nn.Module) -> float:
+        assert isinstance(shared, SharedConv2d)
+        return float((variances * (weight_of(shared) - layer.weight).detach().square()).sum())
+
+    assert error(share(layer, 8, importance=variances)) < 0.9 * error(share(layer, 8))
+
+
 def best_error(values: list[float], entries: int) -> float:
     """The least squared error of any partition, by dynamic programming over the sorted values."""
     ordered = sorted(values)
