@@ -143,6 +143,7 @@ class _Search:
                     self.progress.note(forecast(self.evaluator, self.workers, on_gpu))
                 corners = self._reach(pool)
                 self._batches(pool, corners)
+                self._rescored(pool)
             finally:
                 pool.close()
             self._finalists(self._rungs())
@@ -280,13 +281,37 @@ class _Search:
             self._begin("search", keys.trials, "score")
         batches.rest(pool)
 
+    def _rescored(self, pool: Pool) -> None:
+        """Scores on all of the validation split what may enter the first rung: twice as many as will."""
+        ledger, survivors = self.ledger, self.spec.distill.survivors[0]
+        alive = self._alive()
+        if any(phase.name.startswith("distill") for phase in self.folder.phases) or len(alive) <= survivors:
+            return
+        if len(self.evaluator.task.data.validation) <= self.spec.search.proxy_images:
+            return
+        # By what was known before any of them, so that a resumed run takes the same.
+        chosen = self._entered("rescore") or promoted(ledger, alive, 2 * survivors, 0)
+        self._begin("rescore", len(chosen), "rescore", -1, chosen)
+        waiting = [n for n in ledger.running(chosen) if ledger.records[n].rescore is None]
+        self.progress.begin("rescore", len(chosen), len(chosen) - len(waiting))
+
+        def done(number: int, metrics: Metrics) -> None:
+            self.folder.rescore(number, metrics)
+            self.progress.advance()
+
+        self.steps.evaluate(pool, "rescore", waiting, (), done)
+
+    def _alive(self) -> list[int]:
+        ledger = self.ledger
+        return [n for n in sorted(ledger.records) if n and ledger.state(n) in (State.RUNNING, State.COMPLETE)]
+
     def _rungs(self) -> list[int]:
         """Successive halving: fewer candidates, more epochs. Returns who got through."""
         ledger, epochs, survivors = self.ledger, self.spec.distill.rungs, self.spec.distill.survivors
         from .score import guessing
 
         guess = guessing(self.evaluator.task.data.validation)
-        alive = [n for n in sorted(ledger.records) if n and ledger.state(n) in (State.RUNNING, State.COMPLETE)]
+        alive = self._alive()
         for rung, (until, count) in enumerate(zip(epochs, survivors, strict=True)):
             name = f"distill to epoch {until}"
             # As it was decided once: a kill between two of those who are stopped leaves others to choose from.

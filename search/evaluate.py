@@ -162,6 +162,11 @@ class Evaluator:
             return metrics | self.predicted(module)
         return metrics | self.compile(module, job, "untrained")
 
+    def rescore(self, job: Job) -> Metrics:
+        """One-shot accuracy on the whole validation split: of what may be trained, and was scored on a sample."""
+        torch.manual_seed(job.seed)
+        return self._accuracy(self.build(job.candidate), None)
+
     def foresee(self, job: Job) -> Metrics:
         """One-shot metrics like `score`'s, with latency predicted from the planned kernels instead of compiled code."""
         torch.manual_seed(job.seed)

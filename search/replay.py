@@ -30,7 +30,8 @@ class Rung:
 class Record:
     """A trial with everything that was recorded about it.
 
-    `score` are the one-shot metrics, `measures` the measured ones by device, `rungs` by their number.
+    `score` are the one-shot metrics, `rescore` those on all of the validation split, `measures` the measured ones by
+    device, `rungs` by their number.
     Times are in seconds since 1970. The trial's metrics are all of them together, later ones over earlier ones and
     those of its end over all.
     """
@@ -43,10 +44,12 @@ class Record:
     scored_s: float | None
     measured_s: Sequence[float]
     ended_s: float | None
+    rescore: Metrics | None = None
+    rescored_s: float | None = None
 
     def before(self, rung: int) -> Metrics:
         """The metrics as they were before a rung: the one-shot score, what was measured, and the rungs before it."""
-        metrics: Metrics = self.score or {}
+        metrics: Metrics = _merged(self.score or {}, self.rescore or {})
         for measured in self.measures.values():
             metrics = _merged(metrics, measured)
         for number in sorted(self.rungs):
@@ -56,7 +59,8 @@ class Record:
 
 @dataclass(frozen=True)
 class Phase:
-    """A phase of the run: how many items it has, and the event that counts one (`score`, `rung`, `measure`, `end`).
+    """A phase of the run: how many items it has, and the event that counts one (`score`, `rescore`, `rung`,
+    `measure`, `end`).
 
     `trials` are those that were chosen for it, where that was a choice.
     """
@@ -106,7 +110,7 @@ class Replay:
                 self._phases.append(_phase(event.data))
             elif kind == "session":
                 self._sessions.append(_number(event.data, "time"))
-            elif kind in ("start", "score", "measure", "rung", "end"):
+            elif kind in ("start", "score", "rescore", "measure", "rung", "end"):
                 number = _apply(event.data, self._drafts)
                 self._records[number] = self._drafts[number].record()
         except ValueError as error:
@@ -153,11 +157,13 @@ class _Draft:
     metrics: Metrics = field(default_factory=dict)
     last: Metrics = field(default_factory=dict)
     score: Metrics | None = None
+    rescore: Metrics | None = None
     measures: dict[str, Metrics] = field(default_factory=dict)
     rungs: dict[int, Rung] = field(default_factory=dict)
     state: State = State.RUNNING
     error: str | None = None
     scored_s: float | None = None
+    rescored_s: float | None = None
     measured_s: list[float] = field(default_factory=list)
     ended_s: float | None = None
 
@@ -174,6 +180,8 @@ class _Draft:
             self.scored_s,
             tuple(self.measured_s),
             self.ended_s,
+            self.rescore,
+            self.rescored_s,
         )
 
 
@@ -197,6 +205,10 @@ def _apply(data: Mapping[str, object], drafts: dict[int, _Draft]) -> int:
         if draft.score is not None:
             return number
         draft.score, draft.scored_s = metrics, time_s
+    elif kind == "rescore":
+        if draft.rescore is not None:
+            return number
+        draft.rescore, draft.rescored_s = metrics, time_s
     elif kind == "measure":
         device = str(data.get("device", ""))
         if device in draft.measures:

@@ -155,6 +155,10 @@ class RunDirectory:
         """Records the one-shot metrics of a trial that has started."""
         self._record({"event": "score", "trial": self._started(number), "metrics": dict(metrics)})
 
+    def rescore(self, number: int, metrics: Mapping[str, object]) -> None:
+        """Records the one-shot metrics of a trial on more images than `score` saw."""
+        self._record({"event": "rescore", "trial": self._started(number), "metrics": dict(metrics)})
+
     def measure(self, number: int, device: str, metrics: Mapping[str, object]) -> None:
         """Records what was measured of a trial on a device."""
         self._record({"event": "measure", "trial": self._started(number), "device": device, "metrics": dict(metrics)})
@@ -169,7 +173,7 @@ class RunDirectory:
 
         Args:
             total: The phase's items, those done before a resumption included.
-            unit: The event that counts one item: `score`, `rung`, `measure` or `end`.
+            unit: The event that counts one item: `score`, `rescore`, `rung`, `measure` or `end`.
             trials: Who was chosen for it, where that was a choice.
         """
         chosen = {"trials": list(trials)} if trials else {}

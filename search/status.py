@@ -69,6 +69,8 @@ def _times(record: Record, unit: str) -> list[float]:
         return [rung.time_s for rung in record.rungs.values()] + failed
     if unit == "score":
         return failed if record.scored_s is None else [record.scored_s]
+    if unit == "rescore":
+        return failed if record.rescored_s is None else [record.rescored_s]
     if unit == "measure":
         return list(record.measured_s) or failed
     return [] if record.ended_s is None else [record.ended_s]

@@ -51,6 +51,24 @@ def test_every_front_model_is_measured_faster_than_the_original_and_fine_tuned(f
         assert (finished / entry["artifact"] / "manifest.json").is_file()
 
 
+def test_what_enters_the_first_rung_was_scored_on_all_of_the_validation_split(finished: Path) -> None:
+    told = events(finished)
+    rescored = {e["trial"] for e in told if e["event"] == "rescore"}
+    entered = {str(e["phase"]): e["trials"] for e in told if e["event"] == "phase" and "trials" in e}
+    assert set(entered) == {"rescore", "distill to epoch 1", "distill to epoch 2"}
+    assert rescored == set(entered["rescore"])  # type: ignore[call-overload]
+    assert set(entered["distill to epoch 1"]) <= rescored  # type: ignore[call-overload]
+
+
+def test_the_change_of_test_accuracy_has_an_interval(finished: Path) -> None:
+    front = front_of(finished)
+    base = front["original"]["metrics"]["test_accuracy"]
+    for entry in front["front"]:
+        if entry["trial"]:
+            low, high = entry["metrics"]["test_accuracy_change_ci95"]
+            assert low <= entry["metrics"]["test_accuracy"] - base <= high
+
+
 def test_no_front_model_is_beaten_by_another_in_all_objectives(finished: Path) -> None:
     def costs(entry: Mapping[str, Any]) -> tuple[float, float, float]:
         m = entry["metrics"]

@@ -78,6 +78,7 @@ def test_scores_measures_rungs_and_phases_are_recorded(tmp_path: Path) -> None:
         run.phase("distill to epoch 1", 2, "rung", [3, 1])
         run.append(_trial(0, State.RUNNING))
         run.score(0, {"accuracy": 0.4})
+        run.rescore(0, {"accuracy": 0.5})
         run.measure(0, "cpu", {"latency_s": {"cpu": {"value": 1.0}}})
         run.rung(0, 1, 3, {"accuracy": 0.6})
     history = RunDirectory.open(tmp_path / "r").history()
