@@ -83,6 +83,7 @@ def regrets(micro: Micro, sampler: str, seed: int, charged: int) -> list[float]:
     from planish.search.planish_sampler import SamplerTask
     from planish.search.sampler import OPENS, WITH_TABLE, Proposer
 
+    sampler, begin = seeded(sampler, micro.space)
     objectives = objectives_of(("accuracy", "latency"), ("cpu",))
     start = (0,) * len(micro.space.choices)
     task = SamplerTask(micro.table, objectives, (float(micro.accuracy[start]), 1.0), {}, classes=10, trained=False)
@@ -102,7 +103,21 @@ def regrets(micro: Micro, sampler: str, seed: int, charged: int) -> list[float]:
             Path(folder) / "study.log", micro.space, sampler, seed, ("maximize", "minimize"),
             task=None if sampler in OPENS else task,
         )  # fmt: skip
-        return charged_curve(proposer, sampler, task, library, charged, 1 - volume(seen[0]) / micro.best, evaluate)
+        first = 1 - volume(seen[0]) / micro.best
+        found = charged_curve(proposer, sampler, task, library, charged, first, evaluate, begin)
+        proposer.close()
+    return found
+
+
+def seeded(name: str, space: Any) -> tuple[str, list[Any]]:
+    """The sampler of a name, and for `NAME+grid` the uniform policies that it is told before it proposes.
+
+    As many as the evolutionary samplers begin with by themselves.
+    """
+    from planish.search.sampler import POLICIES, uniform_policies
+
+    sampler, _, more = name.partition("+")
+    return sampler, uniform_policies(space)[:POLICIES] if more == "grid" else []
 
 
 def charged_curve(
@@ -113,6 +128,7 @@ def charged_curve(
     charged: int,
     original: float,
     evaluate: Callable[[Sequence[Any]], Iterable[float]],
+    begin: Sequence[Any] = (),
     batch: int = 8,
 ) -> list[float]:
     """What `evaluate` gives after every charged evaluation: the original, the opening, the library, the search.
@@ -125,6 +141,7 @@ def charged_curve(
         charged: Evaluations in all.
         original: What the original alone gives.
         evaluate: Evaluates and tells candidates; gives a number after each.
+        begin: Candidates that come first.
         batch: Candidates that are asked for at once.
     """
     from planish.search.sampler import OPENS, opening
@@ -137,7 +154,8 @@ def charged_curve(
     found += [found[-1]] * library
     while len(found) <= charged:
         number += 1
-        candidates = proposer.ask(number, min(batch, charged + 1 - len(found)))
+        given, begin = begin[:batch], begin[batch:]
+        candidates = proposer.ask(number, min(batch, charged + 1 - len(found)), given)
         if not candidates:
             break
         found += evaluate(candidates)

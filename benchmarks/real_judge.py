@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from micro_judge import charged_curve, curve_row, volume
+from micro_judge import charged_curve, curve_row, seeded, volume
 
 Row = dict[str, Any]
 DATA = Path(os.environ.get("PLANISH_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
@@ -141,6 +141,7 @@ class Judge:
         """The hypervolume after every charged evaluation, the original's included."""
         from planish.search.sampler import OPENS, WITH_TABLE, Proposer
 
+        sampler, begin = seeded(sampler, self.space)
         library = self.charge if sampler in WITH_TABLE else 0
         losses = [[1 - self.original["accuracy"], 1.0]]
 
@@ -158,7 +159,9 @@ class Judge:
                 self.evaluator.simplified,
                 task=None if sampler in OPENS else self.task,
             )  # fmt: skip
-            return charged_curve(proposer, sampler, self.task, library, most, 0.0, evaluate)
+            found = charged_curve(proposer, sampler, self.task, library, most, 0.0, evaluate, begin)
+            proposer.close()
+        return found
 
     def values(self, candidates: Sequence[Any]) -> list[dict[str, float] | None]:
         """Accuracy, divergence and latency relative to the original of every candidate; None for one that failed."""

@@ -36,7 +36,7 @@ _OPENING_SHARE = 8
 # NSGA's own default of 50 would make a short search all first generation, which is random.
 _POPULATION = 8
 # Uniform candidates before the evolutionary samplers' own.
-_POLICIES = 24
+POLICIES = 24
 # How often a sampler may repeat itself before a random candidate is taken, and how often that may be an old one
 # before the space counts as exhausted.
 _REPETITIONS = 20
@@ -212,7 +212,7 @@ class Proposer:
         """
         if self._sampler in ("random", "tpe", "gp", "netadapt") or (self._sampler in OPENS and self._task is not None):
             return None
-        if self._sampler not in ("grid", "dp") and sum(p.key() in self._asked for p in self._policies) >= _POLICIES:
+        if self._sampler not in ("grid", "dp") and sum(p.key() in self._asked for p in self._policies) >= POLICIES:
             return None
         return next((p for p in self._policies if self._model(p) not in self._rows), None)
 
