@@ -29,7 +29,7 @@ from .predicting import keep_times
 from .progress import Progress
 from .promotion import promoted
 from .provenance import provenance
-from .reach import check_reach
+from .reach import check_reach, check_together
 from .reachable import check_answers
 from .run import Run
 from .rundir import LESSONS, RunDirectory
@@ -236,6 +236,11 @@ class _Search:
         bounds = [bound for bound in ledger.bounds() if bound.goal == "minimize"]
         costs = dict.fromkeys(o.metric for o in (*ledger.objectives, *bounds) if o.goal == "minimize")
         table = library(self.evaluator, self.folder.path, pool, self.workers, list(costs), self.progress)
+        try:
+            check_together(self.spec.budgets(), ledger.bounds(), ledger.original, table)
+        except UserError:
+            self.front.write()
+            raise
         traded = {o.metric for o in ledger.objectives}
         limits = {
             bound.metric: bound.bound / value

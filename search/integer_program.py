@@ -7,6 +7,7 @@ choices' own variables; scipy's HiGHS does the rest.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +16,8 @@ from ..spaces.space import Candidate
 from .option_table import Array, OptionTable, every_level, levels_of
 
 _SECONDS = 20.0
+# What scipy's `milp` calls a program that nothing keeps.
+_INFEASIBLE = 2
 
 
 def best_within(
@@ -36,30 +39,16 @@ def best_within(
         factors: For every option of every choice, its error is multiplied by it.
         seconds: After which the best that was found counts.
     """
-    from scipy.optimize import Bounds, LinearConstraint, milp
-    from scipy.sparse import csr_matrix
-
     program = _Program(table, factors)
     for name, limit in limits.items():
         program.at_most(program.costs[name], limit - table.fixed[name])
     for row in levels_of(table.space, list(apart)):
         same = [program.option[place, int(level)] for place, level in enumerate(row)]
         program.at_most(_sum(same), len(same) - distance)
-    rows = len(program.rows)
-    entries = [(r, column, value) for r, row in enumerate(program.rows) for column, value in row.items()]
-    matrix = csr_matrix(
-        ([e[2] for e in entries], ([e[0] for e in entries], [e[1] for e in entries])), shape=(rows, program.count)
-    )
     objective = np.zeros(program.count)
     for column, value in program.objective.items():
         objective[column] += value
-    result = milp(
-        objective,
-        integrality=np.ones(program.count),
-        bounds=Bounds(0, 1),
-        constraints=LinearConstraint(matrix, program.low, program.high),
-        options={"time_limit": seconds},
-    )
+    result = _solved(program, objective, seconds)
     if result.x is None:
         return None
     levels = np.zeros(len(table.space.choices), dtype=np.int64)
@@ -70,6 +59,32 @@ def best_within(
         ]
         levels[place] = int(np.argmax(values))
     return table.space.decode(levels)
+
+
+def possible(table: OptionTable, limits: Mapping[str, float], seconds: float = _SECONDS) -> bool:
+    """Whether anything keeps every limit, whatever its error; True where that was not settled in so many seconds."""
+    program = _Program(table, None)
+    for name, limit in limits.items():
+        program.at_most(program.costs[name], limit - table.fixed[name])
+    return int(_solved(program, np.zeros(program.count), seconds).status) != _INFEASIBLE
+
+
+def _solved(program: _Program, objective: NDArray[np.float64], seconds: float) -> Any:
+    from scipy.optimize import Bounds, LinearConstraint, milp
+    from scipy.sparse import csr_matrix
+
+    entries = [(r, column, value) for r, row in enumerate(program.rows) for column, value in row.items()]
+    matrix = csr_matrix(
+        ([e[2] for e in entries], ([e[0] for e in entries], [e[1] for e in entries])),
+        shape=(len(program.rows), program.count),
+    )
+    return milp(
+        objective,
+        integrality=np.ones(program.count),
+        bounds=Bounds(0, 1),
+        constraints=LinearConstraint(matrix, program.low, program.high),
+        options={"time_limit": seconds},
+    )
 
 
 _Row = dict[int, float]

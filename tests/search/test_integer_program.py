@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tests.search.tables import everything, table_of
 
 from planish.search.dynamic_program import solve
-from planish.search.integer_program import best_within
+from planish.search.integer_program import best_within, possible
 from planish.search.option_table import every_level, levels_of
 from planish.spaces.space import Candidate
 
@@ -21,6 +21,7 @@ def test_the_least_error_under_two_limits(seed: int, tight: float, tight_size: f
     limits = {"time": float(np.quantile(time, tight)), "size": float(np.quantile(size, tight_size))}
     fitting = errors[(time <= limits["time"]) & (size <= limits["size"])]
     found = best_within(table, limits)
+    assert possible(table, limits) == bool(len(fitting))
     if not len(fitting):
         assert found is None
         return
