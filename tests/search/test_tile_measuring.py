@@ -30,7 +30,7 @@ pytestmark = pytest.mark.tvm
 @pytest.fixture
 def evaluator(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Evaluator:
     monkeypatch.setenv("PLANISH_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(table_measuring, "_refuse", lambda watch, device: None)
+    monkeypatch.setattr(table_measuring, "refuse_loaded", lambda watch, device: None)
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Conv2d(3, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 32, 3, padding=1), nn.ReLU(),
