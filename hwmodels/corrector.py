@@ -21,12 +21,15 @@ _SUM = (1.0, 0.0, 0.0)
 class Corrector:
     """`L = a calls + b sum of the kernels' times + c bytes of weights`, no coefficient below zero.
 
-    Fitted to relative errors, so that fast networks count as much as slow ones.
+    On several threads c is for every call that is shared among them instead: while a kernel is timed alone the others
+    are awake. Three terms in either case, because a table may have few networks that met a quiet machine. Fitted to
+    relative errors, so that fast networks count as much as slow ones.
 
     Attributes:
         call_s: Seconds that a call adds.
         factor: Of the kernels' times: below 1 where a kernel finds its input still near from the one before.
         byte_s: Seconds a byte of weights.
+        shared_s: Seconds that a shared call adds.
         error: The standard deviation of log(predicted / measured), each network predicted from the others.
         networks: That it was fitted to.
         held_out: The errors on those that are judged, each predicted from the others; None where it was not fitted.
@@ -35,6 +38,7 @@ class Corrector:
     call_s: float = 0.0
     factor: float = 1.0
     byte_s: float = 0.0
+    shared_s: float = 0.0
     error: float = 0.1
     networks: int = 0
     held_out: HeldOut | None = None
@@ -42,7 +46,8 @@ class Corrector:
     def apply(self, sum_s: float, workloads: Sequence[Workload]) -> float:
         """Seconds of a network of these workloads whose kernels take `sum_s` alone."""
         weights = sum(work.weight_bytes for work in workloads)
-        return self.factor * sum_s + self.call_s * len(workloads) + self.byte_s * weights
+        called = self.call_s * len(workloads) + self.shared_s * _shared(workloads)
+        return self.factor * sum_s + called + self.byte_s * weights
 
     @staticmethod
     def fit(
@@ -69,15 +74,18 @@ class Corrector:
                 f"one of each is needed for at least {LEAST} networks"
             )
         y = np.array(measured_s)
-        terms = np.array(
-            [
-                [s, len(net) * 1e-6, sum(w.weight_bytes for w in net) * 1e-10]
-                for s, net in zip(sums_s, networks, strict=True)
-            ]
-        )
+        shares = any(_shared(net) for net in networks)
+        third = [_shared(net) * 1e-6 if shares else sum(w.weight_bytes for w in net) * 1e-10 for net in networks]
+        terms = np.array([[s, len(net) * 1e-6, t] for s, net, t in zip(sums_s, networks, third, strict=True)])
         fit = relative_fit(terms, y, _SUM)
-        factor, call, byte = (float(value) for value in fit.coefficients)
+        factor, call, last = (float(value) for value in fit.coefficients)
         chosen = np.ones(len(y), dtype=bool) if judged is None or sum(judged) < LEAST else np.array(judged)
         left_out, measured = fit.left_out[chosen], y[chosen]
         found = held_out(list(left_out), list(measured))
-        return Corrector(call * 1e-6, factor, byte * 1e-10, log_error(left_out, measured), len(y), found)
+        byte, shared = (0.0, last * 1e-6) if shares else (last * 1e-10, 0.0)
+        return Corrector(call * 1e-6, factor, byte, shared, log_error(left_out, measured), len(y), found)
+
+
+def _shared(workloads: Sequence[Workload]) -> int:
+    """How many calls are shared among threads."""
+    return sum(work.threads > 1 for work in workloads)

@@ -43,12 +43,12 @@ if TYPE_CHECKING:
 
 
 # A device that was never seen, and one whose kernels of another model are known: under five minutes, and under one.
-FIRST = TableLimits(candidates=32, least=12, build_s=170.0, kernels=400, kernel_s=50.0, network_s=40.0)
-AGAIN = TableLimits(candidates=10, least=4, build_s=25.0, kernels=60, kernel_s=8.0, network_s=10.0)
+FIRST = TableLimits(candidates=32, least=12, build_s=170.0, kernels=400, kernel_s=50.0, network_s=40.0, total_s=270.0)
+AGAIN = TableLimits(candidates=10, least=4, build_s=25.0, kernels=60, kernel_s=8.0, network_s=10.0, total_s=50.0)
 # Kernels of other models from which on few of a further one have to be measured.
 _KNOWN = 150
 # One of whose processor another number of threads has a table: networks alone, and the kernels where that fails.
-PROBES = TableLimits(candidates=20, least=12, build_s=100.0, kernels=0, kernel_s=0.0, network_s=40.0)
+PROBES = TableLimits(candidates=20, least=12, build_s=100.0, kernels=0, kernel_s=0.0, network_s=40.0, total_s=150.0)
 
 
 @dataclass(frozen=True)
@@ -199,6 +199,9 @@ def _built(
 
     look()
 
+    def left_s() -> float:
+        return measuring.limits.total_s - (time.monotonic() - start)
+
     def own(networks: Sequence[NetworkTime]) -> list[NetworkTime]:
         """Those of this space: another model's say little of the error here."""
         keys = {network_key(one.calls) for one in planned.plans.values()}
@@ -221,7 +224,7 @@ def _built(
 
     if carries:
         measuring.kernels([key for key in reference.kernels if measuring.asks(key)], works, reference, 1.0)
-        networks = measuring.networks(evaluator, label, planned, folder, quiet_s(reference, known))
+        networks = measuring.networks(evaluator, label, planned, folder, quiet_s(reference, known), left_s())
         refuse_disturbed([network.time.quiet for network in own(networks)], device.name)
         carried, origin = carried_over(device, database, own(networks))
         if carried is not None and carried.trusted:
@@ -242,7 +245,10 @@ def _built(
     if left and len(known) >= LEAST_KERNELS:
         left = by_error(plans.values(), left, KernelRegression.fit(list(known.values()), seed))
     measuring.kernels(left[: limits.kernels - half], works, reference, limits.kernel_s / 2)
-    networks = measuring.networks(evaluator, label, planned, folder, quiet_s(reference, known))
+    disturbed = [key for key in wanted if key in measuring.timed and key in known and not known[key].time.quiet]
+    if disturbed and left_s() > 0:
+        measuring.kernels(disturbed, works, reference, left_s() / 2)
+    networks = measuring.networks(evaluator, label, planned, folder, quiet_s(reference, known), left_s())
     refuse_disturbed([network.time.quiet for network in own(networks)], device.name)
     model = fitted(device, known, networks, seed, {network.key() for network in own(networks)})
     return finished(model, model.corrector.held_out)

@@ -43,6 +43,7 @@ class TableLimits:
         build_s: Seconds after which no further one is planned and compiled.
         kernels: That are timed alone.
         kernel_s: Seconds of timing them; `network_s` likewise of whole networks.
+        total_s: Of everything: what is left goes to what met no quiet machine.
     """
 
     candidates: int
@@ -51,6 +52,7 @@ class TableLimits:
     kernels: int
     kernel_s: float
     network_s: float
+    total_s: float = 0.0
 
 
 @dataclass
@@ -140,9 +142,15 @@ class TableMeasuring:
             self.progress.advance()
 
     def networks(
-        self, evaluator: Evaluator, label: str, networks: Networks, folder: Path, quiet_reference_s: float | None
+        self,
+        evaluator: Evaluator,
+        label: str,
+        networks: Networks,
+        folder: Path,
+        quiet_reference_s: float | None,
+        limit_s: float = 0.0,
     ) -> list[NetworkTime]:
-        """Times the compiled candidates; all networks that are known of the device."""
+        """Times the compiled candidates, for `network_s` or as long as it may take; all networks that are known."""
         from ..compilers.network_timer import time_networks
 
         found = {network.key(): network for network in self.database.networks()}
@@ -155,7 +163,7 @@ class TableMeasuring:
         with LoadWatch() as watch:
             timed = time_networks(
                 networks.artifacts, reference.path, self.device, known_reference_s=known_s,
-                limit_s=self.limits.network_s, advance=_advancer(self.progress),
+                limit_s=max(limit_s, self.limits.network_s), advance=_advancer(self.progress),
             )  # fmt: skip
         refuse_loaded(watch, self.device)
         self.failed |= {f"network {key}": reason for key, reason in timed.failed.items()}

@@ -31,7 +31,10 @@ def _table(device: Device) -> TableModel:
     works = [work_of(c, o, pixels, bits, "a") for c, o, pixels, bits in sizes]
     times = [KernelTime(w, Settled(s, s, s, 12, True)) for w in works for s in [1e-6 + w.macs * 1e-10]]
     return TableModel(
-        device, {t.workload.key(): t for t in times}, KernelRegression.fit(times), Corrector(1e-6, 1.1, 1e-11, 0.05, 9)
+        device,
+        {t.workload.key(): t for t in times},
+        KernelRegression.fit(times),
+        Corrector(1e-6, 1.1, 1e-11, 0.0, 0.05, 9),
     )
 
 

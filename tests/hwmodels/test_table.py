@@ -207,12 +207,25 @@ def test_the_corrector_states_the_noise_of_what_it_was_fitted_to() -> None:
     assert 0.07 < Corrector.fit(sums, networks, noisy).error < 0.14
 
 
+def test_what_waking_threads_costs_is_learnt_where_calls_are_shared() -> None:
+    networks = _networks(24, threads=2)
+    sums = [sum(_seconds(work) for work in network) for network in networks]
+    shared = [sum(work.threads > 1 for work in network) for network in networks]
+    assert len(set(shared)) > 2
+    measured = [1.05 * s + 0.3e-6 * len(n) + 2e-6 * c for s, n, c in zip(sums, networks, shared, strict=True)]
+    found = Corrector.fit(sums, networks, measured)
+    assert found.byte_s == 0
+    assert found.shared_s == pytest.approx(2e-6, rel=0.15)
+    for s, network, seconds in zip(sums, networks, measured, strict=True):
+        assert found.apply(s, network) == pytest.approx(seconds, rel=0.02)
+
+
 def test_no_coefficient_is_negative_so_more_calls_never_take_less() -> None:
     networks = _networks(20)
     sums = [sum(_seconds(work) for work in network) for network in networks]
     # A law that rewards calls: the fit must not follow it below zero.
     found = Corrector.fit(sums, networks, [s / (1 + len(n)) for s, n in zip(sums, networks, strict=True)])
-    assert min(found.call_s, found.factor, found.byte_s) >= 0
+    assert min(found.call_s, found.factor, found.byte_s, found.shared_s) >= 0
 
 
 def test_too_few_networks_are_told() -> None:
