@@ -39,9 +39,7 @@ def best_within(
         factors: For every option of every choice, its error is multiplied by it.
         seconds: After which the best that was found counts.
     """
-    program = _Program(table, factors)
-    for name, limit in limits.items():
-        program.at_most(program.costs[name], limit - table.fixed[name])
+    program = _within(table, limits, factors)
     for row in levels_of(table.space, list(apart)):
         same = [program.option[place, int(level)] for place, level in enumerate(row)]
         program.at_most(_sum(same), len(same) - distance)
@@ -63,10 +61,15 @@ def best_within(
 
 def possible(table: OptionTable, limits: Mapping[str, float], seconds: float = _SECONDS) -> bool:
     """Whether anything keeps every limit, whatever its error; True where that was not settled in so many seconds."""
-    program = _Program(table, None)
+    program = _within(table, limits, None)
+    return int(_solved(program, np.zeros(program.count), seconds).status) != _INFEASIBLE
+
+
+def _within(table: OptionTable, limits: Mapping[str, float], factors: tuple[Array, ...] | None) -> _Program:
+    program = _Program(table, factors)
     for name, limit in limits.items():
         program.at_most(program.costs[name], limit - table.fixed[name])
-    return int(_solved(program, np.zeros(program.count), seconds).status) != _INFEASIBLE
+    return program
 
 
 def _solved(program: _Program, objective: NDArray[np.float64], seconds: float) -> Any:
