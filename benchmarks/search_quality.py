@@ -1,7 +1,7 @@
 """How good the search is: against an exact front, against every other sampler, and one family against all together.
 
     python benchmarks/search_quality.py              # the small space with all samplers, then a real task
-    python benchmarks/search_quality.py --quick      # the small space, fewer seeds; a short search of the digits
+    python benchmarks/search_quality.py --quick      # the small space, fewer seeds
     python benchmarks/search_quality.py --run RUN    # what a finished run's front comes to, too
 
 **The small space** (`micro_space.py`): 46 656 networks whose accuracy and latency are all stored, so that the best
@@ -29,7 +29,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -48,7 +47,7 @@ Row = dict[str, Any]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="the small space, 2 seeds, without tpe; a short search")
+    parser.add_argument("--quick", action="store_true", help="the small space alone, 2 seeds, without tpe")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--most", type=int, default=300, help="charged evaluations of the baselines")
@@ -65,7 +64,7 @@ def main() -> None:
     if args.quick:
         args.seeds, args.task = 2, "none"
         args.samplers = [name for name in args.samplers if "tpe" not in name]  # by far the slowest
-    from fine_tuned import front_rows, front_summary, search_digits
+    from fine_tuned import front_rows, front_summary
 
     seeds = list(range(args.seeds))
     rows: list[Row] = []
@@ -81,9 +80,8 @@ def main() -> None:
         )
         rows += real
         summary |= real_summary(real, args.ours, args.most)
-    if args.run or args.quick:
-        with tempfile.TemporaryDirectory() as folder:
-            front = front_rows(args.run or search_digits(Path(folder)))
+    if args.run:
+        front = front_rows(args.run)
         rows += front
         summary |= front_summary(front)
     if args.json:
