@@ -20,7 +20,7 @@ def front_rows(run: Path) -> list[Row]:
 
     directory = RunDirectory.open(run)
     spec = directory.spec()
-    device = spec.device[0]
+    device = spec.labels()[0]
     rows = []
     for entry in models_of(run):
         values = entry["metrics"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import sys
@@ -27,6 +28,13 @@ TASKS: dict[str, dict[str, Any]] = {
 # Block types that shrink, what prunes, and so on: one family at a time.
 FAMILIES = ("prune", "bits", "rank", "block")
 _PROXY = 512
+_REPOSITORY = Path(__file__).resolve().parents[1]
+# What accuracies, latencies and the charge of the library come from; what methods propose, from all.
+_EVALUATION = (
+    "spaces/*.py", "hwmodels/*.py", "compilers/**/*.py", "search/evaluate.py", "search/score.py", "search/fitted.py",
+    "search/predicting.py", "search/library*.py", "search/data*.py", "benchmarks/real_judge.py",
+)  # fmt: skip
+_ALL = ("spaces/*.py", "hwmodels/*.py", "compilers/**/*.py", "search/*.py", "benchmarks/*_judge.py")
 
 
 def task_rows(
@@ -40,54 +48,64 @@ def task_rows(
     workers: int,
     families: bool,
 ) -> list[Row]:
-    """A row for every method: hypervolumes at a few charged budgets and the area of what is missing, by seed."""
+    """A row for every method: hypervolumes at a few charged budgets and the area of what is missing, by seed.
+
+    Every row is kept beside the evaluations as soon as it is whole.
+    """
     rows = []
     with Judge(task, latency, cache, workers) as judge:
         for sampler in ("planish", *samplers):
-            started = time.monotonic()
-            curves = np.array([judge.curve(sampler, seed, most) for seed in seeds])
-            row = curve_row("hypervolume", task, sampler, curves, ours, time.monotonic() - started)
-            rows.append(row | {"library_charge": judge.charge})
-            print(rows[-1]["sampler"], rows[-1]["hypervolume"], file=sys.stderr, flush=True)
-    if families:
-        for name in (*FAMILIES, "all"):
-            started = time.monotonic()
-            chosen = FAMILIES if name == "all" else (name,)
-            with Judge(task, latency, cache, workers, chosen) as judge:
-                curves = np.array([judge.curve("planish", seed, ours) for seed in seeds])
-            rows.append(curve_row("hypervolume", f"{task} families", name, curves, ours, time.monotonic() - started))
-            print(name, rows[-1]["hypervolume"], file=sys.stderr, flush=True)
+            rows.append(judge.row(task, sampler, sampler, seeds, most, ours))
+        if families:
+            rows.append(judge.row(f"{task} families", "all", "planish", seeds, ours, ours))
+    for name in FAMILIES if families else ():
+        with Judge(task, latency, cache, workers, (name,)) as judge:
+            rows.append(judge.row(f"{task} families", name, "planish", seeds, ours, ours))
     return rows
+
+
+def digest(patterns: Sequence[str]) -> str:
+    """Of the repository's files of these names."""
+    found = hashlib.sha256()
+    for path in sorted({path for pattern in patterns for path in _REPOSITORY.glob(pattern)}):
+        found.update(path.read_bytes())
+    return found.hexdigest()[:12]
+
+
+def read_lines(file: Path) -> list[Row]:
+    """The whole lines of a file that a kill may have cut short; the rest goes, so that what follows begins a line."""
+    if not file.exists():
+        return []
+    text = file.read_text(encoding="utf-8")
+    whole = text[: text.rfind("\n") + 1]
+    if whole != text:
+        file.write_text(whole, encoding="utf-8")
+    return [json.loads(line) for line in whole.splitlines()]
 
 
 class Judge:
     """A task's evaluator on local Ray workers, with everything that was ever evaluated."""
 
-    def __init__(
-        self, task: str, latency: str, cache: Path, workers: int, families: Sequence[str] | None = None
-    ) -> None:
+    def __init__(self, task: str, latency: str, cache: Path, workers: int, families: Sequence[str] = FAMILIES) -> None:
         from planish.compilers.kernel_times import times_version
         from planish.search.config import load_spec
         from planish.search.evaluate import Evaluator
         from planish.search.predicting import keep_times
 
         keys = {**TASKS[task], "device": "cpu", "search.proxy_images": _PROXY, "preset": "quick"}
-        if families is not None:
-            keys["space.families"] = list(families)
+        keys["space.families"] = list(families)
         self.spec = load_spec(None, keys)
         self.evaluator = Evaluator(self.spec)
         self.space = self.evaluator.proposal.space
         self.latency = latency
-        # Latencies of other kernels, or by another table, are not to be mixed with these.
-        self.folder = cache.resolve() / task / times_version()
+        # What other code found, or another table, is not to be mixed with this.
+        self.folder = cache.resolve() / task / f"{times_version()}.{digest(_EVALUATION)}"
         self.folder.mkdir(parents=True, exist_ok=True)
         self.evaluator.times = keep_times(self.evaluator, self.folder)
         self.file = self.folder / f"{latency}.jsonl"
         self.known: dict[str, dict[str, float] | None] = {}
-        if self.file.exists():
-            for text in self.file.read_text(encoding="utf-8").splitlines():
-                entry = json.loads(text)
-                self.known[entry["key"]] = entry["values"]
+        for entry in read_lines(self.file):
+            self.known[entry["key"]] = entry["values"]
         self.workers = workers or os.cpu_count() or 1
 
     def __enter__(self) -> Judge:
@@ -107,9 +125,7 @@ class Judge:
 
     def _learn(self) -> None:
         """The original's values, the library, and what that costs in evaluations."""
-        from planish.search.library_phase import LIBRARY, library
         from planish.search.planish_sampler import SamplerTask
-        from planish.search.progress import Progress
 
         predictor = self.evaluator.predictor
         print(
@@ -119,8 +135,25 @@ class Judge:
             flush=True,
         )
         self.original = self.values([self.space.original()])[0]
-        assert self.original is not None
-        # For the charge, candidates as searches evaluate them, on all workers at once; the first ones warm these.
+        shape = self.evaluator.traced.output_shape
+        self.charge, table = self._charge()
+        print(f"the library counts as {self.charge} evaluations", file=sys.stderr, flush=True)
+        self.task = SamplerTask(
+            table, self.spec.targets(), (self.original["accuracy"], 1.0), {}, classes=shape[1], trained=False
+        )
+
+    def _charge(self) -> tuple[int, Any]:
+        """The library, and how many evaluations making it took: timed once for a kept folder."""
+        from planish.search.library_phase import LIBRARY, library
+        from planish.search.progress import Progress
+
+        def made() -> Any:
+            return library(self.evaluator, self.folder, self.pool, self.workers, ["latency[cpu]"], Progress(None))
+
+        kept = self.folder / f"charge-{self.latency}-{'-'.join(self.spec.space.families)}-{self.workers}.json"
+        if kept.exists():
+            return int(json.loads(kept.read_text(encoding="utf-8"))["charge"]), made()
+        # Candidates as searches evaluate them, on all workers at once; the first ones warm these.
         rng = np.random.default_rng(0)
         typical = [self.space.sample(rng) for _ in range(6 * self.workers)]
         self._evaluate(typical[: 2 * self.workers])
@@ -129,19 +162,34 @@ class Judge:
         each = (time.monotonic() - started) / (4 * self.workers)
         (self.folder / LIBRARY).unlink(missing_ok=True)
         started = time.monotonic()
-        table = library(self.evaluator, self.folder, self.pool, self.workers, ["latency[cpu]"], Progress(None))
-        self.charge = max(1, round((time.monotonic() - started) / each))
-        print(f"an evaluation takes {each:.2f} s, the library {self.charge} evaluations", file=sys.stderr, flush=True)
-        shape = self.evaluator.traced.output_shape
-        self.task = SamplerTask(
-            table, self.spec.targets(), (self.original["accuracy"], 1.0), {}, classes=shape[1], trained=False
-        )
+        table = made()
+        seconds = time.monotonic() - started
+        entry = {"charge": max(1, round(seconds / each)), "library_s": seconds, "evaluation_s": each}
+        kept.write_text(json.dumps(entry), encoding="utf-8")
+        return int(entry["charge"]), table
+
+    def row(self, task: str, name: str, sampler: str, seeds: Sequence[int], most: int, ours: int) -> Row:
+        """A method's row; where the folder has it from the same code, that one."""
+        file = self.folder / "rows.jsonl"
+        key = [task, name, sampler, list(seeds), most, ours, self.latency, self.charge, digest(_ALL)]
+        row: Row | None = next((entry["row"] for entry in read_lines(file) if entry["key"] == key), None)
+        if row is None:
+            started = time.monotonic()
+            curves = np.array([self.curve(sampler, seed, most) for seed in seeds])
+            row = curve_row("hypervolume", task, name, curves, ours, time.monotonic() - started)
+            row["library_charge"] = self.charge
+            with file.open("a", encoding="utf-8") as lines:
+                lines.write(json.dumps({"key": key, "row": row}) + "\n")
+        print(name, row["hypervolume"], file=sys.stderr, flush=True)
+        return row
 
     def curve(self, sampler: str, seed: int, most: int) -> list[float]:
         """The hypervolume after every charged evaluation, the original's included."""
         from planish.search.sampler import OPENS, WITH_TABLE, Proposer
 
         sampler, begin = seeded(sampler, self.space)
+        # Twins are charged once, as to the samplers that begin so by themselves.
+        begin = list({self.evaluator.simplified(candidate).key(): candidate for candidate in begin}.values())
         library = self.charge if sampler in WITH_TABLE else 0
         losses = [[1 - self.original["accuracy"], 1.0]]
 
@@ -168,6 +216,8 @@ class Judge:
         missing = list({c.key(): c for c in candidates if c.key() not in self.known}.values())
         if missing:
             found = self._evaluate(missing)
+            if missing[0].key() == self.space.original().key() and found[0] is None:
+                raise SystemExit("the original cannot be evaluated")  # nothing to remember
             with self.file.open("a", encoding="utf-8") as file:
                 for candidate, values in zip(missing, found, strict=True):
                     self.known[candidate.key()] = values
@@ -198,6 +248,8 @@ class Judge:
         return values["ratio"] if "ratio" in values else values["latency_s"] / self.original["latency_s"]
 
     def _timed(self, found: list[Any]) -> list[Any]:
+        from planish.compilers.manifest import NAME as MANIFEST
+        from planish.search.evaluate import Job
         from planish.search.measuring import measure_trials
         from planish.search.workers import Failure
 
@@ -205,15 +257,15 @@ class Judge:
             n: self.folder / "work" / str(n) for n, result in enumerate(found) if not isinstance(result, Failure)
         }
         original = self.folder / "original"
-        if not (original / "artifact").exists():
-            from planish.search.evaluate import Job
-
+        if not (original / "artifact" / MANIFEST).exists():
             job = Job(0, self.space.original(), 0, original)
             self.evaluator.compile(self.evaluator.build(job.candidate), job, "artifact")
         timed = measure_trials(self.evaluator, folders, original, "untrained", final=False)
-        return [
-            timed[n] if isinstance(timed.get(n, r), Failure) else {**r, **timed.get(n, {})} for n, r in enumerate(found)
-        ]
+        whole: list[Any] = []
+        for n, result in enumerate(found):
+            latency = timed.get(n, result)  # what failed was not timed
+            whole.append(latency if isinstance(latency, Failure) else {**result, **latency})
+        return whole
 
     def _run(self, method: str, candidates: Sequence[Any], arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
         from planish.search.evaluate import Job

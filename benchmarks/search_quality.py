@@ -2,7 +2,7 @@
 
     python benchmarks/search_quality.py              # the small space with all samplers, then a real task
     python benchmarks/search_quality.py --quick      # the small space, fewer seeds
-    python benchmarks/search_quality.py --run RUN    # what a finished run's front comes to, too
+    python benchmarks/search_quality.py --run RUN    # what the front of a finished run comes to, too
 
 **The small space** (`micro_space.py`): 46 656 networks whose accuracy and latency are all stored, so that the best
 hypervolume is known. A method's regret is the share of it that is missing after so many charged evaluations. What the
@@ -11,14 +11,16 @@ library of options costs is charged too, as evaluations.
 **A real task** (`--task digits` or `--task cifar10`): candidates are built and scored before training on the validation
 split; latency is predicted by the table that `planish profile` left, else by the compiler's counted time of every
 kernel that the candidate calls (`--latency predicted`, the same for every method), or compiled and timed beside the
-original (`--latency measured`). Evaluations are kept by candidate in `--cache`, so that methods and seeds share them
-and a killed run carries on.
+original (`--latency measured`). Evaluations are kept by candidate in `--cache`, so that methods and seeds share them,
+and rows when they are whole: a killed run carries on. The families that pay in latency take part: prune, bits, rank and
+block.
 
-**A finished run** (`--run`): the speed-up of its fine-tuned front, as timed, at 0.5 and 1.5 points of validation
+**Finished runs** (`--run`): the speed-up of its fine-tuned front, as timed, at 0.5 and 1.5 points of validation
 accuracy below the original and the size at 0.5 points, beside each what that model loses on the test split (which chose
 nothing), and the epochs of training.
 
-In the summary `hv_...` are hypervolumes of the real task where one is judged, else shares of the small space's best.
+In the summary `hv_...` are hypervolumes of the real task where one is judged (the small space's, shares of its best,
+are `micro_...` then), and what was found of every task stands in `tasks` too.
 
 Every method has the same space, evaluator, batches of 8 and seeds; the reference of the hypervolume is (error 1,
 latency of the original). Intervals are 95 %, by bootstrap over seeds.
@@ -52,20 +54,23 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--most", type=int, default=300, help="charged evaluations of the baselines")
     parser.add_argument("--ours", type=int, default=60, help="charged evaluations of ours that are compared")
-    parser.add_argument("--samplers", nargs="+", default=list(BASELINES))
+    parser.add_argument("--samplers", nargs="+", choices=BASELINES, default=list(BASELINES))
     parser.add_argument("--task", choices=("none", "digits", "cifar10"), default="digits")
     parser.add_argument("--task-alone", action="store_true", help="without the small space")
     parser.add_argument("--families", action="store_true", help="each family alone against all together, too")
     parser.add_argument("--latency", choices=("predicted", "measured"), default="predicted")
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--cache", type=Path, default=Path("runs/search-quality"))
-    parser.add_argument("--run", type=Path, help="the folder of a finished run whose front is summed up")
+    parser.add_argument("--run", nargs="+", default=[], type=Path, help="folders of finished runs, summed up")
     args = parser.parse_args()
     if args.quick:
         args.seeds, args.task = 2, "none"
         args.samplers = [name for name in args.samplers if "tpe" not in name]  # by far the slowest
+    if not args.samplers or args.ours > args.most:
+        parser.error("name a baseline (--quick goes without tpe), and give --most at least as many as --ours")
     from fine_tuned import front_rows, front_summary
 
+    fronts = [front_rows(run) for run in args.run]  # a run that is not finished is told at once
     seeds = list(range(args.seeds))
     rows: list[Row] = []
     summary: Row = {}
@@ -79,11 +84,14 @@ def main() -> None:
             args.task, args.samplers, seeds, args.most, args.ours, args.latency, args.cache, args.workers, args.families
         )
         rows += real
-        summary |= real_summary(real, args.ours, args.most)
-    if args.run:
-        front = front_rows(args.run)
+        own = real_summary(real, args.ours, args.most)
+        summary = {**{name if name.startswith("regret") else f"micro_{name}": v for name, v in summary.items()}, **own}
+        summary["tasks"] = {args.task: own}
+    for front in fronts:
         rows += front
-        summary |= front_summary(front)
+        own = front_summary(front)
+        summary |= own
+        summary.setdefault("tasks", {}).setdefault(own["task"], {}).update(own)
     if args.json:
         from compiled_speed import machine
 
@@ -91,6 +99,7 @@ def main() -> None:
         return
     for row in rows:
         print(front_line(row) if "trial" in row else line(row))
+    summary.pop("tasks", None)
     shown = {key: round(value, 4) if isinstance(value, float) else value for key, value in summary.items()}
     print(", ".join(f"{key} {value}" for key, value in shown.items()))
 

@@ -116,6 +116,7 @@ class _Search:
         self.ledger = Ledger(folder, self.spec)
         self.steps = Steps(evaluator, self.ledger, progress)
         self.front = FrontWriter(self.ledger, tuple(evaluator.devices), progress)
+        self.asked: SamplerTask | None = None
 
     def run(self) -> Run:
         if self.spec.address == "local" and self.ledger.phase() != "done":
@@ -248,7 +249,7 @@ class _Search:
             if bound.metric in traded and bound.bound is not None and (value := bound.value(ledger.original)) > 0
         }
         shape = self.evaluator.traced.output_shape
-        return SamplerTask(
+        self.asked = SamplerTask(
             table=table,
             objectives=ledger.objectives,
             original=tuple(objective.value(ledger.original) for objective in ledger.objectives),
@@ -256,6 +257,7 @@ class _Search:
             classes=shape[1] if len(shape) == 2 else 0,
             least_accuracy=max([0.0, *(b.bound or 0.0 for b in ledger.bounds() if b.metric == "accuracy")]),
         )
+        return self.asked
 
     def _batches(self, pool: Pool, corners: int) -> None:
         """Batches of proposals: scored, compiled, timed, told. Corners come on top of `search.trials`."""
@@ -295,7 +297,7 @@ class _Search:
         if len(self.evaluator.task.data.validation) <= self.spec.search.proxy_images:
             return
         # By what was known before any of them, so that a resumed run takes the same.
-        chosen = self._entered("rescore") or promoted(ledger, alive, 2 * survivors, 0)
+        chosen = self._entered("rescore") or promoted(ledger, alive, 2 * survivors, 0, hopeless=self._hopeless(alive))
         self._begin("rescore", len(chosen), "rescore", -1, chosen)
         waiting = [n for n in ledger.running(chosen) if ledger.records[n].rescore is None]
         self.progress.begin("rescore", len(chosen), len(chosen) - len(waiting))
@@ -305,6 +307,13 @@ class _Search:
             self.progress.advance()
 
         self.steps.evaluate(pool, "rescore", waiting, (), done)
+
+    def _hopeless(self, numbers: Sequence[int]) -> set[int]:
+        """Whom training is not expected to bring to the budget on accuracy, as far as the library tells."""
+        if self.asked is None or not numbers:
+            return set()
+        candidates = [self.ledger.records[number].trial.candidate for number in numbers]
+        return {number for number, one in zip(numbers, self.asked.hopeless(candidates), strict=True) if one}
 
     def _alive(self) -> list[int]:
         ledger = self.ledger
@@ -320,7 +329,9 @@ class _Search:
         for rung, (until, count) in enumerate(zip(epochs, survivors, strict=True)):
             name = f"distill to epoch {until}"
             # As it was decided once: a kill between two of those who are stopped leaves others to choose from.
-            entering = self._entered(name) or promoted(ledger, alive, count, rung, guess, 0 < rung == len(epochs) - 1)
+            entering = self._entered(name) or promoted(
+                ledger, alive, count, rung, guess, last=0 < rung == len(epochs) - 1, hopeless=self._hopeless(alive)
+            )
             self._begin(name, len(entering), "rung", rung, entering)
             missing = [
                 n for n in entering if rung not in ledger.records[n].rungs and ledger.state(n) is not State.FAILED

@@ -20,7 +20,7 @@ from ..compilers.registry import compiler_for
 from ..compilers.verify import FLOAT_TOLERANCE, INT8_TOLERANCE
 from ..hwmodels.device import Device, parse_device
 from ..hwmodels.energy import energy_j
-from ..spaces.apply import apply, rebuild, simplify, state
+from ..spaces.apply import apply, rebuild, simplify, skeleton, state
 from ..spaces.local_error import local_errors
 from ..spaces.propose import Proposal, propose
 from ..spaces.quantize import deploy
@@ -142,6 +142,10 @@ class Evaluator:
         if candidate.key() == self.proposal.space.original().key():
             return apply(candidate, self.traced, self.proposal, None)
         return apply(candidate, self.traced, self.proposal, self.calibration)
+
+    def skeleton(self, candidate: Candidate) -> nn.Module:
+        """The compressed model's structure with weights that nothing was fitted to: what it costs."""
+        return skeleton(candidate, self.traced, self.proposal)
 
     def simplified(self, candidate: Candidate) -> Candidate:
         """The candidate without the options that change nothing next to its others; the same model.

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 # A device that was never seen, and one whose kernels of another model are known: under five minutes, and under one.
 FIRST = TableLimits(candidates=32, least=12, build_s=170.0, kernels=400, kernel_s=50.0, network_s=40.0, total_s=230.0)
-AGAIN = TableLimits(candidates=10, least=4, build_s=25.0, kernels=60, kernel_s=8.0, network_s=10.0, total_s=50.0)
+AGAIN = TableLimits(candidates=8, least=4, build_s=12.0, kernels=60, kernel_s=8.0, network_s=8.0, total_s=30.0)
 # Kernels of other models from which on few of a further one have to be measured.
 _KNOWN = 150
 # One of whose processor another number of threads has a table: networks alone, and the kernels where that fails.
@@ -116,6 +116,7 @@ def build_table(
     seed: int = 0,
     limits: TableLimits | None = None,
     more: Sequence[Candidate] = (),
+    made: Mapping[str, Path] | None = None,
 ) -> LatencyTable:
     """Measures what is missing for a table of the evaluator's space on a device, and fits the model to it.
 
@@ -128,6 +129,7 @@ def build_table(
         limits: By default `AGAIN` where the database knows the device, else `FIRST`. Where it knows the processor with
             another number of threads, that table is carried over if a few networks say that it can be.
         more: Candidates that are to be in the table too.
+        made: The artifacts of candidates that were compiled for the device before, by key.
 
     Raises:
         DatabaseError: the database is damaged.
@@ -137,7 +139,8 @@ def build_table(
     """
     start = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="planish-networks-") as folder:
-        return _built(evaluator, label, database, progress, seed, limits, more, Path(folder), start)
+        planned = Networks(made=made or {})
+        return _built(evaluator, label, database, progress, seed, limits, more, planned, Path(folder), start)
 
 
 def table_candidates(space: SearchSpace, count: int, seed: int = 0, more: Sequence[Candidate] = ()) -> list[Candidate]:
@@ -173,6 +176,7 @@ def _built(
     seed: int,
     limits: TableLimits | None,
     more: Sequence[Candidate],
+    planned: Networks,
     folder: Path,
     start: float,
 ) -> LatencyTable:
@@ -186,7 +190,6 @@ def _built(
     notes: list[str] = []
     candidates = table_candidates(evaluator.proposal.space, limits.candidates, seed, more)
     measuring = TableMeasuring(device, database, PROBES if carries else limits, progress, known, notes=notes)
-    planned = Networks()
     measuring.build(evaluator, label, candidates, planned, folder)
     reference = plan(reference_program(), device)
     if not device.rpc:

@@ -56,6 +56,19 @@ class SamplerTask:
     trained: bool = True
     least_accuracy: float = 0.0
 
+    @property
+    def goals(self) -> Goals:
+        """What is made better."""
+        loss = next(1 - v for o, v in zip(self.objectives, self.original, strict=True) if o.metric == "accuracy")
+        costs = tuple(o.metric for o in self.objectives if o.metric != "accuracy")
+        top = 1 - 1 / self.classes if self.classes > 1 else 1.0
+        return Goals(costs, loss, top, self.limits, 1 - self.least_accuracy)
+
+    def hopeless(self, candidates: Sequence[Candidate]) -> list[bool]:
+        """Of which training is not expected to make a result that keeps the budget on accuracy."""
+        levels = levels_of(self.table.space, candidates)
+        return [bool(one) for one in AfterTraining(self.table, self.goals).hopeless(levels)]
+
 
 def planish_sampler(task: SamplerTask, seed: int) -> optuna.samplers.BaseSampler:
     """The sampler of a task; keep one for a whole study, because it remembers its fits."""
@@ -125,13 +138,13 @@ class _Batch:
         self._task, self._seed, self._rng = task, seed, np.random.default_rng(seed)
         space = task.table.space
         accuracy = next(i for i, o in enumerate(task.objectives) if o.metric == "accuracy")
-        names = tuple(o.metric for i, o in enumerate(task.objectives) if i != accuracy)
-        base = 1 - task.original[accuracy]
-        top = 1 - 1 / task.classes if task.classes > 1 else 1.0
-        self._goals = Goals(names, base, top, task.limits, 1 - task.least_accuracy)
+        self._goals = task.goals
+        names = self._goals.costs
         seen = _evaluated(task, told, accuracy)
         known = {tuple(int(level) for level in row) for row in seen.levels}
-        self._surrogate = Surrogate(task.table, _thinned(seen, names), names, base, top, seed)
+        self._surrogate = Surrogate(
+            task.table, _thinned(seen, names), names, self._goals.base_loss, self._goals.top_loss, seed
+        )
         self._levels = self._pool(seen)
         trained = AfterTraining(task.table, self._goals) if task.trained else None
         axes: list[Axis] = [AsTheyAre(self._surrogate, trained), *([trained] if trained else [])]

@@ -78,7 +78,7 @@ def profile(
         progress.begin("compile", len(jobs))
         metrics: dict[int, dict[str, object]] = {}
         for job in jobs:
-            module = evaluator.build(job.candidate)
+            module = evaluator.build(job.candidate) if job.number == 0 else evaluator.skeleton(job.candidate)
             metrics[job.number] = evaluator.costs(module) | evaluator.compile(module, job, "artifact")
             predicted = evaluator.predicted(module)["latency_s"] if described else {}
             assert isinstance(predicted, dict)
@@ -103,9 +103,11 @@ def profile(
         tables: dict[str, LatencyTable] = {}
         for label, device in evaluator.devices.items():
             if table and device.timed and evaluator.compilers[label].name == "tvm":
+                made = {job.candidate.key(): evaluator.artifact_folder(job.folder, label, "artifact") for job in jobs}
                 tables[label] = build_table(
-                    evaluator, label, database_of(device), progress, seed=spec.seed, limits=limits, more=candidates
-                )
+                    evaluator, label, database_of(device), progress,
+                    seed=spec.seed, limits=limits, more=candidates, made=made,
+                )  # fmt: skip
             if device.here:
                 artifact = evaluator.artifact_folder(jobs[0].folder, label, "artifact")
                 protocol = MeasureProtocol(time_limit_s=spec.measure.time_limit_s)

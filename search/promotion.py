@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,13 +18,21 @@ _BINS = 4
 
 
 def promoted(
-    ledger: Ledger, alive: Sequence[int], count: int, rung: int, guess: float = 0.0, last: bool = False
+    ledger: Ledger,
+    alive: Sequence[int],
+    count: int,
+    rung: int,
+    guess: float = 0.0,
+    *,
+    last: bool = False,
+    hopeless: Container[int] = (),
 ) -> list[int]:
     """Which of the trials enter a rung; those who keep the budgets on cost go before those who do not.
 
     Once they were trained, those who keep a budget on accuracy go before those who do not, and of these the most
     accurate of every bin, which are the nearest to it; to the last rung the most accurate of all, because the fast end
-    has no longer training to hope for. A pure function of what was recorded before the rung.
+    has no longer training to hope for. Before any training those go first that training is expected to bring to the
+    budget, then the most accurate of all others. A pure function of what was recorded before the rung.
 
     Args:
         ledger: Of the run.
@@ -34,6 +42,7 @@ def promoted(
         guess: The accuracy of always naming the most frequent class. What was trained and cannot be told from that is
             left behind, small and fast as it may be, unless there is nothing else.
         last: Whether what enters is trained to the end.
+        hopeless: The trials that training is not expected to bring to the budget on accuracy.
     """
     if not alive:
         return []
@@ -52,7 +61,7 @@ def promoted(
     # What can never be offered does not take a place.
     losses[np.array([not cheaper(objectives, row, base) for row in rows], dtype=bool)] = np.nan
     cheap = keeping("minimize")
-    accurate = keeping("maximize") if rung else np.ones(len(rows), dtype=bool)
+    accurate = keeping("maximize") if rung else np.array([number not in hopeless for number in alive], dtype=bool)
     if rung:
         guessing = np.array([_lowest(row) <= guess for row in rows], dtype=bool)
         losses[guessing] = losses[guessing] if guessing.all() else np.nan
@@ -61,7 +70,7 @@ def promoted(
         # Below a budget on accuracy only accuracy counts.
         below = bool((group & ~accurate).any())
         own = losses[:, [o.goal == "maximize" for o in objectives]] if below else losses
-        bins = 1 if below and last else _BINS
+        bins = 1 if below and (last or not rung) else _BINS
         chosen += promote(np.where(group[:, None], own, np.nan), cost, count - len(chosen), bins)
     return sorted(alive[row] for row in chosen)
 

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, TypeVar
 from ..hwmodels.kernel_database import DatabaseError, KernelDatabase, KernelTime, NetworkTime, network_key
 from ..hwmodels.load import BusyMachine, LoadWatch
 from ..hwmodels.quiet import Samples, best_reference_s, settled
-from ..spaces.apply import skeleton
 from ..spaces.quantize import deploy
 from .errors import UserError
 
@@ -57,10 +56,15 @@ class TableLimits:
 
 @dataclass
 class Networks:
-    """Candidates by key as they are planned, and the artifacts of those that have to be timed."""
+    """Candidates by key as they are planned, and the artifacts of those that have to be timed.
+
+    Attributes:
+        made: Artifacts that are there already, of some that may be asked for.
+    """
 
     plans: dict[str, Plan] = field(default_factory=dict)
     artifacts: dict[str, Path] = field(default_factory=dict)
+    made: Mapping[str, Path] = field(default_factory=dict)
 
 
 @dataclass
@@ -134,7 +138,8 @@ class TableMeasuring:
                 program = program_of(evaluator, candidate)
                 networks.plans[key] = plan(program, self.device)
                 if network_key(networks.plans[key].calls) not in known:
-                    networks.artifacts[key] = compiled(evaluator, label, program, folder / key)
+                    made = networks.made.get(key)
+                    networks.artifacts[key] = made or compiled(evaluator, label, program, folder / key)
             except (ValueError, RuntimeError) as error:
                 if candidate is candidates[0]:
                     raise
@@ -230,7 +235,7 @@ def program_of(evaluator: Evaluator, candidate: Candidate) -> ExportedProgram:
     """
     import torch
 
-    module = deploy(skeleton(candidate, evaluator.traced, evaluator.proposal))
+    module = deploy(evaluator.skeleton(candidate))
     return torch.export.export(module, (evaluator.traced.example,))
 
 

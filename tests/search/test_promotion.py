@@ -137,6 +137,17 @@ def test_to_the_last_rung_go_those_nearest_to_a_budget_on_accuracy_however_fast_
     assert promoted(keeping, [1, 2, 3, 4, 5, 6], 2, 2, last=True) == promoted(keeping, [1, 2, 3, 4], 2, 2)
 
 
+def test_nobody_takes_a_place_from_those_whom_training_may_bring_to_the_budget() -> None:
+    accuracies = [0.93, 0.80, 0.85, 0.60, 0.70, 0.30, 0.40, 0.20]
+    names = list(range(1, 9))
+    ledger = ledger_of(accuracies, budget=["accuracy>=-5pp"])
+    assert promoted(ledger, names, 3, 0, hopeless={4, 5, 6, 7, 8}) == [1, 2, 3]
+    # The places that are left go to the most accurate of the others, fast as all of them are.
+    assert promoted(ledger, names, 5, 0, hopeless={4, 5, 6, 7, 8}) == [1, 2, 3, 4, 5]
+    # What was trained has shown what it is.
+    assert promoted(ledger, names, 4, 1, hopeless={1, 3}) == promoted(ledger, names, 4, 1)
+
+
 def test_a_cost_that_stays_as_it_is_excludes_nobody() -> None:
     """Narrow numbers change no count of multiply-accumulates, and are offered all the same: they are faster."""
     ledger = ledger_of([0.9, 0.8, 0.7, 0.6], objectives=["accuracy", "latency", "macs"])
