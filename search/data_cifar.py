@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -53,7 +54,9 @@ def _read(folder: Path) -> tuple[Arrays, Arrays]:
         return (images, labels), _official(official / "test_batch")
     train, test = folder / "cifar10_train.npz", folder / "cifar10_test.npz"
     if train.exists() and test.exists():
-        return _packed(train), _packed(test)
+        with ThreadPoolExecutor(2) as pool:  # unpacking takes seconds, and leaves Python to others
+            first, second = pool.map(_packed, (train, test))
+        return first, second
     raise TaskError(
         f"{folder} holds no CIFAR-10; it needs data_batch_1 .. data_batch_5 and test_batch "
         "(cifar-10-python.tar.gz unpacked), or cifar10_train.npz and cifar10_test.npz"

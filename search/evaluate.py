@@ -44,6 +44,7 @@ from .training_device import device_for
 
 if TYPE_CHECKING:
     from ..compilers.compiler import Compiler
+    from ..compilers.tvm_workloads import Plan
     from .measuring import Timer
 
 Metrics = dict[str, object]
@@ -304,11 +305,11 @@ class Evaluator:
         """Stored bytes and MACs."""
         return {"size_bytes": stored_bytes(module), "macs": count_macs(module, self.traced.example)}
 
-    def compile(self, module: nn.Module, job: Job, name: str) -> Metrics:
+    def compile(self, module: nn.Module, job: Job, name: str, plans: dict[str, Plan] | None = None) -> Metrics:
         """Compiles for every device into `folder/NAME` (`NAME-DEVICE` for several); what a kill left there goes.
 
         Energy, where it is asked for, is modelled (see `hwmodels.energy`), the highest of all devices; measuring may
-        find the real one.
+        find the real one. What it is modelled from joins `plans`, by device.
         """
         deployed = deploy(module)
         program = torch.export.export(deployed, (self.traced.example,))
@@ -323,7 +324,10 @@ class Evaluator:
             if self.asks_energy:
                 from ..compilers.tvm_workloads import plan
 
-                joules = max(joules, energy_j(plan(program, device).calls))
+                planned = plan(program, device)
+                joules = max(joules, energy_j(planned.calls))
+                if plans is not None:
+                    plans[label] = planned
             folder = self.artifact_folder(job.folder, label, name)
             shutil.rmtree(folder, ignore_errors=True)
             artifact = self.compilers[label].compile(

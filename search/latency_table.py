@@ -65,6 +65,7 @@ class LatencyTable:
         failed: Kernels and networks that could not be timed, with the reason.
         notes: What went wrong and did not stop it.
         seconds: It took.
+        timed_s: What candidates took as whole networks, by key.
     """
 
     model: TableModel | TransferModel
@@ -77,6 +78,7 @@ class LatencyTable:
     failed: Mapping[str, str]
     notes: tuple[str, ...]
     seconds: float
+    timed_s: Mapping[str, float]
 
     @property
     def error(self) -> float:
@@ -116,7 +118,7 @@ def build_table(
     seed: int = 0,
     limits: TableLimits | None = None,
     more: Sequence[Candidate] = (),
-    made: Mapping[str, Path] | None = None,
+    made: Mapping[str, tuple[Plan, Path]] | None = None,
 ) -> LatencyTable:
     """Measures what is missing for a table of the evaluator's space on a device, and fits the model to it.
 
@@ -129,7 +131,7 @@ def build_table(
         limits: By default `AGAIN` where the database knows the device, else `FIRST`. Where it knows the processor with
             another number of threads, that table is carried over if a few networks say that it can be.
         more: Candidates that are to be in the table too.
-        made: The artifacts of candidates that were compiled for the device before, by key.
+        made: Plans and artifacts of candidates that were compiled for the device before, by key.
 
     Raises:
         DatabaseError: the database is damaged.
@@ -210,6 +212,11 @@ def _built(
         keys = {network_key(one.calls) for one in planned.plans.values()}
         return [network for network in networks if network.key() in keys]
 
+    def timed_s() -> dict[str, float]:
+        found = {network.key(): network.time.median_s for network in networks}
+        keys = {key: network_key(one.calls) for key, one in planned.plans.items()}
+        return {key: found[known_as] for key, known_as in keys.items() if known_as in found}
+
     def finished(model: TableModel | TransferModel, found: HeldOut | None, source: str = "") -> LatencyTable:
         times = [*(t.time for t in known.values()), *(n.time for n in networks)]
         return LatencyTable(
@@ -223,6 +230,7 @@ def _built(
             failed=measuring.failed,
             notes=tuple(dict.fromkeys(notes)),
             seconds=time.monotonic() - start,
+            timed_s=timed_s(),
         )
 
     if carries:

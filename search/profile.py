@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from math import isnan
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..compilers.kernel_times import database_of
 from ..hwmodels.device import Device
@@ -24,6 +25,10 @@ from .slow_sites import LayerCost, layer_costs
 from .table_measuring import TableLimits, refuse_loaded
 from .tile_measuring import measure_tiles
 from .workers import Failure
+
+if TYPE_CHECKING:
+    from ..compilers.tvm_workloads import Plan
+    from .evaluate import Evaluator, Job
 
 
 def profile(
@@ -77,37 +82,44 @@ def profile(
         jobs = [Job(n, candidate, spec.seed, Path(folder, str(n))) for n, candidate in enumerate(candidates)]
         progress.begin("compile", len(jobs))
         metrics: dict[int, dict[str, object]] = {}
+        plans: dict[int, dict[str, Plan]] = {}
         for job in jobs:
             module = evaluator.build(job.candidate) if job.number == 0 else evaluator.skeleton(job.candidate)
-            metrics[job.number] = evaluator.costs(module) | evaluator.compile(module, job, "artifact")
+            plans[job.number] = {}
+            compiled = evaluator.compile(module, job, "artifact", plans[job.number])
+            metrics[job.number] = evaluator.costs(module) | compiled
             predicted = evaluator.predicted(module)["latency_s"] if described else {}
             assert isinstance(predicted, dict)
             metrics[job.number]["latency_s"] = {label: predicted[label] for label in described}
             progress.advance()
+        in_tables = [
+            label
+            for label, device in evaluator.devices.items()
+            if table and device.timed and evaluator.compilers[label].name == "tvm"
+        ]
         progress.begin("time", 1)
-        with LoadWatch() as watch:
-            timed = measure_trials(
-                evaluator, {job.number: job.folder for job in jobs}, jobs[0].folder, "artifact", final=True
-            )
-        for device in here:
-            refuse_loaded(watch, device)
-        first = timed.get(0)
-        if isinstance(first, Failure):
-            raise UserError(f"the model as it is cannot be timed: {first}")
-        for number, result in timed.items():
-            if not isinstance(result, Failure):
-                latencies = {**mapping(metrics[number]["latency_s"]), **mapping(result.get("latency_s"))}
-                metrics[number] |= {**result, "latency_s": latencies}
+        _time(evaluator, jobs[:1], metrics)
+        # A table times the corners, too, but not what they use.
+        timed = [label for label, device in evaluator.devices.items() if device.timed]
+        if len(in_tables) < len(timed) or metrics[0].get("energy_measured"):
+            _time(evaluator, jobs, metrics)
         progress.advance()
         devices: dict[str, dict[str, object]] = {}
         tables: dict[str, LatencyTable] = {}
         for label, device in evaluator.devices.items():
-            if table and device.timed and evaluator.compilers[label].name == "tvm":
-                made = {job.candidate.key(): evaluator.artifact_folder(job.folder, label, "artifact") for job in jobs}
+            if label in in_tables:
+                made = {
+                    job.candidate.key(): (
+                        plans[job.number][label],
+                        evaluator.artifact_folder(job.folder, label, "artifact"),
+                    )
+                    for job in jobs
+                }
                 tables[label] = build_table(
                     evaluator, label, database_of(device), progress,
                     seed=spec.seed, limits=limits, more=candidates, made=made,
                 )  # fmt: skip
+                _add_corners(jobs, label, tables[label], metrics)
             if device.here:
                 artifact = evaluator.artifact_folder(jobs[0].folder, label, "artifact")
                 protocol = MeasureProtocol(time_limit_s=spec.measure.time_limit_s)
@@ -137,6 +149,41 @@ def profile(
     }
 
 
+def _time(evaluator: Evaluator, jobs: Sequence[Job], metrics: Mapping[int, dict[str, object]]) -> None:
+    """Times candidates beside the original, which is the first; one that cannot be timed is left without.
+
+    Raises:
+        UserError: it is the original.
+        BusyMachine: others used the cores meanwhile.
+    """
+    folders = {job.number: job.folder for job in jobs}
+    with LoadWatch() as watch:
+        timed = measure_trials(evaluator, folders, jobs[0].folder, "artifact", final=True)
+    for device in evaluator.devices.values():
+        if device.here:
+            refuse_loaded(watch, device)
+    first = timed.get(0)
+    if isinstance(first, Failure):
+        raise UserError(f"the model as it is cannot be timed: {first}")
+    for number, result in timed.items():
+        if not isinstance(result, Failure):
+            latencies = {**mapping(metrics[number]["latency_s"]), **mapping(result.get("latency_s"))}
+            metrics[number] |= {**result, "latency_s": latencies}
+
+
+def _add_corners(
+    jobs: Sequence[Job], label: str, table: LatencyTable, metrics: Mapping[int, dict[str, object]]
+) -> None:
+    """Latencies of those that were not timed beside the original, by what both took when the table was made."""
+    base_s = table.timed_s.get(jobs[0].candidate.key())
+    for job in jobs:
+        known = mapping(metrics[job.number]["latency_s"])
+        own_s = table.timed_s.get(job.candidate.key())
+        if label not in known and base_s and own_s:
+            seconds = _value(metrics[0], label) * own_s / base_s
+            metrics[job.number]["latency_s"] = {**known, label: {"value": seconds}}
+
+
 def _device(
     label: str,
     device: Device,
@@ -145,6 +192,7 @@ def _device(
     metrics: Mapping[int, Mapping[str, object]],
 ) -> dict[str, object]:
     total = sum(seconds for _, _, seconds in calls)
+    latencies = [value for m in metrics.values() if not isnan(value := _value(m, label))]
     return {
         "title": device.title,
         "threads": device.threads,
@@ -172,7 +220,7 @@ def _device(
         "reachable": {
             name: [min(values), max(values)]
             for name, values in {
-                "latency_s": [_value(m, label) for m in metrics.values()],
+                "latency_s": latencies,
                 **{
                     key: [float(str(m[key])) for m in metrics.values()]
                     for key in ("size_bytes", "macs", "peak_memory_bytes", "energy_j")

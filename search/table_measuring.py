@@ -59,12 +59,12 @@ class Networks:
     """Candidates by key as they are planned, and the artifacts of those that have to be timed.
 
     Attributes:
-        made: Artifacts that are there already, of some that may be asked for.
+        made: Plans and artifacts that are there already, of some that may be asked for.
     """
 
     plans: dict[str, Plan] = field(default_factory=dict)
     artifacts: dict[str, Path] = field(default_factory=dict)
-    made: Mapping[str, Path] = field(default_factory=dict)
+    made: Mapping[str, tuple[Plan, Path]] = field(default_factory=dict)
 
 
 @dataclass
@@ -135,11 +135,13 @@ class TableMeasuring:
             if key in networks.plans or f"network {key}" in self.failed:
                 continue
             try:
-                program = program_of(evaluator, candidate)
-                networks.plans[key] = plan(program, self.device)
+                if key in networks.made:
+                    networks.plans[key], artifact = networks.made[key]
+                else:
+                    program, artifact = program_of(evaluator, candidate), None
+                    networks.plans[key] = plan(program, self.device)
                 if network_key(networks.plans[key].calls) not in known:
-                    made = networks.made.get(key)
-                    networks.artifacts[key] = made or compiled(evaluator, label, program, folder / key)
+                    networks.artifacts[key] = artifact or compiled(evaluator, label, program, folder / key)
             except (ValueError, RuntimeError) as error:
                 if candidate is candidates[0]:
                     raise

@@ -324,8 +324,10 @@ def test_no_candidate_is_begun_when_time_is_up_but_the_least(
     assert list(networks.artifacts) == [candidate.key() for candidate in candidates[:3]]
     assert build(networks, candidates=5, least=3, build_s=600.0) == 5
     assert built == [tmp_path / candidate.key() for candidate in candidates[:5]]
-    # What was timed on a quiet machine is planned and not compiled.
-    key = candidates[0].key()
+    # What was compiled before is not compiled again, and what was timed on a quiet machine is planned alone.
+    key, other = candidates[0].key(), candidates[1].key()
+    assert build(given := Networks(made={other: (networks.plans[other], tmp_path / "made")}), candidates=2) == 2
+    assert given.artifacts == {key: tmp_path / key, other: tmp_path / "made"}
     database.add([NetworkTime(networks.plans[key].calls, Settled(1e-3, 1e-3, 1e-3, 9, True))], {})
     again = Networks()
     assert build(again, candidates=2, least=2, build_s=600.0) == 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,9 @@ from tests.search.tables import table_for
 from planish.search.dynamic_program import solve
 from planish.search.errors import UserError
 from planish.search.objective import objectives_of
+from planish.search.option_table import levels_of
 from planish.search.planish_sampler import SamplerTask
+from planish.search.refine import Goals
 from planish.search.sampler import SAMPLERS, Proposer, opening, strongest, uniform_policies
 from planish.spaces.space import Candidate, Choice, Kind, SearchSpace
 
@@ -262,3 +265,22 @@ def test_candidates_that_give_the_same_model_are_proposed_once(tmp_path: Path, s
     proposing = Proposer(tmp_path / "study.log", space_of(), sampler, 0, ["maximize", "minimize"], without_rank)
     found = asked(proposing, 5, 8)
     assert len({without_rank(candidate).key() for candidate in found}) == len(found) == 40
+
+
+def test_hopeless_is_what_the_table_expects_below_the_budget_whatever_the_order_of_objectives() -> None:
+    space = space_of()
+    table = table_for(space)
+    rng = np.random.default_rng(0)
+    candidates = [space.original(), *(space.sample(rng) for _ in range(50))]
+    by_order = []
+    for names, original in ((("accuracy", "latency"), (0.9, 1.0)), (("latency", "accuracy"), (1.0, 0.9))):
+        task = SamplerTask(table, objectives_of(names, ("cpu",)), original, {}, 10, least_accuracy=0.89)
+        goals = replace(task.goals, base_loss=round(task.goals.base_loss, 9), most_loss=round(task.goals.most_loss, 9))
+        assert goals == Goals(("latency[cpu]",), 0.1, 0.9, {}, 0.11)
+        by_order.append(task.hopeless(candidates))
+        assert not any(replace(task, least_accuracy=0.0).hopeless(candidates))
+    assert by_order[0] == by_order[1]
+    errors = table.error(levels_of(space, candidates))
+    least = min(error for error, hopeless in zip(errors, by_order[0], strict=True) if hopeless)
+    assert not by_order[0][0]
+    assert all((error >= least) == hopeless for error, hopeless in zip(errors, by_order[0], strict=True))
