@@ -7,8 +7,9 @@ import time
 from collections.abc import Callable
 from types import TracebackType
 
-# Others may use this much of a core beyond those that the measurement leaves free.
-_TOLERATED_CORES = 0.35
+# Others may use this much of a core beyond those that the measurement leaves free. Less than a third: so much more is
+# theirs where two that never rest share two cores with a measurement of one thread, whose part they slow down.
+_TOLERATED_CORES = 0.25
 
 
 class BusyMachine(ValueError):

@@ -12,6 +12,9 @@ from ..hwmodels.regression import LEAST as LEAST_KERNELS
 from ..hwmodels.regression import KernelRegression
 from ..hwmodels.table import TableModel
 
+_REMEMBERED = 4
+_REGRESSIONS: dict[object, KernelRegression] = {}
+
 
 def fitted(
     device: Device,
@@ -29,7 +32,7 @@ def fitted(
         seed: Of which kernels a regression is fitted to, where they are very many.
         own: The keys of the networks whose error is stated; None: of all.
     """
-    regression = KernelRegression.fit(list(times.values()), seed) if len(times) >= LEAST_KERNELS else None
+    regression = regression_of(times, seed) if len(times) >= LEAST_KERNELS else None
     model = TableModel(device, times, regression)
     chosen = _usable(model, networks)
     if len(chosen) < LEAST:
@@ -39,6 +42,20 @@ def fitted(
     judged = None if own is None else [network.key() in own for network in chosen]
     seconds = [network.time.median_s for network in chosen]
     return replace(model, corrector=Corrector.fit(sums, calls, seconds, judged))
+
+
+def regression_of(times: Mapping[str, KernelTime], seed: int = 0) -> KernelRegression:
+    """The regression of kernel times by key; those last fitted are remembered, because a fit takes a second.
+
+    Raises:
+        ValueError: they are too few.
+    """
+    known = (seed, tuple((key, time.time) for key, time in times.items()))
+    if known not in _REGRESSIONS:
+        while len(_REGRESSIONS) >= _REMEMBERED:
+            del _REGRESSIONS[next(iter(_REGRESSIONS))]
+        _REGRESSIONS[known] = KernelRegression.fit(list(times.values()), seed)
+    return _REGRESSIONS[known]
 
 
 def _usable(model: TableModel, networks: Sequence[NetworkTime]) -> list[NetworkTime]:

@@ -16,11 +16,11 @@ from ..hwmodels.held_out import HeldOut
 from ..hwmodels.kernel_database import KernelDatabase, NetworkTime, network_key
 from ..hwmodels.latency import Prediction
 from ..hwmodels.load import BusyMachine, wait_for_quiet
+from ..hwmodels.quiet import Settled
 from ..hwmodels.regression import LEAST as LEAST_KERNELS
-from ..hwmodels.regression import KernelRegression
 from ..hwmodels.table import TableModel
 from ..hwmodels.transfer import TransferModel
-from .fitted import fitted
+from .fitted import fitted, regression_of
 from .sampler import strongest, uniform_policies
 from .table_measuring import (
     Networks,
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 # A device that was never seen, and one whose kernels of another model are known: under five minutes, and under one.
 FIRST = TableLimits(candidates=32, least=12, build_s=170.0, kernels=400, kernel_s=50.0, network_s=40.0, total_s=230.0)
-AGAIN = TableLimits(candidates=8, least=4, build_s=12.0, kernels=60, kernel_s=8.0, network_s=8.0, total_s=30.0)
+AGAIN = TableLimits(candidates=6, least=4, build_s=8.0, kernels=40, kernel_s=5.0, network_s=6.0, total_s=25.0)
 # Kernels of other models from which on few of a further one have to be measured.
 _KNOWN = 150
 # One of whose processor another number of threads has a table: networks alone, and the kernels where that fails.
@@ -65,7 +65,7 @@ class LatencyTable:
         failed: Kernels and networks that could not be timed, with the reason.
         notes: What went wrong and did not stop it.
         seconds: It took.
-        timed_s: What candidates took as whole networks, by key.
+        timed: What candidates took as whole networks, by key.
     """
 
     model: TableModel | TransferModel
@@ -78,7 +78,7 @@ class LatencyTable:
     failed: Mapping[str, str]
     notes: tuple[str, ...]
     seconds: float
-    timed_s: Mapping[str, float]
+    timed: Mapping[str, Settled]
 
     @property
     def error(self) -> float:
@@ -212,8 +212,8 @@ def _built(
         keys = {network_key(one.calls) for one in planned.plans.values()}
         return [network for network in networks if network.key() in keys]
 
-    def timed_s() -> dict[str, float]:
-        found = {network.key(): network.time.median_s for network in networks}
+    def timed() -> dict[str, Settled]:
+        found = {network.key(): network.time for network in networks}
         keys = {key: network_key(one.calls) for key, one in planned.plans.items()}
         return {key: found[known_as] for key, known_as in keys.items() if known_as in found}
 
@@ -230,7 +230,7 @@ def _built(
             failed=measuring.failed,
             notes=tuple(dict.fromkeys(notes)),
             seconds=time.monotonic() - start,
-            timed_s=timed_s(),
+            timed=timed(),
         )
 
     if carries:
@@ -254,7 +254,7 @@ def _built(
     measuring.kernels(wanted[:half], works, reference, limits.kernel_s * half / limits.kernels)
     left = [key for key in wanted[half:] if measuring.asks(key)]
     if left and len(known) >= LEAST_KERNELS:
-        left = by_error(plans.values(), left, KernelRegression.fit(list(known.values()), seed))
+        left = by_error(plans.values(), left, regression_of(known, seed))
     measuring.kernels(left[: limits.kernels - half], works, reference, limits.kernel_s / 2)
     disturbed = [key for key in wanted if key in measuring.timed and key in known and not known[key].time.quiet]
     if disturbed and left_s() > 0:

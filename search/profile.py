@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from ..compilers.kernel_times import database_of
 from ..hwmodels.device import Device
 from ..hwmodels.load import LoadWatch, wait_for_quiet
+from ..hwmodels.rapl import EnergyCounters
 from .config import Spec
 from .errors import UserError
 from .json_text import mapping
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 def profile(
     spec: Spec, progress: Progress, *, table: bool = True, limits: TableLimits | None = None, tiles: bool = False
 ) -> dict[str, object]:
-    """Compiles and times the original and the cheapest corners of its space, and builds its latency table.
+    """Compiles the original and the cheapest corners of its space, and builds its latency table, which times them.
 
     On a device that is only described nothing is timed: its figures are predicted, and `predicted_error` says how far
     they may be off.
@@ -97,29 +98,28 @@ def profile(
             for label, device in evaluator.devices.items()
             if table and device.timed and evaluator.compilers[label].name == "tvm"
         ]
-        progress.begin("time", 1)
-        _time(evaluator, jobs[:1], metrics)
-        # A table times the corners, too, but not what they use.
-        timed = [label for label, device in evaluator.devices.items() if device.timed]
-        if len(in_tables) < len(timed) or metrics[0].get("energy_measured"):
-            _time(evaluator, jobs, metrics)
-        progress.advance()
-        devices: dict[str, dict[str, object]] = {}
         tables: dict[str, LatencyTable] = {}
+        for label in in_tables:
+            made = {
+                job.candidate.key(): (
+                    plans[job.number][label],
+                    evaluator.artifact_folder(job.folder, label, "artifact"),
+                )
+                for job in jobs
+            }
+            tables[label] = build_table(
+                evaluator, label, database_of(evaluator.devices[label]), progress,
+                seed=spec.seed, limits=limits, more=candidates, made=made,
+            )  # fmt: skip
+            _add_latencies(jobs, label, tables[label], metrics)
+        # A table does not tell what a run uses.
+        counted = here and EnergyCounters.here() is not None
+        if counted or any(device.timed and label not in in_tables for label, device in evaluator.devices.items()):
+            progress.begin("time", 1)
+            _time(evaluator, jobs, metrics)
+            progress.advance()
+        devices: dict[str, dict[str, object]] = {}
         for label, device in evaluator.devices.items():
-            if label in in_tables:
-                made = {
-                    job.candidate.key(): (
-                        plans[job.number][label],
-                        evaluator.artifact_folder(job.folder, label, "artifact"),
-                    )
-                    for job in jobs
-                }
-                tables[label] = build_table(
-                    evaluator, label, database_of(device), progress,
-                    seed=spec.seed, limits=limits, more=candidates, made=made,
-                )  # fmt: skip
-                _add_corners(jobs, label, tables[label], metrics)
             if device.here:
                 artifact = evaluator.artifact_folder(jobs[0].folder, label, "artifact")
                 protocol = MeasureProtocol(time_limit_s=spec.measure.time_limit_s)
@@ -150,7 +150,7 @@ def profile(
 
 
 def _time(evaluator: Evaluator, jobs: Sequence[Job], metrics: Mapping[int, dict[str, object]]) -> None:
-    """Times candidates beside the original, which is the first; one that cannot be timed is left without.
+    """Times candidates beside the original, which is the first; what is known of their latencies stays.
 
     Raises:
         UserError: it is the original.
@@ -167,21 +167,28 @@ def _time(evaluator: Evaluator, jobs: Sequence[Job], metrics: Mapping[int, dict[
         raise UserError(f"the model as it is cannot be timed: {first}")
     for number, result in timed.items():
         if not isinstance(result, Failure):
-            latencies = {**mapping(metrics[number]["latency_s"]), **mapping(result.get("latency_s"))}
+            latencies = {**mapping(result.get("latency_s")), **mapping(metrics[number]["latency_s"])}
             metrics[number] |= {**result, "latency_s": latencies}
 
 
-def _add_corners(
+def _add_latencies(
     jobs: Sequence[Job], label: str, table: LatencyTable, metrics: Mapping[int, dict[str, object]]
 ) -> None:
-    """Latencies of those that were not timed beside the original, by what both took when the table was made."""
-    base_s = table.timed_s.get(jobs[0].candidate.key())
+    """What candidates took when the table was made; the first of them, the original, must have run.
+
+    Raises:
+        UserError: it did not.
+    """
     for job in jobs:
-        known = mapping(metrics[job.number]["latency_s"])
-        own_s = table.timed_s.get(job.candidate.key())
-        if label not in known and base_s and own_s:
-            seconds = _value(metrics[0], label) * own_s / base_s
-            metrics[job.number]["latency_s"] = {**known, label: {"value": seconds}}
+        time = table.timed.get(job.candidate.key())
+        if time is not None:
+            entry = {"value": time.median_s, "ci95": [time.low_s, time.high_s]}
+            metrics[job.number]["latency_s"] = {**mapping(metrics[job.number]["latency_s"]), label: entry}
+        elif job.number == 0:
+            reason = table.failed.get(f"network {job.candidate.key()}", "it was not run")
+            raise UserError(f"the model as it is cannot be timed: {reason}")
+        if job.number == 0 and time is not None and not time.quiet:
+            metrics[0]["drifted"] = True
 
 
 def _device(

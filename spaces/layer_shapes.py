@@ -111,12 +111,20 @@ def layers_at(
         lanes: Of the proposal.
         same_channels: Whether its input and output channels are the same ones.
     """
-    found = _block(layer, options.get(Kind.BLOCK), lanes, same_channels)
-    rank = options.get(Kind.RANK)
+    kinds = (Kind.BLOCK, Kind.RANK, Kind.CLUSTER, Kind.BITS)
+    return _standing(layer, tuple(options.get(kind) for kind in kinds), lanes, same_channels)
+
+
+# A model has few shapes and many layers.
+@lru_cache(maxsize=1 << 16)
+def _standing(
+    layer: LayerShape, options: tuple[Option, ...], lanes: int, same_channels: bool
+) -> tuple[LayerShape, ...]:
+    block, rank, entries, bits = options
+    found = _block(layer, block, lanes, same_channels)
     if rank is not None and found and found[-1].groups == 1:
         # What can be factorised is the layer itself, or the 1x1 convolution at the end of a separable block.
         found = (*found[:-1], *_factors(found[-1], Rank.parse(str(rank))))
-    entries, bits = options.get(Kind.CLUSTER), options.get(Kind.BITS)
     if entries is not None:
         found = tuple(
             replace(part, entries=int(entries)) if worth_sharing(part.weights, int(entries)) else part for part in found

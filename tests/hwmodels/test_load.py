@@ -17,6 +17,7 @@ from planish.hwmodels.load import BusyMachine, LoadWatch, refusal, wait_for_quie
         (0.0, 1, 2, False),
         (1.0, 1, 2, False),
         (1.9, 1, 2, True),
+        (1.33, 1, 2, True),  # two that never rest
         (0.9, 2, 2, True),
         (0.2, 2, 2, False),
         (0.9, 1, 1, True),
