@@ -250,7 +250,8 @@ def _built(
     first = [*reference.kernels, *plans[candidates[0].key()].kernels]
     # Half by the time that goes to them, half by how uncertain what the first half tells of them is.
     wanted = [key for key in by_weight(plans.values(), works, first) if measuring.asks(key)]
-    half = limits.kernels // 2 if len(known) + limits.kernels // 2 >= LEAST_KERNELS else limits.kernels
+    chooses = len(wanted) > limits.kernels and len(known) + limits.kernels // 2 >= LEAST_KERNELS
+    half = limits.kernels // 2 if chooses else limits.kernels
     measuring.kernels(wanted[:half], works, reference, limits.kernel_s * half / limits.kernels)
     left = [key for key in wanted[half:] if measuring.asks(key)]
     if left and len(known) >= LEAST_KERNELS:
