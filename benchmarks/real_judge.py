@@ -29,7 +29,7 @@ TASKS: dict[str, dict[str, Any]] = {
 FAMILIES = ("prune", "bits", "rank", "block")
 _PROXY = 512
 _REPOSITORY = Path(__file__).resolve().parents[1]
-# What accuracies, latencies and the charge of the library come from; what methods propose, from all.
+# What accuracies, latencies and the charge of the library come from; rows come from what proposes, too.
 _EVALUATION = (
     "spaces/*.py", "hwmodels/*.py", "compilers/**/*.py", "search/evaluate.py", "search/score.py", "search/fitted.py",
     "search/predicting.py", "search/library*.py", "search/data*.py", "benchmarks/real_judge.py",
