@@ -112,10 +112,12 @@ def by_hand(run: Path, ratio: float, out: Path) -> None:
 
     # Without VNNI sums of two products saturate in 16 bits; ONNX Runtime advises weights of 7 bits there.
     saturates = not any("vnni" in feature for feature in host().features)
+    partial = out.with_suffix(".partial.onnx")  # what a kill cuts short is not taken for a result
     quantize_static(
-        str(prepared), str(out), Calibration(), per_channel=True, activation_type=QuantType.QUInt8,
+        str(prepared), str(partial), Calibration(), per_channel=True, activation_type=QuantType.QUInt8,
         weight_type=QuantType.QInt8, reduce_range=saturates,
     )  # fmt: skip
+    partial.replace(out)
 
 
 class Artifact:
@@ -217,7 +219,7 @@ def compare(run: Path, ratios: Sequence[float], turns: int, folder: Path) -> tup
 
 
 def _child(run: Path, ratio: float, out: Path) -> None:
-    if out.exists():  # written last
+    if out.exists():
         return
     command = [sys.executable, __file__, "--run", str(run), "--one", json.dumps([ratio, str(out)])]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
