@@ -253,12 +253,14 @@ def evaluator_in_worker(shared: Shared) -> Any:
     import torch
 
     from ..compilers.cores import limit_cores
+    from .allocator import keep_freed_memory
     from .evaluate import Evaluator
 
     if shared.place.is_dir():
         os.chdir(shared.place)
     torch.set_num_threads(1)
     limit_cores(1)
+    keep_freed_memory()
     task = None if shared.task is None else fetched(shared.task)
     evaluator = Evaluator(shared.spec, task, shared.devices)
     evaluator.times = shared.times

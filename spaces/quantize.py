@@ -115,7 +115,7 @@ class Quantized(nn.Module):
         return IntegerLinear(*values) if isinstance(self.inner, nn.Linear) else IntegerConv2d(self.inner, *values)
 
     def _follow(self, x: Tensor) -> None:
-        low, high = torch.aminmax(x)
+        low, high = torch.aminmax(_in_memory_order(x))
         self.low.lerp_(low.clamp_max(0) * self.shrink, MOMENTUM)
         self.high.lerp_(high.clamp_min(0) * self.shrink, MOMENTUM)
 
@@ -200,6 +200,11 @@ class _StepsOfTensors(torch.autograd.Function):
         x, scale, zero = ctx.saved_tensors
         inside = (x > (-zero - 0.5) * scale) & (x < (INPUT_LEVELS - zero + 0.5) * scale)
         return gradients[0] * inside / scale, None, None
+
+
+def _in_memory_order(x: Tensor) -> Tensor:
+    """The same values without a copy, which `aminmax` makes of what has its channels last."""
+    return x.permute(0, 2, 3, 1) if x.ndim == 4 and not x.is_contiguous() else x
 
 
 def _steps(x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
