@@ -266,6 +266,19 @@ def test_training_lowers_a_quantised_layers_loss_and_moves_its_range() -> None:
     assert float(module.high) == before
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("shape", [(4, 3, 5, 6), (4, 1, 5, 6), (1, 3, 1, 1)])
+def test_the_range_follows_the_inputs_whatever_their_layout(
+    shape: tuple[int, ...], layout: torch.memory_format
+) -> None:
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(1)).contiguous(memory_format=layout)
+    module = Quantized(nn.Conv2d(shape[1], 2, 1), 8, Range(-1.0, 1.0)).train()
+    module(x)
+    for kept, bound in ((module.low, min(0.0, float(x.min()))), (module.high, max(0.0, float(x.max())))):
+        start = -1.0 if kept is module.low else 1.0
+        assert float(kept) == pytest.approx(start + quantize_module.MOMENTUM * (bound - start), rel=1e-5)
+
+
 def test_an_input_that_is_always_zero_gives_the_bias() -> None:
     module = nn.Sequential(quantised(nn.Linear(4, 3), 8, torch.zeros(2, 4))).eval()
     bias = module.get_parameter("0.inner.bias")
