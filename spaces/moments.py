@@ -155,8 +155,11 @@ def _norms_read(module: nn.Module, inputs: Tensor) -> dict[str, tuple[Tensor, Te
 
 
 def _channel_statistics(value: Tensor) -> tuple[Tensor, Tensor]:
-    others = [dim for dim in range(value.ndim) if dim != 1]
-    variance, mean = torch.var_mean(value, others, correction=0)
+    """The mean and variance (c,) over all but dimension 1, as a batch norm in training computes them.
+
+    `var_mean` gives the same and takes three times as long, which was most of what the batch norms' correction took.
+    """
+    mean, variance = torch.batch_norm_update_stats(value, None, None, 0.0)
     return mean, variance
 
 
