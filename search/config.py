@@ -51,6 +51,11 @@ class DistillKeys:
     train_limit: int
     device: str
 
+    def passes(self, images: int) -> float:
+        """How often the longest training sees each of so many images."""
+        shown = min(self.train_limit, images) if self.train_limit else images
+        return self.rungs[-1] * shown / images
+
 
 @dataclass(frozen=True)
 class MeasureKeys:

@@ -256,6 +256,7 @@ class _Search:
             limits=limits,
             classes=shape[1] if len(shape) == 2 else 0,
             least_accuracy=max([0.0, *(b.bound or 0.0 for b in ledger.bounds() if b.metric == "accuracy")]),
+            epochs=self.spec.distill.passes(len(self.evaluator.task.data.train)),
         )
         return self.asked
 

@@ -46,6 +46,7 @@ class SamplerTask:
         classes: Of the task; 0 where it has none.
         trained: Candidates are trained after the search: every second one is chosen by what training may make of it.
         least_accuracy: Of a result; 0 where the budget does not say.
+        epochs: Of the longest training that follows, over all that there is to train on.
     """
 
     table: OptionTable
@@ -55,6 +56,7 @@ class SamplerTask:
     classes: int = 0
     trained: bool = True
     least_accuracy: float = 0.0
+    epochs: float = 5.0
 
     @property
     def goals(self) -> Goals:
@@ -62,7 +64,7 @@ class SamplerTask:
         loss = next(1 - v for o, v in zip(self.objectives, self.original, strict=True) if o.metric == "accuracy")
         costs = tuple(o.metric for o in self.objectives if o.metric != "accuracy")
         top = 1 - 1 / self.classes if self.classes > 1 else 1.0
-        return Goals(costs, loss, top, self.limits, 1 - self.least_accuracy)
+        return Goals(costs, loss, top, self.limits, 1 - self.least_accuracy, self.epochs)
 
     def hopeless(self, candidates: Sequence[Candidate]) -> list[bool]:
         """Of which training is not expected to make a result that keeps the budget on accuracy."""
