@@ -157,7 +157,7 @@ def _norms_read(module: nn.Module, inputs: Tensor) -> dict[str, tuple[Tensor, Te
 def _channel_statistics(value: Tensor) -> tuple[Tensor, Tensor]:
     """The mean and variance (c,) over all but dimension 1, as a batch norm in training computes them.
 
-    `var_mean` gives the same and takes three times as long, which was most of what the batch norms' correction took.
+    `var_mean` gives the same and takes several times as long, which was most of what correcting the norms took.
     """
     mean, variance = torch.batch_norm_update_stats(value, None, None, 0.0)
     return mean, variance
