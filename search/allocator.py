@@ -12,8 +12,8 @@ _ALL = 2**31 - 1
 def keep_freed_memory() -> bool:
     """Tells malloc to use freed memory again rather than to give it back; whether it has (other C libraries do not).
 
-    By default glibc maps every large tensor anew, and the kernel clears its pages, one fault each: a good part of a step
-    of training. The process's peak stays what it was; what it frees, others get only once it has ended.
+    By default glibc maps every large tensor anew, and the kernel clears its pages, one fault each: a good part of a
+    step of training. The process's peak stays what it was; what it frees, others get only once it has ended.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
