@@ -94,7 +94,7 @@ def regrets(micro: Micro, sampler: str, seed: int, charged: int) -> list[float]:
         for candidate in candidates:
             key = tuple(int(level) for level in micro.space.encode(candidate))
             values = [float(micro.accuracy[key]), float(micro.ratio[key])]
-            proposer.tell(candidate, values, float(micro.divergence[key]))
+            proposer.tell(candidate, values, {"divergence": float(micro.divergence[key])})
             seen.append(_losses(micro, [key]))
             yield 1 - volume(np.concatenate(seen)) / micro.best
 

@@ -196,7 +196,8 @@ class Judge:
         def evaluate(candidates: Sequence[Any]) -> Iterator[float]:
             for candidate, values in zip(candidates, self.values(candidates), strict=True):
                 told = None if values is None else [values["accuracy"], self.ratio(values)]
-                proposer.tell(candidate, told, values.get("divergence") if values else None)
+                known = values and {name: v for name, v in values.items() if name == "divergence"}
+                proposer.tell(candidate, told, known)
                 if told:
                     losses.append([1 - told[0], told[1]])
                 yield volume(np.array(losses))

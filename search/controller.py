@@ -161,7 +161,8 @@ class _Search:
         if phase in ("finalists", "done"):
             self.progress.note("all of it is trained; carry on where the run began with: planish resume")
             return Run(self.folder.path)
-        if not phase.startswith("distill"):
+        # A session that was cut off at its beginning leaves an earlier phase behind as the last.
+        if not any(begun.name.startswith("distill") for begun in self.folder.phases):
             raise UserError(
                 f"the run in {self.folder.path} has come to {phase} and not to training; carry on where it began"
             )
@@ -234,26 +235,19 @@ class _Search:
         """What a sampler with a table needs: the library of the space's options."""
         self._begin("library", 1, "end")
         ledger = self.ledger
-        bounds = [bound for bound in ledger.bounds() if bound.goal == "minimize"]
-        costs = dict.fromkeys(o.metric for o in (*ledger.objectives, *bounds) if o.goal == "minimize")
+        costs = dict.fromkeys(o.metric for o in (*ledger.objectives, *ledger.bounds()) if o.goal == "minimize")
         table = library(self.evaluator, self.folder.path, pool, self.workers, list(costs), self.progress)
         try:
             check_together(self.spec.budgets(), ledger.bounds(), ledger.original, table)
         except UserError:
             self.front.write()
             raise
-        traded = {o.metric for o in ledger.objectives}
-        limits = {
-            bound.metric: bound.bound / value
-            for bound in bounds
-            if bound.metric in traded and bound.bound is not None and (value := bound.value(ledger.original)) > 0
-        }
         shape = self.evaluator.traced.output_shape
         self.asked = SamplerTask(
             table=table,
             objectives=ledger.objectives,
             original=tuple(objective.value(ledger.original) for objective in ledger.objectives),
-            limits=limits,
+            limits=ledger.limits(),
             classes=shape[1] if len(shape) == 2 else 0,
             least_accuracy=max([0.0, *(b.bound or 0.0 for b in ledger.bounds() if b.metric == "accuracy")]),
             epochs=self.spec.distill.passes(len(self.evaluator.task.data.train)),
@@ -327,11 +321,14 @@ class _Search:
 
         guess = guessing(self.evaluator.task.data.validation)
         alive = self._alive()
+        # Of the first rung only those that were scored on the same images compete, where that was done.
+        rescored = [number for number in alive if ledger.records[number].rescore is not None]
         for rung, (until, count) in enumerate(zip(epochs, survivors, strict=True)):
             name = f"distill to epoch {until}"
             # As it was decided once: a kill between two of those who are stopped leaves others to choose from.
+            able = rescored if not rung and len(rescored) >= count else alive
             entering = self._entered(name) or promoted(
-                ledger, alive, count, rung, guess, last=0 < rung == len(epochs) - 1, hopeless=self._hopeless(alive)
+                ledger, able, count, rung, guess, last=0 < rung == len(epochs) - 1, hopeless=self._hopeless(able)
             )
             self._begin(name, len(entering), "rung", rung, entering)
             missing = [

@@ -53,8 +53,9 @@ class Budgets:
         return self.table.space.decode(levels)
 
     def least(self) -> float:
-        """The smallest budget for which there is a candidate."""
-        return self.fixed + self.unit * int(np.flatnonzero(np.isfinite(self.errors))[0])
+        """The smallest budget for which there is a candidate; infinite where none is within the largest."""
+        possible = np.flatnonzero(np.isfinite(self.errors))
+        return self.fixed + self.unit * int(possible[0]) if len(possible) else np.inf
 
 
 def solve(
@@ -83,9 +84,12 @@ def solve(
     original = float(table.cost(cost, np.zeros((1, len(table.space.choices)), dtype=np.int64))[0])
     span = (original if most is None else most) - fixed
     unit = max(span, 1e-300) / buckets
+    shared = sorted({place for site in table.sites for place in site.shared} | set(table.shared_errors))
+    if most is None:
+        # Sites that are all rounded up leave the original more buckets than it was cut into.
+        buckets += (len(table.sites) + len(shared) + 1) // 2
     scale = _Scale(table, cost, unit, buckets, penalties or {}, factors)
     nodes: list[_Node] = [_SiteNode(site, scale) for site in table.sites]
-    shared = sorted({place for site in table.sites for place in site.shared} | set(table.shared_errors))
     nodes += [_SharedNode(place, scale) for place in shared]
     while shared:
         # The one with the fewest neighbours first.

@@ -48,10 +48,11 @@ def front_document(
 ) -> dict[str, object]:
     """What front.json holds.
 
-    `front` are the entries that keep every bound and that no other such entry beats. Where none keeps them, it is the
-    front without bounds, and `nearest_miss` the entry that exceeds its worst bound by the smallest share. The original
-    stands on the front too where nothing beats it, and always under `original`. Of several devices `devices` has each
-    one's own front: the numbers of the entries that no other beats where the other devices do not count.
+    `front` are the entries that keep every bound and that no other such entry beats. Where none keeps them, whether the
+    original does or not, it is the front without bounds, and `nearest_miss` the entry that exceeds its worst bound by
+    the smallest share. The original stands on the front too where nothing beats it, and always under `original`. Of
+    several devices `devices` has each one's own front: the numbers of the entries that no other beats where the other
+    devices do not count.
 
     Args:
         objectives: What is traded off, without bounds.
@@ -69,11 +70,7 @@ def front_document(
     by_number = {entry.trial.number: entry for entry in competing}
     members = [by_number[trial.number] for trial in front.members()]
     by_device = device_fronts(objectives, [entry.trial for entry in members])
-    miss = (
-        None
-        if keeping or keeps(bounds, base)
-        else min(able, key=lambda e: _excess(bounds, e.trial.metrics), default=None)
-    )
+    miss = None if keeping else min(able, key=lambda e: _excess(bounds, e.trial.metrics), default=None)
     return {
         "objectives": [{"metric": o.metric, "goal": o.goal} for o in objectives],
         "budget": [{"metric": o.metric, "bound": o.bound} for o in bounds],

@@ -129,7 +129,7 @@ class _Program:
             for state in every_level(sizes):
                 for row in range(len(errors)):
                     column = variables[state, row] = self._variable()
-                    self.objective[column] = float(errors[row])
+                    self._spoils(column, float(errors[row]))
                     for name, costs in site.costs.items():
                         self.costs[name][column] = float(costs[state][row])
             self._tie(site.shared, sizes, variables)
@@ -145,11 +145,18 @@ class _Program:
         columns = [self._variable() for _ in range(levels)]
         for level, column in enumerate(columns):
             self.option[place, level] = {column: 1.0}
-            self.objective[column] = float(errors[level])
+            self._spoils(column, float(errors[level]))
             for name, by_place in table.shared_costs.items():
                 if place in by_place:
                     self.costs[name][column] = float(by_place[place][level])
         self._constrain(dict.fromkeys(columns, 1.0), 1, 1)
+
+    def _spoils(self, column: int, error: float) -> None:
+        """What a variable adds to the summed error; what could not be fitted is not taken."""
+        if np.isfinite(error):
+            self.objective[column] = error
+        else:
+            self.at_most({column: 1.0}, 0.0)
 
     def _tie(
         self, shared: tuple[int, ...], sizes: Sequence[int], variables: Mapping[tuple[tuple[int, ...], int], int]

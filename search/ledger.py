@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -13,6 +14,7 @@ from ..spaces.space import Candidate
 from .config import Spec
 from .errors import UserError
 from .objective import Objective
+from .planish_sampler import COST, DIVERGENCE
 from .replay import Record
 from .rundir import RunDirectory
 from .trial import State, Trial
@@ -20,8 +22,8 @@ from .trial import State, Trial
 if TYPE_CHECKING:
     from .evaluate import Job, Metrics
 
-# A candidate, its objectives in order or None if it failed, and its divergence from the original.
-Told = tuple[Candidate, Sequence[float] | None, float | None]
+# A candidate, its objectives in order or None if it failed, and what else is known of it (`Proposer.tell`).
+Told = tuple[Candidate, Sequence[float] | None, Mapping[str, float]]
 # Bytes that compiling and checking one model may need; a compiler that runs out of them says so in a hundred ways.
 _ROOM = 8 * 2**20
 
@@ -86,14 +88,27 @@ class Ledger:
             return None
         return [objective.value(self.metrics(number)) for objective in self.objectives]
 
-    def divergence(self, number: int) -> float | None:
-        """Of a trial's outputs from the original's before training, in nats; None where it is not known."""
-        value = (self.records[number].score or {}).get("divergence")
-        return float(value) if isinstance(value, (int, float)) else None
+    def limits(self) -> dict[str, float]:
+        """The most of every cost that has a budget, relative to the original; of several budgets the tightest."""
+        found: dict[str, float] = {}
+        for bound in self.bounds():
+            value = bound.value(self.original)
+            if bound.goal == "minimize" and bound.bound is not None and value > 0:
+                found[bound.metric] = min(found.get(bound.metric, math.inf), bound.bound / value)
+        return found
 
     def told(self, number: int) -> Told:
-        """What a proposer is told of a trial."""
-        return self.candidate(number), self.values(number), self.divergence(number)
+        """What a proposer is told of a trial: the divergence from the original, and costs that only have a budget."""
+        attributes = {}
+        divergence = (self.records[number].score or {}).get("divergence")
+        if isinstance(divergence, (int, float)):
+            attributes[DIVERGENCE] = float(divergence)
+        traded = {objective.metric for objective in self.objectives}
+        for bound in self.bounds():
+            ratio = bound.ratio(self.metrics(number), self.original)
+            if bound.goal == "minimize" and bound.metric not in traded and math.isfinite(ratio):
+                attributes[COST + bound.metric] = ratio
+        return self.candidate(number), self.values(number), attributes
 
     def job(self, number: int) -> Job:
         """What a worker needs to evaluate a trial."""

@@ -37,11 +37,14 @@ def option_table(
         evaluator: With the model, the space and the devices.
         errors: Of the space's options.
         costs: The names of objectives and budgets that are costs: `latency[DEVICE]`, `size`, `macs`; others do not add
-            up over sites and are left out.
+            up over sites, and latencies and MACs stand for them.
         every: Keep combinations that others beat.
     """
     space = evaluator.proposal.space
     names = [name for name in costs if split_metric(name)[0] in ("latency", "size", "macs")]
+    if len(names) < len(costs):
+        # What saves only memory or energy has to be worth something: these are near what they hang on.
+        names += [name for name in (*(f"latency[{label}]" for label in evaluator.devices), "macs") if name not in names]
     option_errors = tuple(np.array(errors.errors[choice.name]) for choice in space.choices)
     drafts = [_combinations(evaluator, layer, option_errors) for layer in _layers(evaluator)]
     known = {_timed(part) for draft in drafts for parts in draft.standing.values() for part in parts}

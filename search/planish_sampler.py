@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,11 +26,10 @@ from .surrogate import Evaluated, Levels, Surrogate
 if TYPE_CHECKING:
     import optuna
 
-# The user attribute of a trial that holds its divergence from the original's outputs.
-DIVERGENCE = "divergence"
+# The user attributes of a trial that hold its divergence from the original's outputs, and costs that are not traded off
+# and have a limit, relative to the original's.
+DIVERGENCE, COST = "divergence", "cost "
 _ELITE = 32
-# Until so many are told, candidates that keep several limits at once are in the pool as the table sees them.
-_BEGINNING = 8
 # Candidates that a surrogate is fitted to at most.
 _MOST = 600
 
@@ -42,7 +42,7 @@ class SamplerTask:
         table: Of the options.
         objectives: In the order in which values are told.
         original: Their values for the original.
-        limits: The most of a cost, relative to the original.
+        limits: The most of a cost, relative to the original; costs that are no objectives may have one, too.
         classes: Of the task; 0 where it has none.
         trained: Candidates are trained after the search: every second one is chosen by what training may make of it.
         least_accuracy: Of a result; 0 where the budget does not say.
@@ -65,6 +65,11 @@ class SamplerTask:
         costs = tuple(o.metric for o in self.objectives if o.metric != "accuracy")
         top = 1 - 1 / self.classes if self.classes > 1 else 1.0
         return Goals(costs, loss, top, self.limits, 1 - self.least_accuracy, self.epochs)
+
+    @cached_property
+    def within_limits(self) -> Levels:
+        """Candidates that keep all limits at once, as the table sees them."""
+        return within_limits(self.table, self.goals)
 
     def hopeless(self, candidates: Sequence[Candidate]) -> list[bool]:
         """Of which training is not expected to make a result that keeps the budget on accuracy."""
@@ -130,7 +135,11 @@ def planish_sampler(task: SamplerTask, seed: int) -> optuna.samplers.BaseSampler
 class _Told:
     options: Mapping[str, Any]
     values: tuple[float, ...]
-    divergence: float
+    attributes: Mapping[str, Any]
+
+    def attribute(self, name: str) -> float:
+        value = self.attributes.get(name)
+        return math.nan if value is None else float(value)
 
 
 class _Batch:
@@ -141,12 +150,11 @@ class _Batch:
         space = task.table.space
         accuracy = next(i for i, o in enumerate(task.objectives) if o.metric == "accuracy")
         self._goals = task.goals
-        names = self._goals.costs
+        names = (*self._goals.costs, *self._goals.kept)
         seen = _evaluated(task, told, accuracy)
         known = {tuple(int(level) for level in row) for row in seen.levels}
-        self._surrogate = Surrogate(
-            task.table, _thinned(seen, names), names, self._goals.base_loss, self._goals.top_loss, seed
-        )
+        fitted = _thinned(seen, self._goals.costs)
+        self._surrogate = Surrogate(task.table, fitted, names, self._goals.base_loss, self._goals.top_loss, seed)
         self._levels = self._pool(seen)
         trained = AfterTraining(task.table, self._goals) if task.trained else None
         axes: list[Axis] = [AsTheyAre(self._surrogate, trained), *([trained] if trained else [])]
@@ -187,9 +195,7 @@ class _Batch:
             if len(elite) > _ELITE:
                 elite = elite[self._rng.choice(len(elite), _ELITE, replace=False)]
         found = pool(self._task.table, self._goals, elite, self._rng)
-        if len(seen.levels) < _BEGINNING:
-            found = np.unique(np.concatenate([found, within_limits(self._task.table, self._goals)]), axis=0)
-        return found
+        return np.unique(np.concatenate([found, self._task.within_limits]), axis=0)
 
 
 def _thinned(seen: Evaluated, costs: Sequence[str]) -> Evaluated:
@@ -214,13 +220,15 @@ def _evaluated(task: SamplerTask, told: Sequence[_Told], accuracy: int) -> Evalu
     levels = levels_of(space, [Candidate(t.options) for t in told])
     values = np.array([t.values for t in told], dtype=np.float64).reshape(len(told), len(task.objectives))
     costs = {o.metric: values[:, i] / (task.original[i] or 1.0) for i, o in enumerate(task.objectives) if i != accuracy}
-    divergence = np.array([t.divergence for t in told], dtype=np.float64)
+    for name in task.goals.kept:
+        # Where it is not known it counts as the original's, which every limit on a cost is below of.
+        costs[name] = np.nan_to_num(np.array([t.attribute(COST + name) for t in told], dtype=np.float64), nan=1.0)
+    divergence = np.array([t.attribute(DIVERGENCE) for t in told], dtype=np.float64)
     return Evaluated(levels, 1 - values[:, accuracy], divergence, costs)
 
 
 def _told(trial: Any) -> _Told:
-    divergence = trial.user_attrs.get(DIVERGENCE)
-    return _Told(dict(trial.params), tuple(trial.values), math.nan if divergence is None else float(divergence))
+    return _Told(dict(trial.params), tuple(trial.values), dict(trial.user_attrs))
 
 
 def _seed(seed: int, complete: int) -> int:

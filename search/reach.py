@@ -38,7 +38,8 @@ def check_reach(
         if bound.goal != "minimize" or bound.bound is None:
             continue
         values = [value for metrics in corners if not math.isnan(value := bound.value(metrics))]
-        if values and bound.bound < _SLACK * min(values):
+        # Where no corner could be built, the original's value alone says nothing of what is reachable.
+        if len(values) > 1 and bound.bound < _SLACK * min(values):
             low, high = min(values), bound.value(original)
             raise UserError(
                 f"budget {budget.text!r} is out of reach: {bound.metric} of this model's space goes from "
@@ -62,11 +63,13 @@ def check_together(
         UserError: they cannot, and not nearly; how near the nearest comes is stated.
     """
     zero = np.zeros((1, len(table.space.choices)), dtype=np.int64)
-    limits, texts = {}, []
+    limits: dict[str, float] = {}
+    texts = []
     for budget, bound in zip(budgets, bounds, strict=True):
         value = bound.value(original)
         if bound.goal == "minimize" and bound.bound is not None and bound.metric in table.fixed and value > 0:
-            limits[bound.metric] = bound.bound / value * float(table.cost(bound.metric, zero)[0])
+            most = bound.bound / value * float(table.cost(bound.metric, zero)[0])
+            limits[bound.metric] = min(limits.get(bound.metric, math.inf), most)
             texts.append(budget.text)
     if len(limits) < 2 or possible(table, _times(limits, 1 / _SLACK)):
         return

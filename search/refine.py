@@ -25,18 +25,19 @@ _SPREAD = 0.4
 _MUTANTS = 400
 # Budgets of the sampler that is the dynamic program alone.
 _POLICY_BUDGETS = 129
-# Candidates that keep several limits at once, how far inside of them (predictions err), and the seconds for each.
-_WITHIN, _INSIDE, _WITHIN_SECONDS = 4, 0.95, 5.0
+# Candidates that keep several limits at once, how far inside of them (predictions err), the seconds for each, and
+# parts of the first cost that they are asked for, too, where a limit is on what is not traded off.
+_WITHIN, _INSIDE, _WITHIN_SECONDS, _PARTS = 4, 0.95, 5.0, (0.7, 0.5, 0.35, 0.25)
 # Points of the space of losses in which improvements are counted.
 _POINTS = 3000
 _TRIED_POINTS = 60000
 # What n epochs leave of a summed error e: a damage of LEFT n^-FALL e^POWER, read off the digits' and CIFAR-10's
-# networks; its logarithm's standard deviation there; and the error from which on nothing useful was left.
+# networks; its logarithm's standard deviation there; and the damage from which on nothing useful is left.
 _LEFT, _LEFT_FALL, _LEFT_POWER = 0.12, 0.6, 1.2
 # Less than that of an epoch is not told apart.
 _LEAST_EPOCHS = 0.1
 _TRAINED_STD = 0.6
-_WORST_ERROR = 6.0
+_WORST_DAMAGE = 0.43
 # Budgets on accuracy that nothing is expected to keep still leave something to be chosen by; and a harm beyond all.
 _LEAST_ERROR, _DESTROYED = 0.3, 1e9
 
@@ -49,7 +50,8 @@ class Goals:
         costs: Names, in the order of the losses behind the first, which is 1 - accuracy.
         base_loss: The original's 1 - accuracy.
         top_loss: Of a model that knows nothing.
-        limits: The most of a cost, relative to the original: what is beyond it gains nothing.
+        limits: The most of a cost, relative to the original: what is beyond it gains nothing. Costs that are not
+            traded off may have one, too.
         most_loss: Of a result, which is trained: what training is not expected to bring so far gains nothing.
         epochs: Of the longest training that follows, over all that there is to train on.
     """
@@ -60,6 +62,15 @@ class Goals:
     limits: Mapping[str, float]
     most_loss: float = 1.0
     epochs: float = 5.0
+
+    @property
+    def kept(self) -> tuple[str, ...]:
+        """The costs that have a limit and are not traded off."""
+        return tuple(name for name in self.limits if name not in self.costs)
+
+    def additive(self, table: OptionTable) -> list[str]:
+        """The costs of these that add up over a table's sites; where none does, whatever does stands for them."""
+        return [name for name in (*self.costs, *self.kept) if name in table.fixed] or list(table.fixed)
 
 
 def pool(table: OptionTable, goals: Goals, elite: Levels, rng: np.random.Generator, *, fronts: int = _FRONTS) -> Levels:
@@ -86,16 +97,26 @@ def pool(table: OptionTable, goals: Goals, elite: Levels, rng: np.random.Generat
 def within_limits(table: OptionTable, goals: Goals) -> Levels:
     """Where several costs have limits: candidates of least error that keep all of them, apart from each other.
 
-    The dynamic program knows one budget; candidates of its fronts that keep several limits are found by luck.
+    The dynamic program knows one budget; candidates of its fronts that keep several limits are found by luck. One limit
+    is another one than that budget where it is on a cost that is not traded off: candidates that keep it are then found
+    for parts of the first cost, too.
     """
     limits = {name: limit for name, limit in goals.limits.items() if name in table.fixed}
     found: list[Candidate] = []
     zero = np.zeros((1, len(table.space.choices)), dtype=np.int64)
     absolute = {name: limit * _INSIDE * float(table.cost(name, zero)[0]) for name, limit in limits.items()}
-    while len(limits) > 1 and len(found) < _WITHIN:
-        candidate = best_within(
-            table, absolute, apart=found, distance=1 + len(table.space.choices) // 20, seconds=_WITHIN_SECONDS
-        )
+    beside = any(name in limits for name in goals.kept)
+    distance = 1 + len(table.space.choices) // 20
+    while (len(limits) > 1 or beside) and len(found) < _WITHIN:
+        candidate = best_within(table, absolute, apart=found, distance=distance, seconds=_WITHIN_SECONDS)
+        if candidate is None:
+            return levels_of(table.space, found)
+        found.append(candidate)
+    traded = next((name for name in goals.costs if name in table.fixed), None)
+    for part in _PARTS if beside and traded is not None else ():
+        assert traded is not None
+        most = min(absolute.get(traded, np.inf), part * float(table.cost(traded, zero)[0]))
+        candidate = best_within(table, {**absolute, traded: most}, seconds=_WITHIN_SECONDS)
         if candidate is None:
             break
         found.append(candidate)
@@ -107,8 +128,7 @@ def program_candidates(table: OptionTable, costs: Sequence[str]) -> list[Candida
 
     In the order of a bisection: the ends, the middle, the quarters, ... so that any number of them covers the range.
     """
-    names = tuple(name for name in costs if name in table.fixed)
-    goals = Goals(names, 0.0, 1.0, {})
+    goals = Goals(tuple(costs), 0.0, 1.0, {})
     rows = _front(table, goals, np.random.default_rng(0), perturbed=False, budgets=_POLICY_BUDGETS)
     found = {tuple(int(level) for level in rows[place]): None for place in _bisected(len(rows))}
     return [table.space.decode(row) for row in found if any(row)]
@@ -131,7 +151,7 @@ def _front(
     table: OptionTable, goals: Goals, rng: np.random.Generator, perturbed: bool, budgets: int = _BUDGETS
 ) -> Levels:
     """The best candidates of many budgets of one cost, errors perturbed, other costs as penalties."""
-    additive = [name for name in goals.costs if name in table.fixed]
+    additive = goals.additive(table)
     if not additive:
         return np.zeros((0, len(table.space.choices)), dtype=np.int64)
     cost = additive[int(rng.integers(len(additive)))] if perturbed else additive[0]
@@ -147,7 +167,7 @@ def _front(
     except TooDense:
         return np.zeros((0, len(table.space.choices)), dtype=np.int64)
     low = max(solved.least(), 1e-6 * whole[cost])
-    asked = np.exp(np.linspace(np.log(low), np.log(whole[cost]), budgets))
+    asked = np.exp(np.linspace(np.log(low), np.log(max(low, whole[cost])), budgets))
     best = [candidate for budget in asked if (candidate := solved.best(float(budget) * (1 + 1e-9))) is not None]
     return np.array([table.space.encode(candidate) for candidate in best], dtype=np.int64).reshape(
         len(best), len(table.space.choices)
@@ -230,9 +250,11 @@ class AfterTraining:
     """
 
     def __init__(self, table: OptionTable, goals: Goals) -> None:
-        self._table, self._base, self._span = table, goals.base_loss, goals.top_loss - goals.base_loss
+        self._table, self._base = table, goals.base_loss
+        self._span = max(goals.top_loss - goals.base_loss, 0.01)
         self._left = _LEFT * max(goals.epochs, _LEAST_EPOCHS) ** -_LEFT_FALL
-        least, worst = self._loss(np.array([_LEAST_ERROR, _WORST_ERROR]))
+        least = self._loss(np.array([_LEAST_ERROR]))[0]
+        worst = self._base + self._span * -np.expm1(-_WORST_DAMAGE)
         self.worst_loss = float(np.clip(goals.most_loss, least, worst))
         # What is permitted, and as much more as predictions err by.
         self._most = np.inf
@@ -278,8 +300,10 @@ class Chooser:
         """
         self._surrogate, self._axis, self._goals = surrogate, axis, goals
         own = np.stack([axis.losses(seen), *(seen.costs[name] for name in goals.costs)], 1)
-        for column, name in enumerate(goals.costs, start=1):
-            own = own[own[:, column] <= goals.limits.get(name, np.inf)]
+        kept = np.ones(len(own), dtype=bool)
+        for name, limit in goals.limits.items():
+            kept &= seen.costs[name] <= limit
+        own = own[kept]
         front = own[non_dominated(own)]
         upper = np.array([axis.worst_loss, *(min(1.0, goals.limits.get(name, 1.0)) for name in goals.costs)])
         low = np.array([goals.base_loss, *np.zeros(len(goals.costs))])
@@ -292,7 +316,10 @@ class Chooser:
         self._bounds: Array | None = None
 
     def gains(self, levels: Levels) -> Array:
-        """For every candidate and point the probability that it is better there in everything, (n, points)."""
+        """For every candidate and point the probability that it is better there in everything, (n, points).
+
+        That of keeping the limits on what is not traded off is part of it.
+        """
         from scipy.special import ndtr
 
         harm = self._axis.harm(levels)
@@ -302,6 +329,10 @@ class Chooser:
             guess = self._surrogate.cost(name, levels)
             wanted = np.log(np.maximum(self._points[:, column], 1e-12))
             found *= ndtr((wanted[None] - np.log(guess.mean)[:, None]) / guess.std[:, None])
+        for name in self._goals.kept:
+            guess = self._surrogate.cost(name, levels)
+            most = np.log(max(self._goals.limits[name], 1e-12))
+            found *= ndtr((most - np.log(guess.mean)) / guess.std)[:, None]
         return np.asarray(found)
 
     def choose(self, gains: Array, taken: Collection[int]) -> int | None:

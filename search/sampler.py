@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from ..spaces.space import Candidate, Choice, Kind, SearchSpace
 from .errors import UserError, nearest
 from .netadapt import next_of_walk
-from .planish_sampler import DIVERGENCE, SamplerTask, planish_sampler
+from .planish_sampler import SamplerTask, planish_sampler
 from .refine import program_candidates
 from .study_log import StudyLog
 from .study_space import add_finished, distributions_of
@@ -128,27 +128,31 @@ class Proposer:
             candidates.append(candidate)
         return candidates
 
-    def tell(self, candidate: Candidate, values: Sequence[float] | None, divergence: float | None = None) -> None:
+    def tell(
+        self, candidate: Candidate, values: Sequence[float] | None, attributes: Mapping[str, float] | None = None
+    ) -> None:
         """Reports a candidate's values in the order of the directions; None (or a NaN) if it failed.
 
         Args:
             candidate: One that was asked.
             values: Of the objectives.
-            divergence: Of its outputs from the original's, in nats, where that is known.
+            attributes: What else is known: `DIVERGENCE` of its outputs from the original's, in nats, and, by `COST` and
+                the name, costs that have a limit and are no objective, relative to the original's.
         """
         trial = self._asked[candidate.key()]
         assert trial is not None
-        attributes = {} if divergence is None else {DIVERGENCE: divergence}
-        for name, value in attributes.items():
+        for name, value in (attributes or {}).items():
             trial.set_user_attr(name, value)
-        values = self._noted(candidate, values, attributes)
+        values = self._noted(candidate, values, attributes or {})
         if values is None:
             self._study.tell(trial, state=_fail())
         else:
             self._study.tell(trial, list(values))
 
-    def replay(self, batch: int, finished: Sequence[tuple[Candidate, Sequence[float] | None, float | None]]) -> None:
-        """Takes a whole batch that was asked and told in an earlier session: candidates, values, divergences."""
+    def replay(
+        self, batch: int, finished: Sequence[tuple[Candidate, Sequence[float] | None, Mapping[str, float]]]
+    ) -> None:
+        """Takes a whole batch that was asked and told in an earlier session: candidates, values, attributes."""
         if self._sampler in _STATEFUL:
             candidates = [candidate for candidate, _, _ in finished]
             self.ask(batch, len(finished), candidates)
@@ -156,9 +160,8 @@ class Proposer:
                 self.tell(*each)
             return
         told = []
-        for candidate, values, divergence in finished:
+        for candidate, values, attributes in finished:
             self._note(candidate, None)
-            attributes = {} if divergence is None else {DIVERGENCE: divergence}
             told.append((candidate, self._noted(candidate, values, attributes), attributes))
         add_finished(self._study, self._storage, self._distributions, told)
 
@@ -220,7 +223,7 @@ class Proposer:
         """The next candidate of NetAdapt's walk; None where it has ended, and for other samplers."""
         if self._sampler != "netadapt" or self._task is None:
             return None
-        costs = [o.metric for o in self._task.objectives if o.metric in self._task.table.fixed]
+        costs = self._task.goals.additive(self._task.table)
         pending = [tuple(int(level) for level in self._space.encode(candidate)) for candidate in self._candidates]
         while costs:
             row = next_of_walk(self._task.table, costs[0], self._accuracy, pending)
@@ -315,6 +318,9 @@ def strongest(space: SearchSpace) -> list[Candidate]:
         {Kind.PRUNE: last[Kind.PRUNE], Kind.BITS: last[Kind.BITS], Kind.RANK: last[Kind.RANK]},
         {Kind.PRUNE: last[Kind.PRUNE], Kind.BITS: last[Kind.BITS]},
     ]
+    if not last[Kind.BITS]:
+        # What bits would make small, codebooks do.
+        wanted += [{**levels, Kind.CLUSTER: last[Kind.CLUSTER]} for levels in wanted]
     found: dict[str, Candidate] = {}
     for level in wanted:
         candidate = Candidate({c.name: _at_level(c, level.get(c.kind, 0), last[c.kind] + 1) for c in space.choices})

@@ -28,6 +28,8 @@ _LINE = (0.5, 1.2)
 _LINE_STRENGTH = (0.3, 2.0)
 _LINE_STD = 1.0
 _COST_STD = 0.1
+# The error of what could not be fitted alone, and was evaluated beside others all the same.
+_DESTROYED = 1e3
 # No damage is told apart below this: half a wrong image of a thousand.
 _SMALLEST = 5e-4
 
@@ -149,6 +151,7 @@ class Surrogate:
             seed: Of all that is random.
         """
         self._table, self._base, self._top = table, base_loss, max(top_loss, base_loss + 0.01)
+        self._option_errors = [np.minimum(errors, _DESTROYED) for errors in table.option_errors]
         zero = np.zeros((1, seen.levels.shape[1]), dtype=np.int64)
         self._known = [name for name in costs if name in table.fixed]
         self._whole = {name: max(float(table.cost(name, zero)[0]), 1e-300) for name in table.fixed}
@@ -183,12 +186,12 @@ class Surrogate:
 
     def features(self, levels: Levels) -> Array:
         """What corrections see: the share of the error that comes from every choice, and whether an option is taken."""
-        parts = np.stack([e[levels[:, p]] for p, e in enumerate(self._table.option_errors)], 1)
-        taken = [levels[:, p, None] == np.arange(1, len(e)) for p, e in enumerate(self._table.option_errors)]
+        parts = np.stack([e[levels[:, p]] for p, e in enumerate(self._option_errors)], 1)
+        taken = [levels[:, p, None] == np.arange(1, len(e)) for p, e in enumerate(self._option_errors)]
         return np.concatenate([parts / np.maximum(parts.sum(1, keepdims=True), 1e-12), *taken], 1)
 
     def _errors(self, levels: Levels) -> Array:
-        return np.maximum(self._table.error(levels), 1e-9)
+        return np.clip(self._table.error(levels), 1e-9, _DESTROYED)
 
     def _guess(self, name: str, levels: Levels) -> Array:
         source = name if name in self._known else next(iter(self._table.fixed), None)

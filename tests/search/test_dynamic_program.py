@@ -10,6 +10,7 @@ from tests.search.tables import everything, table_of
 
 from planish.search.dynamic_program import TooDense, solve
 from planish.search.option_table import OptionTable, Site, every_level, levels_of, undominated
+from planish.spaces.space import Choice, Kind, SearchSpace
 
 
 @settings(max_examples=25)
@@ -94,3 +95,18 @@ def test_what_another_combination_beats_is_left_out_and_named() -> None:
     kept, beaten = undominated([(0,), (1,), (2,), (3,)], errors, costs)
     assert kept == [0, 1]
     assert beaten == {2: 1, 3: 1}
+
+
+def test_sites_that_are_all_rounded_up_leave_something_that_fits() -> None:
+    """52 layers of 7.69 buckets each, of 400: rounded to 8, not even the original would fit."""
+    choices = tuple(Choice(f"s{number}", Kind.BITS, (None, 8)) for number in range(52))
+    rows, errors = np.array([[0], [1]]), np.array([0.0, 1.0])
+    sites = tuple(
+        Site(choice.site, (), (place,), rows, errors, {"time": np.array([1.0, 0.995])})
+        for place, choice in enumerate(choices)
+    )
+    table = OptionTable(SearchSpace(choices, {}), {}, {}, sites, {"time": 0.0}, (errors,) * 52, {})
+    found = solve(table, "time", buckets=400)
+    assert found.least() == pytest.approx(52, rel=0.05)
+    assert found.best(found.least()) == table.space.original()
+    assert solve(table, "time", buckets=400, most=30.0).least() == np.inf

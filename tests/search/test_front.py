@@ -100,6 +100,13 @@ def test_an_infeasible_budget_gives_the_best_so_far_and_the_nearest_miss() -> No
     assert miss["trial"] == 3
 
 
+def test_where_only_the_original_keeps_a_budget_the_nearest_miss_is_named() -> None:
+    entries = [_entry(1, 0.8, 0.5), _entry(2, 0.84, 0.6), _entry(3, 0.5, 0.1)]
+    miss = front_document(OBJECTIVES, _bounds("accuracy>=0.85"), ORIGINAL, entries)["nearest_miss"]
+    assert isinstance(miss, dict)
+    assert (miss["trial"], miss["meets_budget"]) == (2, False)
+
+
 def test_no_candidate_at_all_gives_the_original_alone() -> None:
     document = front_document(OBJECTIVES, _bounds("latency<=0.4x"), ORIGINAL, [])
     assert _numbers(document) == [0]

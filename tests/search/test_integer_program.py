@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.search.tables import everything, table_of
 
 from planish.search.dynamic_program import solve
 from planish.search.integer_program import best_within, possible
-from planish.search.option_table import every_level, levels_of
+from planish.search.option_table import Array, Site, every_level, levels_of
 from planish.spaces.space import Candidate
 
 
@@ -61,3 +64,25 @@ def test_it_agrees_with_the_dynamic_program_on_a_larger_space() -> None:
         assert two is not None
         errors = table.error(levels_of(table.space, [one, two]))
         assert abs(errors[0] - errors[1]) < 1e-6
+
+
+def test_what_could_not_be_fitted_is_not_taken() -> None:
+    table = table_of(5, 3, 1)
+    place = next(p for p, c in enumerate(table.space.choices) if c.name == "s0:block")
+    errors = list(table.option_errors)
+    errors[place] = np.array([0.0, *[np.inf] * (len(errors[place]) - 1)])
+
+    def summed(site: Site) -> Array:
+        return np.array([sum(errors[p][at] for p, at in zip(site.own, row, strict=True)) for row in site.combinations])
+
+    sites = tuple(replace(site, errors=summed(site)) for site in table.sites)
+    broken = replace(table, option_errors=tuple(errors), sites=sites)
+    levels = np.array(every_level([len(choice.options) for choice in table.space.choices]))
+    whole = broken.error(levels)
+    for share in (0.4, 0.6, 0.9):
+        limit = share * float(broken.cost("time", levels[:1])[0])
+        able = np.isfinite(whole) & (broken.cost("time", levels) <= limit)
+        found = best_within(broken, {"time": limit})
+        assert (found is not None) == able.any() == possible(broken, {"time": limit})
+        if found is not None:
+            assert broken.error(levels_of(broken.space, [found]))[0] == pytest.approx(whole[able].min())

@@ -68,3 +68,19 @@ def test_how_the_originals_energy_is_known_is_how_every_trials_is(ledger: Ledger
     ledger.folder.measure(0, "cpu", {"latency_s": {"cpu": {"value": 0.5}}, **found})
     assert ledger.energy_measured() is measured
     assert ledger.original["energy_j"] == (2.0 if measured else 1e-6)
+
+
+def test_the_tightest_of_several_budgets_is_the_limit_and_what_is_not_traded_off_is_told(tmp_path: Path) -> None:
+    budget = ["size<=0.5x", "size<=300B", "latency<=0.8x", "accuracy>=0.5"]
+    spec = load_spec(None, {"model": "digits-resnet", "data": "digits32", "budget": budget})
+    known = {"accuracy": 0.9, "size_bytes": 1000, "latency_s": {"cpu": {"value": 2.0}}, "divergence": 0.0}
+    with RunDirectory.create(tmp_path / "run", spec, {}) as folder:
+        ledger = Ledger(folder, spec)
+        for number, share in ((0, 1.0), (1, 0.25)):
+            ledger.start(number, Candidate({"a:bits": 8 if number else None}), 0)
+            folder.score(number, {**known, "size_bytes": share * 1000, "divergence": 0.5 * number})
+        assert ledger.limits() == {"size": 0.3, "latency[cpu]": 0.8}
+        candidate, values, attributes = ledger.told(1)
+    assert candidate.options == {"a:bits": 8}
+    assert values == [0.9, 2.0]
+    assert attributes == {"divergence": 0.5, "cost size": 0.25}

@@ -119,7 +119,7 @@ def test_options_that_are_never_worth_it_are_named_with_what_beats_them(evaluato
     # Codebooks change no latency: where latency alone counts they only spoil.
     space = evaluator.proposal.space
     errors = {c.name: tuple(0.01 * level for level in range(len(c.options))) for c in space.choices}
-    errors["stem:bits"] = (0.0, 0.01, float("inf"))
+    errors["stem:bits"] = (*errors["stem:bits"][:-1], float("inf"))  # 4 bits; how many are before it is the device's
     found = option_table(evaluator, LocalErrors(errors, {"stem:bits=4": "broken"}), ["latency[cpu]"])
     clusters = {f"{c.name}={o}" for c in space.choices if c.kind.value == "cluster" for o in c.options[1:]}
     assert clusters
@@ -129,6 +129,17 @@ def test_options_that_are_never_worth_it_are_named_with_what_beats_them(evaluato
         for column, place in enumerate(site.own):
             if space.choices[place].kind.value == "cluster":
                 assert not site.combinations[:, column].any()
+
+
+@pytest.mark.parametrize("costs", [["energy"], ["memory"], ["latency[cpu]", "memory"]])
+def test_where_a_cost_does_not_add_up_over_sites_what_is_near_it_keeps_options(
+    evaluator: Evaluator, costs: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transferred, "ENOUGH", 10**9)
+    rising = {c.name: tuple(0.01 * level for level in range(len(c.options))) for c in evaluator.proposal.space.choices}
+    found = option_table(evaluator, LocalErrors(rising, {}), costs)
+    assert set(found.fixed) == {"latency[cpu]", "macs"}
+    assert sum(len(site.combinations) for site in found.sites) > 3 * len(found.sites)
 
 
 def test_a_table_survives_its_file(table: OptionTable, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from tests.search.tables import everything, table_of
 from planish.search.errors import UserError
 from planish.search.objective import Budget, Objective, parse_budget
 from planish.search.option_table import OptionTable
-from planish.search.reach import check_together
+from planish.search.reach import check_reach, check_together
 
 ORIGINAL = {"latency_s": {"cpu": {"value": 2e-3}}, "size_bytes": 5000.0}
 
@@ -56,3 +56,11 @@ def test_one_budget_alone_is_not_its_business() -> None:
     table = timed(table_of(1, 3, 2))
     budgets, bounds = bounds_of(1e-6, 1e-6)
     check_together(budgets[:1], bounds[:1], ORIGINAL, table)
+
+
+def test_where_no_corner_was_built_nothing_is_refused() -> None:
+    budgets, bounds = bounds_of(0.1, 0.1)
+    check_reach(budgets, bounds, ORIGINAL, [ORIGINAL, {}])
+    corner = {"latency_s": {"cpu": {"value": 1e-3}}, "size_bytes": 400.0}
+    with pytest.raises(UserError, match=r"'latency<=0.1x' is out of reach: .* \(0.5x to 1x of the original\)"):
+        check_reach(budgets, bounds, ORIGINAL, [ORIGINAL, corner])

@@ -176,6 +176,61 @@ def test_what_could_not_be_fitted_is_in_no_pool(table: OptionTable) -> None:
     assert np.isfinite(spoiled.error(rows)).all()
 
 
+def test_one_that_could_not_be_fitted_alone_and_was_evaluated_leaves_predictions_finite(table: OptionTable) -> None:
+    broken = (np.where(np.arange(len(table.option_errors[0])) > 0, np.inf, 0.0), *table.option_errors[1:])
+    spoiled = replace(table, option_errors=broken)
+    levels = sampled(table, 30, 0)
+    assert (levels[:, 0] > 0).any()
+    model = Surrogate(spoiled, told(table, levels), GOALS.costs, BASE, TOP, 0)
+    for guess in (model.harm(levels), model.cost("time", levels)):
+        assert np.isfinite(guess.mean).all()
+        assert np.isfinite(guess.std).all()
+
+
+def test_an_original_that_is_worse_than_knowing_nothing_still_has_losses_that_rise(table: OptionTable) -> None:
+    trained = AfterTraining(table, Goals(("time",), 0.7, 0.5, {}, most_loss=0.71))
+    levels = sampled(table, 30, 0)
+    levels = levels[np.argsort(table.error(levels))]
+    assert (np.diff(trained.losses(told(table, levels))) >= 0).all()
+    assert trained.worst_loss >= 0.7
+
+
+def test_a_limit_on_what_is_not_traded_off_is_kept_by_what_is_chosen(table: OptionTable) -> None:
+    seen = told(table, sampled(table, 40, 2))
+    free = Goals(("time",), BASE, TOP, {})
+    whole = float(table.cost("size", np.zeros_like(seen.levels[:1]))[0])
+    bound = replace(free, limits={"size": float(np.quantile(seen.costs["size"], 0.2))})
+    assert bound.kept == ("size",)
+    found = within_limits(table, bound)
+    # Of the table's sizes, which are those of the law but for its slope; for parts of the time, too.
+    assert (table.cost("size", found) <= bound.limits["size"] * whole).all()
+    assert len(found) > 4
+    assert table.cost("time", found[4:]).max() <= 0.7 * table.cost("time", np.zeros_like(found[:1]))[0]
+    assert not len(within_limits(table, free))
+    model = surrogate_of(table, seen)
+    shares = []
+    for goals in (free, bound):
+        rows = np.unique(np.concatenate([pool(table, goals, seen.levels, np.random.default_rng(0)), found]), axis=0)
+        chooser = Chooser(model, AsTheyAre(model), goals, seen, np.random.default_rng(1))
+        gains = chooser.gains(rows)
+        chosen: list[int] = []
+        for _ in range(8):
+            row = chooser.choose(gains, chosen)
+            assert row is not None
+            chosen.append(row)
+            chooser.count(gains[row])
+        shares.append(float((told(table, rows[chosen]).costs["size"] <= bound.limits["size"]).mean()))
+    assert shares[0] <= 0.5 < 0.75 <= shares[1], shares
+
+
+def test_where_no_cost_adds_up_what_does_stands_for_it(table: OptionTable) -> None:
+    memory = Goals(("memory",), BASE, TOP, {})
+    assert memory.additive(table) == ["time", "size"]
+    assert Goals(("memory", "size"), BASE, TOP, {"time": 0.5}).additive(table) == ["size", "time"]
+    rows = pool(table, memory, np.zeros((0, len(table.space.choices)), dtype=np.int64), np.random.default_rng(0))
+    assert table.cost("time", rows).min() < 0.6 * table.cost("time", np.zeros_like(rows[:1]))[0]
+
+
 def test_candidates_of_the_program_begin_with_both_ends(table: OptionTable) -> None:
     found = levels_of(table.space, program_candidates(table, ["time"]))
     costs = table.cost("time", found)

@@ -136,7 +136,7 @@ def test_whole_batches_of_an_earlier_session_are_told_without_asking(tmp_path: P
     resumed = proposer(tmp_path / "b", sampler)
     for batch in range(1, batches):
         known = undisturbed[(batch - 1) * size : batch * size]
-        resumed.replay(batch, [(candidate, values(candidate), None) for candidate in known])
+        resumed.replay(batch, [(candidate, values(candidate), {}) for candidate in known])
     last = resumed.ask(batches, size)
     assert [c.key() for c in last] == [c.key() for c in undisturbed[-size:]]
 
@@ -146,11 +146,11 @@ def test_the_log_is_a_study_of_everything_that_was_told_once_however_often_the_s
 ) -> None:
     first = proposer(tmp_path, "random")
     told = first.ask(1, 3)
-    first.tell(told[0], [0.5, 0.25], 0.125)
+    first.tell(told[0], [0.5, 0.25], {"divergence": 0.125})
     first.tell(told[1], None)
     first.close()
     again = proposer(tmp_path, "random")
-    again.replay(1, [(told[0], [0.5, 0.25], 0.125), (told[1], None, None), (told[2], [0.75, 0.5], None)])
+    again.replay(1, [(told[0], [0.5, 0.25], {"divergence": 0.125}), (told[1], None, {}), (told[2], [0.75, 0.5], {})])
     again.close()
     study = study_of(tmp_path)
     assert [t.params for t in study.trials] == [dict(c.options) for c in told]
@@ -249,6 +249,14 @@ def test_the_corners_combine_the_strongest_options() -> None:
         (None, "svd:16"),
         (None, None),
     }
+
+
+def test_without_bits_the_corners_have_codebooks() -> None:
+    choices = tuple(choice for choice in space_of(1).choices if choice.kind is not Kind.BITS)
+    found = strongest(SearchSpace(choices, {}))
+    assert {corner.options["layer0:cluster"] for corner in found} == {None, 16}
+    alone = strongest(SearchSpace(tuple(choice for choice in choices if choice.kind is Kind.CLUSTER), {}))
+    assert [dict(corner.options) for corner in alone] == [{"layer0:cluster": 16}]
 
 
 def test_an_unknown_sampler_is_named_with_the_nearest(tmp_path: Path) -> None:
