@@ -34,6 +34,7 @@ from .device_worker import LocalTimer
 from .distill import distill
 from .distill_recipe import Recipe
 from .distill_state import CheckpointError, load_checkpoint
+from .errors import UserError
 from .predicting import Predictor
 from .rundir import LESSONS
 from .score import accuracy, accuracy_and_divergence, outputs, paired_bootstrap
@@ -215,7 +216,7 @@ class Evaluator:
         """Distils the original into the candidate up to so many epochs, and scores it on the whole validation split.
 
         Raises:
-            UserError: it is to be trained on a GPU that torch cannot use.
+            UserError: it is to be trained on a GPU that torch cannot use, or its checkpoint is of another training.
         """
         checkpoint = job.folder / CHECKPOINT
         keys = self.spec.distill
@@ -223,20 +224,24 @@ class Evaluator:
         torch.manual_seed(job.seed)
         module = self._begun(job).to(device)
         job.folder.mkdir(parents=True, exist_ok=True)
-        distill(
-            module,
-            self._teacher_on(device),
-            self.task.data.train,
-            to_epoch=epochs,
-            total_epochs=total,
-            seed=job.seed,
-            recipe=recipe_of(keys),
-            checkpoint=checkpoint,
-            samples=keys.train_limit,
-            shared_seed=self.spec.seed,
-            lessons=job.folder.parent.parent / LESSONS,
-            restarts=[rung for rung in keys.rungs if rung < total],
-        )
+        try:
+            distill(
+                module,
+                self._teacher_on(device),
+                self.task.data.train,
+                to_epoch=epochs,
+                total_epochs=total,
+                seed=job.seed,
+                recipe=recipe_of(keys),
+                checkpoint=checkpoint,
+                samples=keys.train_limit,
+                shared_seed=self.spec.seed,
+                lessons=job.folder.parent.parent / LESSONS,
+                restarts=[rung for rung in keys.rungs if rung < total],
+            )
+        except CheckpointError as error:
+            # Of another version, perhaps: no fault of the candidate, and hours of training.
+            raise UserError(f"{error}, or carry on with the version of planish that it began with") from None
         return self._accuracy(module, None)
 
     def _teacher_on(self, device: torch.device) -> nn.Module:

@@ -154,7 +154,10 @@ def _trainable() -> type:
             if self._mistake:
                 return {"number": job.number, "mistake": self._mistake, "failure": "", "metrics": {}}
             epochs, total = int(self._job_config["epochs"]), int(self._job_config["total"])
-            result = guarded(lambda: self._evaluator.train(job, epochs, total))
+            try:
+                result = guarded(lambda: self._evaluator.train(job, epochs, total))
+            except UserError as error:
+                return {"number": job.number, "mistake": str(error), "failure": "", "metrics": {}}
             if isinstance(result, Failure):
                 return {"number": job.number, "failure": str(result), "metrics": {}}
             return {"number": job.number, "failure": "", "metrics": result}

@@ -10,6 +10,7 @@ import torch
 
 from planish.search.config import load_spec
 from planish.search.data import Data, Split
+from planish.search.errors import UserError
 from planish.search.evaluate import CHECKPOINT, Evaluator, Job
 from planish.search.task_error import TaskError
 from planish.search.tasks import Task
@@ -63,6 +64,19 @@ def test_a_damaged_checkpoint_costs_its_training_and_changes_nothing(
         evaluator.trained(sound).state_dict().values(), evaluator.trained(struck).state_dict().values(), strict=True
     ):
         assert torch.equal(ours, theirs)
+
+
+def test_a_checkpoint_of_another_training_is_kept_and_told_and_no_fault_of_the_candidate(
+    evaluator: Evaluator, candidate: Candidate, tmp_path: Path
+) -> None:
+    job = Job(1, candidate, 7, tmp_path)
+    evaluator.train(job, 1, 2)
+    before = (job.folder / CHECKPOINT).read_bytes()
+    with pytest.raises(
+        UserError, match=r"is of another training .* delete it to start afresh, or carry on"
+    ):
+        evaluator.train(Job(1, candidate, 8, tmp_path), 2, 2)  # another seed
+    assert (job.folder / CHECKPOINT).read_bytes() == before
 
 
 def test_a_prediction_has_the_memory_and_size_of_the_compiled_model(
