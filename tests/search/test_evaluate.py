@@ -72,9 +72,7 @@ def test_a_checkpoint_of_another_training_is_kept_and_told_and_no_fault_of_the_c
     job = Job(1, candidate, 7, tmp_path)
     evaluator.train(job, 1, 2)
     before = (job.folder / CHECKPOINT).read_bytes()
-    with pytest.raises(
-        UserError, match=r"is of another training .* delete it to start afresh, or carry on"
-    ):
+    with pytest.raises(UserError, match=r"is of another training .* delete it to start afresh, or carry on"):
         evaluator.train(Job(1, candidate, 8, tmp_path), 2, 2)  # another seed
     assert (job.folder / CHECKPOINT).read_bytes() == before
 
