@@ -42,8 +42,8 @@ def local_errors(
     An option changes what its layer computes by d, on the original's own inputs. The output then moves by J d to first
     order, J the Jacobian of the outputs in the layer's output, and the error is the mean over images of |J d|^2, over
     the mean of |outputs - their mean|^2. |J d|^2 is estimated as the mean of (v J d)^2 over random signs v (Hutchinson
-    1990), so that one backward pass for each v serves every layer and option. What a batch norm behind the layer takes
-    back, a shift and a scale of every channel, does not count.
+    1990), so that one backward pass for each v serves every layer and option. What correcting a batch norm behind the
+    layer takes back, a shift and a scale of every channel that are the same for all images, does not count.
 
     Args:
         traced: The original.
@@ -89,6 +89,10 @@ class _Change:
     compute: nn.Module
     positions: Tensor | None = None
     dim: int = 1
+
+    def of(self, x: Tensor) -> Tensor:
+        """What the replacement gives for the layer's input."""
+        return self.compute(x if self.positions is None else x.index_select(self.dim, self.positions))  # type: ignore[no-any-return]
 
 
 class _Builder:
@@ -155,11 +159,11 @@ def _seen(
 ) -> tuple[dict[tuple[str, int], float], float]:
     """The mean over images and probes of (v J d)^2 for every change, and the mean of |outputs - mean|^2."""
     layers = sorted({change.layer for parts in changes.values() for change in parts})
-    normed = {name for name in layers if _is_normed(traced, module, name)}
+    corrections = _corrections(traced, module, changes, inputs)
     generator = torch.Generator().manual_seed(seed)
     sums = dict.fromkeys(changes, 0.0)
     outputs = []
-    for batch in _batches(traced, inputs):
+    for batch in _batches(traced, inputs, 1 + PROBES):
         calls, output = _watched(module, layers, batch)
         outputs.append(output.detach().flatten(1))
         if not calls:
@@ -175,11 +179,10 @@ def _seen(
         with torch.no_grad():
             for key, parts_of in changes.items():
                 moved = torch.zeros(PROBES, len(batch))
-                for change in parts_of:
+                for place, change in enumerate(parts_of):
+                    correct = corrections.get((key, place), _as_it_is)
                     for number, (x, y) in enumerate(calls[change.layer]):
-                        own = x if change.positions is None else x.index_select(change.dim, change.positions)
-                        got = change.compute(own)
-                        d = (_as_normed(got, y) if change.layer in normed else got) - y
+                        d = correct(change.of(x)) - y
                         slope_of = torch.stack([probe[number] for probe in by_layer[change.layer]])
                         moved += (slope_of * d).flatten(2).sum(2)
                 sums[key] += float(moved.square().mean(0).sum())
@@ -207,12 +210,76 @@ def _watched(
     return {name: pairs for name, pairs in calls.items() if pairs}, output
 
 
-def _as_normed(got: Tensor, want: Tensor) -> Tensor:
-    """`got` with the mean and variance of every channel of `want`: a batch norm behind the layer is corrected."""
-    others = [dim for dim in range(got.ndim) if dim != 1]
-    own, own_mean = torch.var_mean(got, others, correction=0, keepdim=True)
-    variance, mean = torch.var_mean(want, others, correction=0, keepdim=True)
-    return (got - own_mean) * (variance / own.clamp_min(1e-12)).sqrt() + mean
+def _as_it_is(value: Tensor) -> Tensor:
+    return value
+
+
+_Key = tuple[tuple[str, int], int]
+
+
+def _corrections(
+    traced: TracedModel,
+    module: nn.Module,
+    changes: Mapping[tuple[str, int], Sequence[_Change]],
+    inputs: Tensor,
+) -> dict[_Key, Callable[[Tensor], Tensor]]:
+    """Of every change of a layer with a batch norm behind it what correcting that does to the layer's output.
+
+    By the change's key and its place there. Of all inputs: the few that are held at once have means of their own, and
+    what moves those is no shift that a batch norm takes back.
+    """
+    asked = {
+        (key, place): change
+        for key, parts in changes.items()
+        for place, change in enumerate(parts)
+        if _is_normed(traced, module, change.layer)
+    }
+    layers = sorted({change.layer for change in asked.values()})
+    if not layers:
+        return {}
+    wanted = {name: _ChannelSums() for name in layers}
+    given = {place: _ChannelSums() for place in asked}
+    with torch.no_grad():
+        for batch in _batches(traced, inputs, 2):
+            calls, _ = _watched(module, layers, batch)
+            for name, pairs in calls.items():
+                for _, y in pairs:
+                    wanted[name].add(y)
+            for place, change in asked.items():
+                for x, _ in calls.get(change.layer, ()):
+                    given[place].add(change.of(x))
+    return {place: given[place].moved_to(wanted[change.layer]) for place, change in asked.items()}
+
+
+class _ChannelSums:
+    """The sums of every channel's values and squares."""
+
+    def __init__(self) -> None:
+        self._count, self._sum, self._squares = 0, torch.zeros(1), torch.zeros(1)
+
+    def add(self, value: Tensor) -> None:
+        """Channels are dimension 1."""
+        others = [dim for dim in range(value.ndim) if dim != 1]
+        self._count += value.numel() // value.shape[1]
+        self._sum = self._sum + value.sum(others, dtype=torch.float64)
+        self._squares = self._squares + value.square().sum(others, dtype=torch.float64)
+
+    def moments(self) -> tuple[Tensor, Tensor]:
+        """Means and variances (c,)."""
+        mean = self._sum / max(1, self._count)
+        return mean, (self._squares / max(1, self._count) - mean.square()).clamp_min(0)
+
+    def moved_to(self, other: _ChannelSums) -> Callable[[Tensor], Tensor]:
+        """Gives values like these the means and variances of the others."""
+        (own_mean, own), (mean, variance) = self.moments(), other.moments()
+        scale = (variance / own.clamp_min(1e-12)).sqrt()
+        shift = mean - own_mean * scale
+
+        def moved(value: Tensor) -> Tensor:
+            shape = (-1, *[1] * (value.ndim - 2))
+            return value * scale.to(value).reshape(shape) + shift.to(value).reshape(shape)
+
+        return moved
 
 
 def _is_normed(traced: TracedModel, module: nn.Module, name: str) -> bool:
@@ -231,8 +298,8 @@ def _signs(output: Tensor, generator: torch.Generator) -> Tensor:
     return signs - signs.mean(-1, keepdim=True) if output.shape[-1] > 1 else signs
 
 
-def _batches(traced: TracedModel, inputs: Tensor) -> tuple[Tensor, ...]:
-    """Equal parts of the inputs, as small as it takes to hold the activations of every layer."""
-    held = 2 * sum(torch.Size(layer.out_shape).numel() * layer.calls for layer in traced.layers) * (1 + PROBES) // 2
+def _batches(traced: TracedModel, inputs: Tensor, times: int) -> tuple[Tensor, ...]:
+    """Equal parts of the inputs, as small as it takes to hold the activations of every layer so many times."""
+    held = sum(torch.Size(layer.out_shape).numel() * layer.calls for layer in traced.layers) * times
     size = max(1, min(64, _VALUES // max(1, held)))
     return tuple(part for small in batches(inputs) for part in torch.split(small, size))

@@ -7,6 +7,7 @@ import torch
 from scipy.stats import spearmanr
 from torch import Tensor, nn
 
+from planish.spaces import local_error
 from planish.spaces.apply import apply
 from planish.spaces.local_error import local_errors
 from planish.spaces.propose import propose
@@ -101,6 +102,23 @@ def test_what_a_batch_norm_takes_back_does_not_count() -> None:
     # The order is what counts; second order and the relu leave the sizes apart.
     guessed, real = zip(*pairs, strict=True)
     assert spearmanr(guessed, real).statistic > 0.9
+
+
+def test_an_error_is_that_of_all_images_however_many_are_held_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One by one, what moves an image's own means would pass for a shift that a batch norm takes back."""
+    torch.manual_seed(0)
+    traced = trace(Normed().eval(), smooth(1, 1))
+    proposal, inputs = propose(traced, lanes=8), smooth(48, 2)
+    found = []
+    for values in (2**24, 1):
+        monkeypatch.setattr(local_error, "_VALUES", values)
+        # Random signs differ from batch to batch: enough of them, that errors are exact up to a few percent.
+        monkeypatch.setattr(local_error, "PROBES", 64)
+        found.append(local_errors(traced, proposal, inputs).errors)
+    together, alone = found
+    assert together.keys() == alone.keys()
+    for name, errors in together.items():
+        assert alone[name] == pytest.approx(errors, rel=0.12), name
 
 
 def test_what_cannot_be_built_is_infinite_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
