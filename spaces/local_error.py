@@ -1,4 +1,4 @@
-"""What every option of a space would spoil, to first order: one pass over the original, no candidate built."""
+"""What every option of a space would spoil, to first order: two passes over the original, no candidate built."""
 
 from __future__ import annotations
 
