@@ -9,12 +9,15 @@ from numpy.typing import NDArray
 
 from .front import cheaper
 from .ledger import Ledger
-from .objective import number
+from .objective import Objective, number
 from .pareto import Array, crowding_distance, nondominated_rank
+from .refine import left
 from .replay import Metrics
 
 # Latency bins in which candidates compete: the fast end is never starved by the accurate one.
 _BINS = 4
+# As much more than expected may be lost by those who get the last places: there is no later choice.
+_MARGIN = 1.5
 
 
 def promoted(
@@ -29,10 +32,10 @@ def promoted(
 ) -> list[int]:
     """Which of the trials enter a rung; those who keep the budgets on cost go before those who do not.
 
-    Once they were trained, those who keep a budget on accuracy go before those who do not, and of these the most
-    accurate of every bin, which are the nearest to it; to the last rung the most accurate of all, because the fast end
-    has no longer training to hope for. Before any training those go first that training is expected to bring to the
-    budget, then the most accurate of all others. A pure function of what was recorded before the rung.
+    Those whom the training that is left is expected to bring to a budget on accuracy go before the others: once they
+    were trained, by what they have lost and how much of it more epochs leave (`refine.left`), before by the errors of
+    their options. Of the others the most accurate of every bin go on, which are the nearest to it; to the first rung
+    and the last the most accurate of all. A pure function of what was recorded before the rung.
 
     Args:
         ledger: Of the run.
@@ -54,14 +57,25 @@ def promoted(
     binned = [o for o in costs if o.metric.startswith("latency[")] or costs
     cost = np.array([max((o.ratio(row, base) for o in binned), default=0.0) for row in rows])
 
+    epochs = ledger.spec.distill.rungs
+    still_lost = min(1.0, left(epochs[-1]) / left(epochs[rung - 1]) * (_MARGIN if last else 1.0)) if rung else 1.0
+
+    def expected(bound: Objective, row: Metrics) -> float:
+        """What a metric that has to rise will be at the end, as far as it is below the original's now."""
+        value, whole = bound.value(row), bound.value(base)
+        return value if bound.goal == "minimize" or not value < whole else whole - still_lost * (whole - value)
+
     def keeping(goal: str) -> NDArray[np.bool_]:
         bounds = [b for b in ledger.bounds() if b.goal == goal]
-        return np.array([all(b.allows(b.value(row)) for b in bounds) for row in rows], dtype=bool)
+        return np.array([all(b.allows(expected(b, row)) for b in bounds) for row in rows], dtype=bool)
 
     # What can never be offered does not take a place.
     losses[np.array([not cheaper(objectives, row, base) for row in rows], dtype=bool)] = np.nan
     cheap = keeping("minimize")
-    accurate = keeping("maximize") if rung else np.array([number not in hopeless for number in alive], dtype=bool)
+    accurate = keeping("maximize")
+    if not rung:
+        # What keeps it as it is has nothing to hope for.
+        accurate |= np.array([number not in hopeless for number in alive], dtype=bool)
     if rung:
         guessing = np.array([_lowest(row) <= guess for row in rows], dtype=bool)
         losses[guessing] = losses[guessing] if guessing.all() else np.nan

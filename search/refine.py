@@ -241,6 +241,11 @@ class AsTheyAre:
         return seen.loss
 
 
+def left(epochs: float) -> float:
+    """What so many epochs leave of a damage, relative to what one leaves, the learning rate down at their end."""
+    return float(max(epochs, _LEAST_EPOCHS) ** -_LEFT_FALL)
+
+
 class AfterTraining:
     """Candidates as training may leave them, by the summed error of their options.
 
@@ -252,7 +257,7 @@ class AfterTraining:
     def __init__(self, table: OptionTable, goals: Goals) -> None:
         self._table, self._base = table, goals.base_loss
         self._span = max(goals.top_loss - goals.base_loss, 0.01)
-        self._left = _LEFT * max(goals.epochs, _LEAST_EPOCHS) ** -_LEFT_FALL
+        self._left = _LEFT * left(goals.epochs)
         least = self._loss(np.array([_LEAST_ERROR]))[0]
         worst = self._base + self._span * -np.expm1(-_WORST_DAMAGE)
         self.worst_loss = float(np.clip(goals.most_loss, least, worst))
