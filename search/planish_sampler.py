@@ -221,7 +221,7 @@ def _evaluated(task: SamplerTask, told: Sequence[_Told], accuracy: int) -> Evalu
     values = np.array([t.values for t in told], dtype=np.float64).reshape(len(told), len(task.objectives))
     costs = {o.metric: values[:, i] / (task.original[i] or 1.0) for i, o in enumerate(task.objectives) if i != accuracy}
     for name in task.goals.kept:
-        # Where it is not known it counts as the original's, which every limit on a cost is below of.
+        # Where it is not known it counts as the original's.
         costs[name] = np.nan_to_num(np.array([t.attribute(COST + name) for t in told], dtype=np.float64), nan=1.0)
     divergence = np.array([t.attribute(DIVERGENCE) for t in told], dtype=np.float64)
     return Evaluated(levels, 1 - values[:, accuracy], divergence, costs)

@@ -113,8 +113,9 @@ def within_limits(table: OptionTable, goals: Goals) -> Levels:
             return levels_of(table.space, found)
         found.append(candidate)
     traded = next((name for name in goals.costs if name in table.fixed), None)
-    for part in _PARTS if beside and traded is not None else ():
-        assert traded is not None
+    if not beside or traded is None:
+        return levels_of(table.space, found)
+    for part in _PARTS:
         most = min(absolute.get(traded, np.inf), part * float(table.cost(traded, zero)[0]))
         candidate = best_within(table, {**absolute, traded: most}, seconds=_WITHIN_SECONDS)
         if candidate is None:
