@@ -389,7 +389,7 @@ class _Search:
         if improves(self.ledger.objectives, whole, self.ledger.original):
             self.ledger.finish(number, State.COMPLETE, None, metrics)
         else:
-            reason = "it is not faster than the original on every device"
+            reason = "it is not faster than the original on any device"
             self.ledger.finish(number, State.INFEASIBLE, reason, metrics)
 
     def _end(self) -> Run:

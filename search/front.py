@@ -69,7 +69,7 @@ def front_document(
     front = ParetoFront(tuple(objectives), tuple(entry.trial for entry in competing))
     by_number = {entry.trial.number: entry for entry in competing}
     members = [by_number[trial.number] for trial in front.members()]
-    by_device = device_fronts(objectives, [entry.trial for entry in members])
+    by_device = device_fronts(objectives, [entry.trial for entry in members], original.trial)
     miss = None if keeping else min(able, key=lambda e: _excess(bounds, e.trial.metrics), default=None)
     return {
         "objectives": [{"metric": o.metric, "goal": o.goal} for o in objectives],
@@ -82,22 +82,22 @@ def front_document(
     }
 
 
-def device_fronts(objectives: Sequence[Objective], trials: Sequence[Trial]) -> dict[str, list[int]]:
-    """By device the numbers of the trials on the front of its own latency and the objectives that are no latencies."""
+def device_fronts(objectives: Sequence[Objective], trials: Sequence[Trial], original: Trial) -> dict[str, list[int]]:
+    """By device the numbers of the trials on the front of its own latency and the objectives that are no latencies.
+
+    What is slower than the original on a device is not on that device's front, however fast it is on another.
+    """
     labels = {o.metric: label for o in objectives if (label := split_metric(o.metric)[1]) is not None}
-    return {
-        label: [
-            trial.number
-            for trial in ParetoFront(
-                tuple(o for o in objectives if o.metric == metric or o.metric not in labels), tuple(trials)
-            ).members()
-        ]
-        for metric, label in labels.items()
-    }
+    fronts = {}
+    for metric, label in labels.items():
+        own = tuple(o for o in objectives if o.metric == metric or o.metric not in labels)
+        faster = (t for t in trials if t.number == original.number or cheaper(own, t.metrics, original.metrics))
+        fronts[label] = [trial.number for trial in ParetoFront(own, tuple(faster)).members()]
+    return fronts
 
 
 def improves(objectives: Sequence[Objective], trial: Trial, original: Mapping[str, object]) -> bool:
-    """Whether a trial may be offered: complete, every objective known, and faster than the original on every device.
+    """Whether a trial may be offered: complete, every objective known, and faster than the original on a device.
 
     Where latency is no objective, it must be below the original in at least one cost instead.
     """
@@ -107,15 +107,13 @@ def improves(objectives: Sequence[Objective], trial: Trial, original: Mapping[st
 
 
 def cheaper(objectives: Sequence[Objective], metrics: Mapping[str, object], original: Mapping[str, object]) -> bool:
-    """Whether metrics are faster than the original's on every device; without latencies, below it in at least one cost.
+    """Whether metrics are faster than the original's on at least one device; without latencies, below it in a cost.
 
     Where nothing is made cheaper (accuracy alone is an objective), nothing can be offered.
     """
     costs = [objective for objective in objectives if objective.goal == "minimize"]
     latencies = [objective for objective in costs if objective.metric.startswith("latency[")]
-    if latencies:
-        return all(o.ratio(metrics, original) < 1 for o in latencies)
-    return any(o.ratio(metrics, original) < 1 for o in costs)
+    return any(o.ratio(metrics, original) < 1 for o in latencies or costs)
 
 
 def keeps(bounds: Sequence[Objective], metrics: Mapping[str, object]) -> bool:
@@ -125,6 +123,8 @@ def keeps(bounds: Sequence[Objective], metrics: Mapping[str, object]) -> bool:
 
 def choose(front: Mapping[str, object], budgets: Sequence[Budget]) -> Mapping[str, object]:
     """The most accurate entry of a front document that keeps the budgets; of equals the fastest, then the smallest.
+
+    Of several devices one that is slower than the original on any of them is chosen only where no other keeps them.
 
     Args:
         front: front.json.
@@ -145,7 +145,9 @@ def choose(front: Mapping[str, object], budgets: Sequence[Budget]) -> Mapping[st
         detail = f"no entry of the front keeps {misses}" if misses else "the front is empty but for the original"
         raise UserError(f"{detail}; relax the budget, or name a trial with --trial")
     accuracy = Objective("accuracy", "maximize")
-    promised = [entry for entry in fitting if entry.get("meets_budget")] or fitting
+    devices = [Objective(f"latency[{name}]", "minimize") for name in mapping(front.get("devices"))]
+    faster = [e for e in fitting if all(o.ratio(_metrics(e), original) < 1 for o in devices)] or fitting
+    promised = [entry for entry in faster if entry.get("meets_budget")] or faster
     return min(
         promised, key=lambda entry: (accuracy.loss(accuracy.value(_metrics(entry))), *_cheapness(_metrics(entry)))
     )

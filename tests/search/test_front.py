@@ -152,18 +152,36 @@ def test_csv_quotes_what_would_break_it(tmp_path: Path) -> None:
     assert rows[1][rows[0].index('option a",\n')] == "x,y"
 
 
-def test_of_several_devices_each_has_a_front_of_its_own() -> None:
-    def entry(number: int, accuracy: float, fast: float, slow: float) -> Entry:
-        base = _entry(number, accuracy, fast)
-        latency = {"cpu": {"value": fast}, "board": {"value": slow}}
-        metrics = {**base.trial.metrics, "latency_s": latency}
-        return Entry(Trial(number, base.trial.candidate, State.COMPLETE, metrics, None, 0), measured=True)
+def _on_two(number: int, accuracy: float, cpu: float, board: float) -> Entry:
+    base = _entry(number, accuracy, cpu)
+    metrics = {**base.trial.metrics, "latency_s": {"cpu": {"value": cpu}, "board": {"value": board}}}
+    return Entry(Trial(number, base.trial.candidate, State.COMPLETE, metrics, None, 0), measured=True)
 
-    objectives = objectives_of(["accuracy", "latency"], ["cpu", "board"])
-    original = entry(0, 0.95, 1.0, 10.0)
+
+TWO = objectives_of(["accuracy", "latency"], ["cpu", "board"])
+
+
+def test_of_several_devices_each_has_a_front_of_its_own() -> None:
+    original = _on_two(0, 0.95, 1.0, 10.0)
     # 1 is for the cpu, 2 for the board, 3 is beaten on either, 4 by nothing on both.
-    entries = [entry(1, 0.9, 0.2, 9.0), entry(2, 0.9, 0.8, 2.0), entry(3, 0.85, 0.9, 9.5), entry(4, 0.8, 0.1, 1.0)]
-    document = front_document(objectives, [], original, entries)
+    entries = [_on_two(1, 0.9, 0.2, 9.0), _on_two(2, 0.9, 0.8, 2.0), _on_two(3, 0.85, 0.9, 9.5)]
+    document = front_document(TWO, [], original, [*entries, _on_two(4, 0.8, 0.1, 1.0)])
     assert sorted(map(int, map(str, _numbers(document)))) == [0, 1, 2, 4]
     assert document["devices"] == {"cpu": [0, 1, 4], "board": [0, 2, 4]}
     assert "devices" not in front_document(OBJECTIVES, [], ORIGINAL, [])
+
+
+def test_what_is_slower_on_one_device_is_on_the_fronts_of_the_others() -> None:
+    # 1 is slower on the board; 2 is slower on the cpu, and more accurate than the original; 3 is faster on both.
+    # 4 is slower on both: it is no improvement.
+    entries = [_on_two(1, 0.9, 0.2, 11.0), _on_two(2, 0.96, 1.1, 2.0), _on_two(3, 0.7, 0.9, 1.0)]
+    document = front_document(TWO, [], _on_two(0, 0.95, 1.0, 10.0), [*entries, _on_two(4, 0.97, 1.2, 12.0)])
+    assert sorted(map(int, map(str, _numbers(document)))) == [0, 1, 2, 3]
+    assert document["devices"] == {"cpu": [0, 1], "board": [2, 3]}
+
+
+def test_what_is_faster_on_every_device_is_chosen_before_what_is_not() -> None:
+    original = _on_two(0, 0.95, 1.0, 10.0)
+    document = front_document(TWO, [], original, [_on_two(1, 0.9, 0.2, 11.0), _on_two(2, 0.8, 0.5, 5.0)])
+    assert choose(document, ())["trial"] == 2
+    assert choose(document, parse_budget("latency[cpu]<=0.3x", ["cpu", "board"]))["trial"] == 1
