@@ -23,12 +23,13 @@ class CompileError(RuntimeError):
 class RunError(RuntimeError):
     """Compiled code that crashed, hung, failed or computed something else.
 
-    `artifact` is its name in the call, None where the failure is not one artifact's.
+    `artifact` is its name in the call, None where the failure is not one artifact's. `crashed` says that a signal ended
+    the process: the code's own doing, or the system's.
     """
 
-    def __init__(self, message: str, artifact: str | None = None) -> None:
+    def __init__(self, message: str, artifact: str | None = None, *, crashed: bool = False) -> None:
         super().__init__(message)
-        self.artifact = artifact
+        self.artifact, self.crashed = artifact, crashed
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,10 @@ from pathlib import Path
 from ..hwmodels.device import Device
 from ..hwmodels.quiet import Samples, best_reference_s, open_samples
 from .child import EXIT_LOST
-from .compiler import CompileError
+from .compiler import CompileError, RunError
 from .kernel_store import KernelStore
 from .linker import linker
-from .remote import DeviceLost
+from .remote import DeviceLost, gone
 from .runner import device_lock, environment
 from .tvm_build import kernel_objects, tvm_target
 from .tvm_values import Kernel
@@ -49,13 +49,14 @@ class KernelProtocol:
 class Timed:
     """The samples of kernels by key, the reference's time on a quiet machine, and why kernels have no samples.
 
-    `lost` is what ended it before its time, the device's not answering: the samples up to then count.
+    `lost` is what ended it before its time (the device does not answer any more, or the reference does not run): the
+    samples up to then count.
     """
 
     samples: dict[str, Samples]
     reference_s: float
     failed: dict[str, str]
-    lost: DeviceLost | None = None
+    lost: RunError | None = None
 
 
 def time_kernels(
@@ -193,6 +194,8 @@ def _round(
                     error.stdout.decode(errors="replace") if isinstance(error.stdout, bytes) else error.stdout or ""
                 )
                 code, errors = 1, f"it did not end within {protocol.time_limit_s:.0f} s"
+                if away := gone(device):
+                    raise DeviceLost(f"device {device.name} is lost: {away}") from None
         lines = [json.loads(line) for line in output.splitlines() if line.startswith("{") and line.endswith("}")]
         if code == 0:
             return {

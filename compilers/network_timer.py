@@ -50,7 +50,7 @@ def time_networks(
         advance: Told how many artifacts are settled, and of how many.
 
     Raises:
-        RunError: the reference itself cannot be run.
+        RunError: the reference itself cannot be run, and nothing was timed before.
     """
     protocol = protocol or MeasureProtocol(runs=_RUNS)
     samples: dict[str, Samples] = {}
@@ -73,12 +73,14 @@ def time_networks(
                 return Timed(samples, best or 0.0, failed, lost)
             except RunError as error:
                 if error.artifact not in group:
-                    raise
+                    if not samples:
+                        raise
+                    return Timed(samples, best or 0.0, failed, error)
                 failed[error.artifact] = str(error)
                 waiting.remove(error.artifact)
                 continue
             for name in group:
-                new = Samples(tuple(result.run_s[name]), tuple(result.reference_s[name]))
+                new = Samples(tuple(result.run_s[name]), tuple(result.reference_s[name]))  # of one process
                 samples[name] = samples.get(name, Samples()) + new
                 found.append(new)
             waiting = waiting[_TOGETHER:]

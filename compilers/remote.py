@@ -34,6 +34,14 @@ def unanswered(device: Device) -> str | None:
         )
 
 
+def gone(device: Device) -> str | None:
+    """Why a device that did not answer in time is lost: nothing is there any more. None where it is, or is this one.
+
+    A device whose power or cable fails ends no connection: whoever waits for it does so for ever.
+    """
+    return unanswered(device) if device.rpc else None
+
+
 def connect(rpc: str, time_limit_s: float) -> Any:
     """A session on the device: TVM's, of its own process on the device.
 

@@ -21,7 +21,7 @@ from ..hwmodels.measurement import Measurement, MeasureProtocol
 from .child import EXIT_LOST, EXIT_WRONG_OUTPUT
 from .compiler import RunError
 from .manifest import read
-from .remote import DeviceLost
+from .remote import DeviceLost, gone
 
 
 def measure(artifacts: Mapping[str, Path], device: Device, protocol: MeasureProtocol) -> dict[str, Measurement]:
@@ -156,6 +156,8 @@ def run_child(
             name = _last_line(output)
             if device.rpc and name is None:
                 raise DeviceLost(f"device {device.name} gave no session within {limit:.0f} s") from None
+            if away := gone(device):
+                raise DeviceLost(f"device {device.name} is lost: {away}") from None
             raise RunError(
                 f"artifact {name!r} did not end within {limit:.0f} s and was killed; "
                 "raise time_limit_s if it needs longer", name
@@ -172,7 +174,7 @@ def _failure(done: subprocess.CompletedProcess[str], device: Device) -> RunError
     if done.returncode == EXIT_LOST:
         return DeviceLost(f"device {device.name} is lost: {reason}")
     if done.returncode < 0:
-        return RunError(f"artifact {name!r} crashed with signal {-done.returncode}", name)
+        return RunError(f"artifact {name!r} crashed with signal {-done.returncode}", name, crashed=True)
     if done.returncode == EXIT_WRONG_OUTPUT:
         return RunError(f"artifact {name!r}: {reason}", name)
     if done.returncode == 0:

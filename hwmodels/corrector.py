@@ -13,6 +13,8 @@ from .workload import Workload
 
 # Fewer networks than this cannot tell the terms apart.
 LEAST = 6
+# What a plain sum of kernels is wrong by, where no network says (docs/latency-models.md, "plain sum of the table").
+_UNFITTED = 0.25
 # Expected: a network is the sum of its kernels.
 _SUM = (1.0, 0.0, 0.0)
 
@@ -30,7 +32,8 @@ class Corrector:
         factor: Of the kernels' times: below 1 where a kernel finds its input still near from the one before.
         byte_s: Seconds a byte of weights.
         shared_s: Seconds that a shared call adds.
-        error: The standard deviation of log(predicted / measured), each network predicted from the others.
+        error: The standard deviation of log(predicted / measured), each network predicted from the others: of those
+            that are judged, and not below that of all where fewer than `LEAST` are.
         networks: That it was fitted to.
         held_out: The errors on those that are judged, each predicted from the others; None where it was not fitted.
     """
@@ -39,7 +42,7 @@ class Corrector:
     factor: float = 1.0
     byte_s: float = 0.0
     shared_s: float = 0.0
-    error: float = 0.1
+    error: float = _UNFITTED
     networks: int = 0
     held_out: HeldOut | None = None
 
@@ -62,8 +65,7 @@ class Corrector:
             sums_s: What each one's kernels take alone.
             networks: Their workloads.
             measured_s: What they take.
-            judged: On which of them the error is stated, of another model's it is another one; by default all, and
-                where they are fewer than `LEAST`.
+            judged: On which of them the error is stated, of another model's it is another one; by default all.
 
         Raises:
             ValueError: fewer than `LEAST`, or not as many of each.
@@ -79,11 +81,14 @@ class Corrector:
         terms = np.array([[s, len(net) * 1e-6, t] for s, net, t in zip(sums_s, networks, third, strict=True)])
         fit = relative_fit(terms, y, _SUM)
         factor, call, last = (float(value) for value in fit.coefficients)
-        chosen = np.ones(len(y), dtype=bool) if judged is None or sum(judged) < LEAST else np.array(judged)
+        chosen = np.ones(len(y), dtype=bool) if judged is None else np.array(judged, dtype=bool)
         left_out, measured = fit.left_out[chosen], y[chosen]
-        found = held_out(list(left_out), list(measured))
+        found = held_out(list(left_out), list(measured)) if chosen.any() else None
+        error = log_error(left_out, measured) if chosen.any() else 0.0
+        if chosen.sum() < LEAST:  # so few may be right by chance
+            error = max(error, log_error(fit.left_out, y))
         byte, shared = (0.0, last * 1e-6) if shares else (last * 1e-10, 0.0)
-        return Corrector(call * 1e-6, factor, byte, shared, log_error(left_out, measured), len(y), found)
+        return Corrector(call * 1e-6, factor, byte, shared, error, len(y), found)
 
 
 def _shared(workloads: Sequence[Workload]) -> int:

@@ -17,11 +17,13 @@ from math import inf
 from pathlib import Path
 from typing import Any
 
-from .quiet import Settled
+from .quiet import SLACK, Settled
 from .workload import Workload
 
 _FORMAT = 1
 _WAIT_S = 30.0
+# After a reference's name: what it took when the oldest times that count as quiet were judged by it.
+_JUDGE = " of quiet times"
 # Seconds since 1970 at the end of the year 9999, after which no date can be told.
 _LATEST_S = 253402300800.0
 _TABLES = (
@@ -127,8 +129,9 @@ class KernelDatabase:
         return found
 
     def _there(self) -> bool:
+        # An empty one is being made by another process, or could not be written to: it holds nothing.
         with _told(self.path, "read"):
-            return self.path.exists()
+            return self.path.exists() and self.path.stat().st_size > 0
 
     def _rows(self, table: str, column: str) -> list[tuple[object, ...]]:
         query = (
@@ -156,9 +159,12 @@ class KernelDatabase:
         """What the reference of that name took on a quiet machine; None where that is not known."""
         if not self._there():
             return None
-        query = "SELECT reference_s FROM refs WHERE device = ? AND schedules = ? AND reference = ?"
         with self._reading() as connection:
-            row = connection.execute(query, (self.device, self.schedules, reference)).fetchone()
+            return self._reference(connection, reference)
+
+    def _reference(self, connection: sqlite3.Connection, reference: str) -> float | None:
+        query = "SELECT reference_s FROM refs WHERE device = ? AND schedules = ? AND reference = ?"
+        row = connection.execute(query, (self.device, self.schedules, reference)).fetchone()
         if row is None:
             return None
         if not isinstance(row[0], float) or not 0 < row[0] < inf:
@@ -173,10 +179,15 @@ class KernelDatabase:
         with self._reading() as connection:
             return connection.execute(query, (self.device, self.schedules)).fetchone() is not None
 
-    def add(self, times: Sequence[KernelTime | NetworkTime], references: Mapping[str, float]) -> None:
+    def add(self, times: Sequence[KernelTime | NetworkTime], references: Mapping[str, float]) -> int:
         """Adds kernels and networks in one transaction, and what references took on a quiet machine, by name.
 
         What was measured on a quiet machine is only replaced by what was, too; of a reference the fastest time counts.
+        A reference that is by more than `quiet.SLACK` faster than the one by which earlier times of the same sort (of
+        kernels, or of networks) count as quiet says that they are not: they are kept as ratios to it.
+
+        Returns:
+            How many earlier times count as quiet no more.
 
         Raises:
             DatabaseError: the file cannot be written.
@@ -192,8 +203,30 @@ class KernelDatabase:
             if not 0 < seconds < inf:
                 raise ValueError(f"the reference {name} takes {seconds} s; it must be positive and finite")
         named = [(self.device, self.schedules, name, seconds) for name, seconds in references.items()]
+        tables = [table for table, rows in (("times", kernels), ("networks", networks)) if rows]
         with self._writing() as connection:
+            questioned = sum(self._question(connection, name, seconds, tables) for name, seconds in references.items())
             _put(connection, [(self.device, self.schedules, self.title)], named, kernels, networks)
+        return questioned
+
+    def _question(self, connection: sqlite3.Connection, name: str, seconds: float, tables: Sequence[str]) -> int:
+        """Times of these tables are quiet no more where the reference that judged them was slower than it can be."""
+        judge = f"{name}{_JUDGE}"
+        # Files of an earlier version hold the fastest alone.
+        judged_s = self._reference(connection, judge) or self._reference(connection, name) or seconds
+        fell = seconds * (1 + SLACK) < judged_s
+        connection.execute(
+            "INSERT OR REPLACE INTO refs VALUES (?, ?, ?, ?)",
+            (self.device, self.schedules, judge, seconds if fell else judged_s),
+        )
+        return sum(
+            connection.execute(
+                f"UPDATE {table} SET quiet = 0, median_s = median_s * ?, low_s = low_s * ?, high_s = high_s * ?"
+                " WHERE device = ? AND schedules = ? AND quiet = 1",
+                (*[seconds / judged_s] * 3, self.device, self.schedules),
+            ).rowcount
+            for table in (tables if fell else ())
+        )
 
     def _row(self, key: str, value: object, time: Settled) -> tuple[object, ...]:
         numbers = (time.median_s, time.low_s, time.high_s, time.runs, int(time.quiet), self._clock())
@@ -228,7 +261,9 @@ class KernelDatabase:
         Raises:
             DatabaseError: the file exists, or one of the two cannot be read or written.
         """
-        if path.exists():
+        with _told(path, "written"):
+            exists = path.exists()
+        if exists:
             raise DatabaseError(f"{path} exists; name a new file, or import this database into it")
         return KernelDatabase(path, self.device, self.schedules).merge(self.path)
 
@@ -240,7 +275,9 @@ class KernelDatabase:
         Raises:
             DatabaseError: a file cannot be read or written.
         """
-        if not other.is_file():
+        with _told(other, "read"):
+            there = other.is_file()
+        if not there:
             raise DatabaseError(f"{other} does not exist; name a kernel database")
         with KernelDatabase(other, "", "")._reading() as connection:
             connection.execute("BEGIN")  # all of one moment

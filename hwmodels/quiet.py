@@ -18,28 +18,41 @@ from .measurement import median_interval
 SLACK = 0.12
 # Quiet samples that settle a time.
 ENOUGH = 12
+# Fewer of a process say little of how fast that process is.
+_OF_PROCESS = 3
 
 
 @dataclass(frozen=True)
 class Samples:
-    """Seconds of runs, and what the reference took beside each."""
+    """Seconds of runs, and what the reference took beside each.
+
+    `processes` says how many runs are of each process, one process after the other; by default all are of one.
+    """
 
     run_s: tuple[float, ...] = ()
     reference_s: tuple[float, ...] = ()
+    processes: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if len(self.run_s) != len(self.reference_s):
             raise ValueError(
                 f"{len(self.run_s)} runs have {len(self.reference_s)} times of the reference; give one each"
             )
+        if not self.processes and self.run_s:
+            object.__setattr__(self, "processes", (len(self.run_s),))
+        if sum(self.processes) != len(self.run_s):
+            raise ValueError(f"{len(self.run_s)} runs are not those of processes with {self.processes} runs")
 
     def __add__(self, other: Samples) -> Samples:
-        return Samples(self.run_s + other.run_s, self.reference_s + other.reference_s)
+        return Samples(self.run_s + other.run_s, self.reference_s + other.reference_s, self.processes + other.processes)
 
 
 @dataclass(frozen=True)
 class Settled:
-    """A time on a quiet machine: the median, its 95 % interval, the samples behind it, and whether they were quiet."""
+    """A time on a quiet machine: the median, its 95 % interval, the samples behind it, and whether they were quiet.
+
+    The interval reaches to the median of every process, as `Measurement.ci95` does.
+    """
 
     median_s: float
     low_s: float
@@ -75,8 +88,11 @@ def settled(samples: Samples, best_s: float, slack: float = SLACK, enough: int =
     calm = references <= (1 + slack) * best_s
     quiet = int(calm.sum()) >= enough
     scaled = runs[calm] if quiet else runs / references * best_s
+    of_process = np.repeat(np.arange(len(samples.processes)), samples.processes)
+    parts = [scaled[(of_process[calm] if quiet else of_process) == one] for one in range(len(samples.processes))]
+    medians = [float(np.median(part)) for part in parts if len(part) >= _OF_PROCESS]
     low, high = median_interval([float(value) for value in scaled])
-    return Settled(float(np.median(scaled)), low, high, len(scaled), quiet)
+    return Settled(float(np.median(scaled)), min([low, *medians]), max([high, *medians]), len(scaled), quiet)
 
 
 def open_samples(samples: Samples | None, best_s: float | None, slack: float = SLACK, enough: int = ENOUGH) -> bool:

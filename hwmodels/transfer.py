@@ -23,8 +23,9 @@ TRUSTED = 0.9
 
 @dataclass(frozen=True)
 class TransferModel:
-    """`L = a S + b P + c n`: S and P are the source's times of the calls that stay on one thread and that are shared
-    among several, n counts the latter.
+    """`L = a S + b P + c n`: S and P are what the source says of the calls that stay on one thread and of those that
+    are shared among several, n counts the latter. A kernel for several threads is another one than that for one: the
+    source's regression says what it takes.
 
     Attributes:
         device: What is predicted.
@@ -94,8 +95,8 @@ def _terms(
     shared = np.array([work.threads > 1 for work in workloads])
     threads = source.device.threads
     alone = [replace(work, threads=min(work.threads, threads)) for work in workloads]
-    seconds, _ = source.kernels(alone)
-    whole = source.corrector.apply(float(seconds.sum()), alone)
-    seconds = seconds * (whole / seconds.sum())
+    kernels, _ = source.kernels(alone)
+    # Each call by itself: what it takes is not to go by what else is called.
+    seconds = np.array([source.corrector.apply(float(own), [work]) for own, work in zip(kernels, alone, strict=True)])
     terms = np.array([seconds[~shared].sum(), seconds[shared].sum(), 1e-6 * shared.sum()])
     return terms, seconds, shared

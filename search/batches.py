@@ -58,7 +58,9 @@ class Batches:
                     if not self._steps.settled(self._open[0]):
                         return None
                     self._tell()
-                queue.extend(self._steps.unscored(self._ask(self._size)))
+                numbers = self._ask(self._size)
+                self._steps.catch_up(numbers)
+                queue.extend(self._steps.unscored(numbers))
             return queue.popleft() if queue else None
 
         self._steps.stream(pool, more)

@@ -32,7 +32,7 @@ from .provenance import provenance
 from .reach import check_reach, check_together
 from .reachable import check_answers
 from .run import Run
-from .rundir import LESSONS, RunDirectory
+from .rundir import FRONT, LESSONS, RunDirectory
 from .rungs import gpu_part, run_rung
 from .sampler import OPENS, WITH_TABLE, Proposer, opening, strongest
 from .shipping import stored
@@ -124,9 +124,10 @@ class _Search:
         self.folder.write_space(self.space)
         write_task(self.folder.path, self.evaluator.task)
         if self.ledger.phase() == "done":
-            return Run(self.folder.path)
+            return Run(self.folder.path) if (self.folder.path / FRONT).exists() else self._end()
         if self.spec.measure.latency == "predicted":
-            self.evaluator.times = keep_times(self.evaluator, self.folder.path)
+            scored = sum(record.score is not None for record in self.ledger.records.values())
+            self.evaluator.times = keep_times(self.evaluator, self.folder.path, scored)
         check_answers(self.evaluator.devices.values(), predicted=self.spec.measure.latency == "predicted")
         if not self.space.choices:
             raise UserError(
@@ -222,6 +223,8 @@ class _Search:
             self.ledger.start(number, corner, 0)
         self.steps.score(pool, numbers)
         ledger = self.ledger
+        if self._asked_since(0):
+            return len(corners)
         try:
             check_reach(
                 self.spec.budgets(), ledger.bounds(), ledger.original, [ledger.metrics(n) for n in (0, *numbers)]
@@ -237,11 +240,12 @@ class _Search:
         ledger = self.ledger
         costs = dict.fromkeys(o.metric for o in (*ledger.objectives, *ledger.bounds()) if o.goal == "minimize")
         table = library(self.evaluator, self.folder.path, pool, self.workers, list(costs), self.progress)
-        try:
-            check_together(self.spec.budgets(), ledger.bounds(), ledger.original, table)
-        except UserError:
-            self.front.write()
-            raise
+        if not self._asked_since(1 if self.spec.sampler in OPENS else 0):
+            try:
+                check_together(self.spec.budgets(), ledger.bounds(), ledger.original, table)
+            except UserError:
+                self.front.write()
+                raise
         shape = self.evaluator.traced.output_shape
         self.asked = SamplerTask(
             table=table,
@@ -253,6 +257,13 @@ class _Search:
             epochs=self.spec.distill.passes(len(self.evaluator.task.data.train)),
         )
         return self.asked
+
+    def _asked_since(self, batch: int) -> bool:
+        """Whether an earlier session asked for a later batch: what it found reachable then is not decided again.
+
+        What it measured since would be judged by: corners that were trained and timed again.
+        """
+        return any(record.trial.batch > batch for record in self.ledger.records.values())
 
     def _batches(self, pool: Pool, corners: int) -> None:
         """Batches of proposals: scored, compiled, timed, told. Corners come on top of `search.trials`."""
@@ -348,9 +359,10 @@ class _Search:
 
             if missing:
                 run_rung(self.shared, [ledger.job(n) for n in missing], until, epochs[-1], self.workers, done)
-            # The next rung's epochs are others.
-            shutil.rmtree(self.folder.path / LESSONS, ignore_errors=True)
+                # The next rung's epochs are others.
+                shutil.rmtree(self.folder.path / LESSONS, ignore_errors=True)
             alive = [n for n in entering if ledger.state(n) is not State.FAILED]
+        shutil.rmtree(self.folder.path / LESSONS, ignore_errors=True)
         return alive
 
     def _entered(self, phase: str) -> list[int]:
@@ -363,8 +375,14 @@ class _Search:
         numbers = self.ledger.running(finalists)
         self._begin("finalists", len(finalists), "end")
         self.progress.begin("finalists", len(finalists), len(finalists) - len(numbers))
-        if not numbers:
-            return
+        if numbers:
+            self._finish(numbers)
+        self.steps.explain([n for n in finalists if self.ledger.state(n) in (State.COMPLETE, State.INFEASIBLE)])
+        self.front.write()
+
+    def _finish(self, numbers: Sequence[int]) -> None:
+        self._train_again(numbers)
+        numbers = self.ledger.running(numbers)
         finished: dict[int, Metrics] = {}
         pool = Pool(self.shared, self.workers)
         try:
@@ -372,15 +390,32 @@ class _Search:
         finally:
             pool.close()
         latencies = self.steps.time(sorted(finished), "artifact")
-        self.steps.explain([n for n, result in latencies.items() if not isinstance(result, Failure)])
         for number, metrics in finished.items():
             latency = latencies[number]
             if isinstance(latency, Failure):
                 self.ledger.fail(number, str(latency))
             else:
-                self._complete(number, {**metrics, **latency})
+                # What disturbed the first timing is no matter of this one.
+                self._complete(number, {**metrics, "drifted": False, **latency})
             self.progress.advance()
-        self.front.write()
+
+    def _train_again(self, numbers: Sequence[int]) -> None:
+        """Those whose checkpoint is lost: the same seed gives the same student, and what it was is recorded."""
+        from .distill_state import readable
+        from .evaluate import CHECKPOINT
+
+        lost = [n for n in numbers if not readable(self.folder.trial_folder(n) / CHECKPOINT)]
+        if not lost:
+            return
+        self.progress.note(f"the checkpoints of trials {', '.join(map(str, lost))} are lost; they are trained again")
+        epochs = self.spec.distill.rungs[-1]
+
+        def done(number: int, result: Metrics | Failure) -> None:
+            if isinstance(result, Failure):
+                self.ledger.fail(number, str(result))
+
+        run_rung(self.shared, [self.ledger.job(n) for n in lost], epochs, epochs, self.workers, done)
+        shutil.rmtree(self.folder.path / LESSONS, ignore_errors=True)
 
     def _complete(self, number: int, metrics: Metrics) -> None:
         """The end of a finalist: what is no improvement on the original is never offered."""
@@ -389,7 +424,8 @@ class _Search:
         if improves(self.ledger.objectives, whole, self.ledger.original):
             self.ledger.finish(number, State.COMPLETE, None, metrics)
         else:
-            reason = "it is not faster than the original on any device"
+            timed = any(o.metric.startswith("latency[") for o in self.ledger.objectives)
+            reason = "it is not faster than the original on any device" if timed else "it is cheaper in nothing"
             self.ledger.finish(number, State.INFEASIBLE, reason, metrics)
 
     def _end(self) -> Run:

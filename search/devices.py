@@ -32,7 +32,9 @@ def table_of(path: Path | None = None) -> list[dict[str, object]]:
     Raises:
         DatabaseError: it cannot be read.
     """
-    names = {fingerprint(device): device.name for device in _here()}
+    counts = range(2, (os.cpu_count() or 1) + 1)
+    ours = [host(), *(parse_device(f"cpu?threads={count}") for count in counts)]
+    names = {fingerprint(device): device.name for device in ours}
     return [
         {
             "device": held.device,

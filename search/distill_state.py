@@ -81,6 +81,15 @@ def load_checkpoint(path: Path) -> Checkpoint:
     return Checkpoint(epoch, student, optimiser, {k: v for k, v in note.items() if k not in ("format", "epoch")})
 
 
+def readable(path: Path) -> bool:
+    """Whether there is a checkpoint of this version, undamaged."""
+    try:
+        load_checkpoint(path)
+    except (FileNotFoundError, CheckpointError):
+        return False
+    return True
+
+
 def capture(student: nn.Module, optimiser: torch.optim.Optimizer, epoch: int, note: Mapping[str, object]) -> Checkpoint:
     """The present state; it shares memory with the training, so save it before going on."""
     state = {

@@ -40,7 +40,7 @@ from .rundir import LESSONS
 from .score import accuracy, accuracy_and_divergence, outputs, paired_bootstrap
 from .task_error import TaskError
 from .tasks import Task, load_task
-from .tensor_file import write_tensors
+from .tensor_file import TensorFileError, read_tensors, write_tensors
 from .training_device import device_for
 
 if TYPE_CHECKING:
@@ -288,7 +288,7 @@ class Evaluator:
         Of what was trained also the 95 % interval of its change from the original's, on the same samples (paired
         bootstrap): much narrower than either's own.
         """
-        module = self.trained(job) if trained else self.build(job.candidate)
+        module = self._exported(job) if trained else self.build(job.candidate)
         result = accuracy(module, self.task.data.test)
         metrics: Metrics = {"test_accuracy": result.value, "test_accuracy_ci95": list(result.ci95)}
         if trained:
@@ -304,6 +304,14 @@ class Evaluator:
     def trained(self, job: Job) -> nn.Module:
         """The candidate with the weights of its last checkpoint."""
         saved = load_checkpoint(job.folder / CHECKPOINT).student
+        return rebuild(job.candidate, self.traced, self.proposal, saved).eval()
+
+    def _exported(self, job: Job) -> nn.Module:
+        """The candidate with the weights that `finish` wrote."""
+        try:
+            saved, _ = read_tensors(job.folder / WEIGHTS)
+        except (TensorFileError, FileNotFoundError) as error:
+            raise UserError(f"the weights of trial {job.number} cannot be read: {error}; restore them") from None
         return rebuild(job.candidate, self.traced, self.proposal, saved).eval()
 
     def costs(self, module: nn.Module) -> Metrics:

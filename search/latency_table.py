@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 # A device that was never seen, and one whose kernels of another model are known: under five minutes, and under one.
 FIRST = TableLimits(candidates=32, least=12, build_s=170.0, kernels=400, kernel_s=50.0, network_s=40.0, total_s=230.0)
-AGAIN = TableLimits(candidates=6, least=4, build_s=8.0, kernels=40, kernel_s=5.0, network_s=6.0, total_s=20.0)
+AGAIN = TableLimits(candidates=8, least=4, build_s=8.0, kernels=40, kernel_s=5.0, network_s=6.0, total_s=20.0)
 # Kernels of other models from which on few of a further one have to be measured.
 _KNOWN = 150
 # One of whose processor another number of threads has a table: networks alone, and the kernels where that fails.
@@ -188,7 +188,9 @@ def _built(
     known = database.times()
     settled = sum(time.time.quiet for time in known.values())
     carries = limits is None and settled < _KNOWN and source_of(device, database) is not None
-    limits = limits or (AGAIN if settled >= _KNOWN else FIRST)
+    # Of a profile that ended while networks were timed the kernels are known, and how to sum them up is not.
+    summed = sum(network.time.quiet for network in database.networks()) > LEAST_NETWORKS
+    limits = limits or (AGAIN if settled >= _KNOWN and summed else FIRST)
     notes: list[str] = []
     candidates = table_candidates(evaluator.proposal.space, limits.candidates, seed, more)
     measuring = TableMeasuring(device, database, PROBES if carries else limits, progress, known, notes=notes)
@@ -253,11 +255,12 @@ def _built(
     chooses = len(wanted) > limits.kernels and len(known) + limits.kernels // 2 >= LEAST_KERNELS
     half = limits.kernels // 2 if chooses else limits.kernels
     measuring.kernels(wanted[:half], works, reference, limits.kernel_s * half / limits.kernels)
-    left = [key for key in wanted[half:] if measuring.asks(key)]
+    wanted = [key for key in by_weight(plans.values(), works, first) if measuring.asks(key)]
+    left = [key for key in wanted if key not in measuring.failed]
     if left and len(known) >= LEAST_KERNELS:
         left = by_error(plans.values(), left, regression_of(known, seed))
     measuring.kernels(left[: limits.kernels - half], works, reference, limits.kernel_s / 2)
-    disturbed = [key for key in wanted if key in measuring.timed and key in known and not known[key].time.quiet]
+    disturbed = [key for key in works if key in measuring.timed and key in known and not known[key].time.quiet]
     if disturbed and left_s() > 0:
         measuring.kernels(disturbed, works, reference, left_s() / 2)
     networks = measuring.networks(evaluator, label, planned, folder, quiet_s(reference, known), left_s())

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeVar
@@ -12,7 +14,7 @@ from ..compilers.compiler import RunError
 from ..compilers.remote import DeviceLost
 from ..hwmodels.measurement import Measurement, MeasureProtocol
 from ..hwmodels.rapl import ROOT
-from .errors import UserError
+from .errors import UserError, file_mistakes
 from .json_text import mapping
 from .workers import Failure
 
@@ -28,6 +30,9 @@ _ORIGINAL = "original"
 _PROCESSES, _LEAST_RUNS = 3, 3
 # A device that does not answer is waited for: so often, with a pause that doubles up to so many seconds.
 _TRIES, _BETWEEN_S = 20, 15.0
+# What ends a process from outside (no memory, a signal) says nothing of the artifact that was being timed.
+_CHANCES = 2
+_KEPT = "what was recorded is kept: once that is put right, give the same command again"
 
 
 class Timer(Protocol):
@@ -138,28 +143,54 @@ def _on_device(
 ) -> dict[int, Metrics | Failure]:
     timer = evaluator.timers[label]
     results: dict[int, Metrics | Failure] = {}
-    waiting = list(paths)
-    while waiting:
-        group, waiting = waiting[:_TOGETHER], waiting[_TOGETHER:]
-        while group:
-            artifacts = {_ORIGINAL: reference, **{str(n): paths[n] for n in group if paths[n] != reference}}
-            try:
-                measured = waiting_for(label, lambda: timer.measure(artifacts, protocol))  # noqa: B023
-            except RunError as error:
-                if error.artifact is None or error.artifact == _ORIGINAL:
-                    results |= {number: Failure(str(error)) for number in group}
-                    break
-                # The others are timed again without the one that crashed.
-                culprit = int(error.artifact)
-                results[culprit] = Failure(str(error))
-                group = [number for number in group if number != culprit]
+    blamed: Counter[int] = Counter()
+    numbers = list(paths)
+    groups = [numbers[start : start + _TOGETHER] for start in range(0, len(numbers), _TOGETHER)]
+    while groups:
+        group = groups.pop(0)
+        artifacts = {_ORIGINAL: reference, **{str(n): paths[n] for n in group if paths[n] != reference}}
+        try:
+            measured = waiting_for(label, lambda: timer.measure(artifacts, protocol))  # noqa: B023
+        except RunError as error:
+            culprit = None if error.artifact in (None, _ORIGINAL) else int(str(error.artifact))
+            if culprit is None and len(group) > 1:
+                # One of them may have broken the process that the original was timed in: each is timed by itself.
+                groups = [[number] for number in group] + groups
                 continue
-            base = measured[_ORIGINAL]
-            for number in group:
-                own = base if paths[number] == reference else measured[str(number)]
-                results[number] = _latency(label, own, base, original_s)
-            break
+            # The others are timed again without the one that crashed, and that one last.
+            guilty = group[0] if culprit is None else culprit
+            blamed[guilty] += 1
+            rest = [number for number in group if number != guilty]
+            if error.crashed and blamed[guilty] < _CHANCES:
+                groups.append([guilty])
+            elif culprit is None and paths[guilty] != reference:
+                _check_original(evaluator, label, reference, protocol)
+                results[guilty] = Failure(str(error))
+            else:
+                results[guilty] = Failure(str(error))
+            groups = [rest, *groups] if rest else groups
+            continue
+        base = measured[_ORIGINAL]
+        for number in group:
+            own = base if paths[number] == reference else measured[str(number)]
+            results[number] = _latency(label, own, base, original_s)
     return results
+
+
+def _check_original(evaluator: Evaluator, label: str, reference: Path, protocol: MeasureProtocol) -> None:
+    """Whether it is the original that cannot be run any more, and not who was timed beside it.
+
+    Raises:
+        UserError: it is.
+    """
+    timer = evaluator.timers[label]
+    try:
+        waiting_for(label, lambda: timer.measure({_ORIGINAL: reference}, protocol))
+    except RunError as error:
+        raise UserError(
+            f"the original, {reference}, is what candidates are timed beside, and cannot be timed any more ({error}); "
+            f"{_KEPT}"
+        ) from error
 
 
 def waiting_for(label: str, measure: Callable[[], _Result]) -> _Result:
@@ -170,7 +201,8 @@ def waiting_for(label: str, measure: Callable[[], _Result]) -> _Result:
     """
     for tried in range(_TRIES):
         try:
-            return measure()
+            with file_mistakes(f"to {tempfile.gettempdir()} what is measured", _KEPT):
+                return measure()
         except DeviceLost as error:
             last = error
             _log.warning("%s; trying again (%d of %d)", error, tried + 1, _TRIES - 1)

@@ -39,7 +39,9 @@ def with_measured_peaks(device: Device, compiler: Compiler) -> Device:
     seconds = {name: sum(row[2] for row in rows) for name, rows in found.items()}
     macs_per_s = _CHANNELS**2 * 9 * _PIXELS**2 / seconds["conv"]
     moved_bytes = 2 * 4 * stream.numel()
-    scale = macs_per_s / device.macs_per_s[32]
+    # A device may be described without the rate of float32: the one next to it stands for that.
+    widths = device.macs_per_s
+    scale = macs_per_s / widths[min((bits for bits in widths if bits >= 32), default=max(widths))]
     return replace(
         device,
         macs_per_s={bits: rate * scale for bits, rate in device.macs_per_s.items()},

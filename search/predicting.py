@@ -41,6 +41,10 @@ class Predictor:
             self._models[label] = latency_model(self._evaluator, label)[0]
         return self._models[label]
 
+    def forget(self, label: str) -> None:
+        """Takes the device's model anew the next time: there are other times of it now."""
+        self._models.pop(label, None)
+
     def metrics(self, program: ExportedProgram, energy: bool) -> Metrics:
         """Latency with its 95 % interval by device, the highest working memory, and if asked for the highest energy."""
         from ..compilers.tvm_workloads import plan
@@ -75,8 +79,13 @@ class Predictor:
         return {"value": found.latency_s, "ci95": [max(0.0, found.latency_s - half), found.latency_s + half]}
 
 
-def keep_times(evaluator: Evaluator, run: Path) -> Path:
+def keep_times(evaluator: Evaluator, run: Path, scored: int = 0) -> Path:
     """Copies the kernel times that predictions come from into the run's folder, unless it has them; where they are.
+
+    Args:
+        evaluator: Knows devices and compilers.
+        run: The run's folder.
+        scored: Trials whose latency was predicted by what is there.
 
     Raises:
         UserError: they cannot be read or written, or nothing here plans the kernels of a device.
@@ -94,6 +103,11 @@ def keep_times(evaluator: Evaluator, run: Path) -> Path:
     if kept.exists():
         _check(evaluator, kept)
         return kept
+    if scored:
+        raise UserError(
+            f"{kept} is lost: the latencies of {scored} trials were predicted by it, and others would not compare with "
+            "them; restore it from a copy, or start anew with another --out"
+        )
     half = kept.with_suffix(".part")
     half.unlink(missing_ok=True)
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -32,6 +33,9 @@ if TYPE_CHECKING:
     from .evaluate import Evaluator, Job
 
 
+_log = logging.getLogger(__name__)
+
+
 def profile(
     spec: Spec, progress: Progress, *, table: bool = True, limits: TableLimits | None = None, tiles: bool = False
 ) -> dict[str, object]:
@@ -48,10 +52,10 @@ def profile(
         tiles: Whether to measure how the model's convolutions are computed fastest, and keep it for the user.
 
     Returns:
-        By device: the original's latency, a row a layer (MACs, bytes, measured seconds, share, the roofline's bound and
-        what binds), the reachable range of every cost, the latency model with its own error, and what every option
-        alone would gain, with the reason where it gains nothing; also the space's size, its options a site, and what
-        was left out with its reason.
+        By device: the original's latency, a row a layer (MACs, bytes, seconds, share, the roofline's bound and what
+        binds; seconds are measured on this machine and predicted for any other), the reachable range of every cost, the
+        latency model with its own error, and what every option alone would gain, with the reason where it gains
+        nothing; also the space's size, its options a site, and what was left out with its reason.
 
     Raises:
         ValueError: the task or a device is not usable, others use the cores that measuring needs, or used them
@@ -85,14 +89,16 @@ def profile(
         metrics: dict[int, dict[str, object]] = {}
         plans: dict[int, dict[str, Plan]] = {}
         for job in jobs:
-            module = evaluator.build(job.candidate) if job.number == 0 else evaluator.skeleton(job.candidate)
             plans[job.number] = {}
-            compiled = evaluator.compile(module, job, "artifact", plans[job.number])
-            metrics[job.number] = evaluator.costs(module) | compiled
-            predicted = evaluator.predicted(module)["latency_s"] if described else {}
-            assert isinstance(predicted, dict)
-            metrics[job.number]["latency_s"] = {label: predicted[label] for label in described}
+            try:
+                metrics[job.number] = _compiled(evaluator, job, described, plans[job.number])
+            except (ValueError, RuntimeError) as error:
+                reason = (str(error).splitlines() or [type(error).__name__])[0]
+                if job.number == 0:
+                    raise UserError(f"the model as it is cannot be compiled: {reason}") from error
+                _log.warning("one of the cheapest candidates cannot be compiled and is left out: %s", reason)
             progress.advance()
+        jobs = [job for job in jobs if job.number in metrics]
         in_tables = [
             label
             for label, device in evaluator.devices.items()
@@ -109,8 +115,9 @@ def profile(
             }
             tables[label] = build_table(
                 evaluator, label, database_of(evaluator.devices[label]), progress,
-                seed=spec.seed, limits=limits, more=candidates, made=made,
+                seed=spec.seed, limits=limits, more=[job.candidate for job in jobs], made=made,
             )  # fmt: skip
+            evaluator.predictor.forget(label)
             _add_latencies(jobs, label, tables[label], metrics)
         # A table does not tell what a run uses.
         counted = here and EnergyCounters.here() is not None
@@ -147,6 +154,15 @@ def profile(
         "options": {f"{c.site}:{c.kind.value}": list(c.options) for c in space.choices},
         "left_out": dict(space.left_out),
     }
+
+
+def _compiled(evaluator: Evaluator, job: Job, described: Sequence[str], plans: dict[str, Plan]) -> dict[str, object]:
+    """Compiles a candidate; its costs, with the latencies on devices that are only described."""
+    module = evaluator.build(job.candidate) if job.number == 0 else evaluator.skeleton(job.candidate)
+    compiled = evaluator.compile(module, job, "artifact", plans)
+    predicted = mapping(evaluator.predicted(module)["latency_s"]) if described else {}
+    latencies = {label: predicted[label] for label in described}
+    return evaluator.costs(module) | compiled | {"latency_s": latencies}
 
 
 def _time(evaluator: Evaluator, jobs: Sequence[Job], metrics: Mapping[int, dict[str, object]]) -> None:

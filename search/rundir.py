@@ -20,6 +20,7 @@ from .trial import State, Trial
 # What may differ between a run and its resumption: it changes where the work is done, not what comes out.
 _FREE_KEYS = frozenset({"workers", "address"})
 # What the teacher says of the training images, while a rung lasts.
+FRONT = "front.json"
 LESSONS = "teacher"
 _OTHER_FOLDER = "choose another folder with --out"
 
@@ -221,12 +222,12 @@ class RunDirectory:
 
     def write_front(self, front: Mapping[str, object]) -> None:
         """Writes front.json and front.csv, each atomically. `front` is what `front.front_document` returns."""
-        write_json(self.path / "front.json", front, self._advice)
+        write_json(self.path / FRONT, front, self._advice)
         write_text(self.path / "front.csv", front_csv(front), self._advice)
 
     def front(self) -> dict[str, object]:
         """Reads front.json; UserError where there is none yet, or where an entry is no trial."""
-        front = self._read_json("front.json")
+        front = self._read_json(FRONT)
         listed = front.get("front")
         if not isinstance(listed, list) or not all(_is_entry(entry) for entry in listed):
             raise UserError(
@@ -241,7 +242,8 @@ class RunDirectory:
 
     def add_resumption(self, provenance: Mapping[str, object]) -> None:
         """Adds a session to provenance.json under `resumed`, without what is as it was."""
-        first = self.provenance()
+        # Of a run whose file is lost this session is the first that is known.
+        first = self.provenance() if (self.path / "provenance.json").exists() else {}
         changed = {key: value for key, value in provenance.items() if first.get(key) != value}
         resumed = first.get("resumed", [])
         resumed = [*resumed, changed] if isinstance(resumed, list) else [changed]

@@ -43,6 +43,7 @@ def run_rung(
     # It prints the traceback of every process that dies; the trial says what became of it.
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
     mistakes: list[str] = []
+    unrecorded: list[Exception] = []
     outstanding = {job.number for job in jobs}
 
     class Record(tune.Callback):  # type: ignore[misc]
@@ -57,7 +58,11 @@ def run_rung(
             elif number in outstanding:
                 outstanding.discard(number)
                 failure = result.get("failure")
-                done(number, Failure(failure) if failure else dict(result["metrics"]))
+                try:
+                    done(number, Failure(failure) if failure else dict(result["metrics"]))
+                except Exception as error:  # a full disk, for one; Tune would tell its traceback as text
+                    unrecorded.append(error)
+                    raise
 
     # Where a Ctrl-C ends the rung, Tune's processes may still write there while it is removed.
     kept = tempfile.TemporaryDirectory(prefix="planish-tune-", ignore_cleanup_errors=True)
@@ -80,7 +85,12 @@ def run_rung(
                 stop={"training_iteration": 1},
             ),
         )
-        results = tuner.fit()
+        try:
+            results = tuner.fit()
+        except Exception:
+            if unrecorded:
+                raise unrecorded[0] from None
+            raise
     if pressed:
         raise KeyboardInterrupt
     if mistakes:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from itertools import pairwise
 
+from .artifact_path import path_name
 from .errors import UserError, nearest
 from .objective import device_label, objectives_of, parse_budget
 from .spec_defaults import KEYS, Key, Value
@@ -89,6 +90,8 @@ def _check_targets(values: Mapping[str, Value], where: str) -> None:
         raise UserError(f"{where}: device = {devices} names no device; `planish devices` lists them")
     if len(set(devices)) != len(devices):
         raise UserError(f"{where}: device names two files called {sorted(devices)}; rename one")
+    if len(set(map(path_name, devices))) != len(devices):
+        raise UserError(f"{where}: device = {devices} would share a folder of compiled models; rename one of the files")
     if not values["space.families"]:
         raise UserError(f"{where}: space.families is empty; allowed are {', '.join(KEYS['space.families'].allowed)}")
     if "accuracy" not in objectives or len(objectives) < 2:

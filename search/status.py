@@ -99,7 +99,10 @@ def _best_of_scores(run: RunDirectory, history: History) -> dict[str, object] | 
     if not original:
         return None
     spec, accuracy = run.spec(), Objective("accuracy", "maximize")
-    bounds = [budget.resolve(original) for budget in spec.budgets()]
+    try:
+        bounds = [budget.resolve(original) for budget in spec.budgets()]
+    except UserError:  # it is being timed
+        return None
     alive = [trial for trial in history.trials() if trial.state in (State.RUNNING, State.COMPLETE, State.STOPPED)]
     able = [t for t in alive if improves(spec.targets(), _complete(t), original) and keeps(bounds, t.metrics)]
     best = min(able, key=lambda trial: accuracy.loss(accuracy.value(trial.metrics)), default=None)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..compilers.compiler import RunError
 from ..hwmodels.measurement import MeasureProtocol
 from .atomic import write_json
 from .errors import UserError
@@ -19,6 +22,7 @@ if TYPE_CHECKING:
     from .evaluate import Evaluator, Job, Metrics
 
 SLOW_SITES = "slow_sites.json"
+_log = logging.getLogger(__name__)
 
 
 class Steps:
@@ -41,6 +45,11 @@ class Steps:
 
         self.evaluate(pool, "score", scoring, (), done)
         self.measure([n for n in ledger.running(numbers) if not self._timed(n)], "untrained")
+
+    def catch_up(self, numbers: Sequence[int]) -> None:
+        """Times those of the trials that have a score and no time: a kill came between the two."""
+        known = self._ledger.records
+        self.measure([n for n in self._ledger.running(numbers) if known[n].score and not self._timed(n)], "untrained")
 
     def unscored(self, numbers: Sequence[int]) -> list[int]:
         """Those of the trials that run and have no score."""
@@ -133,7 +142,13 @@ class Steps:
         )
 
     def explain(self, numbers: Sequence[int]) -> None:
-        """Writes `slow_sites.json` of every trial: which compressed sites did not get faster, and why."""
+        """Writes `slow_sites.json` of every trial: which compressed sites did not get faster, and why.
+
+        One whose kernels cannot be told from each other stays without.
+        """
+        numbers = [n for n in numbers if not (self._folder.trial_folder(n) / SLOW_SITES).exists()]
+        if not numbers:
+            return
         label, device = next(iter(self._evaluator.devices.items()))
         # From here the kernels of a device behind RPC cannot be told from each other.
         if self._predicted or device.rpc:
@@ -149,10 +164,23 @@ class Steps:
             str(n): self._evaluator.artifact_folder(self._folder.trial_folder(n), label, "artifact")
             for n in (0, *numbers)
         }
-        calls = waiting_for(label, lambda: self._evaluator.timers[label].site_times(folders, protocol))
-        for number in numbers:
+        calls = self._site_times(label, folders, protocol)
+        for number in (n for n in numbers if str(n) in calls and "0" in calls):
             reasons = slow_sites(self._ledger.candidate(number), calls[str(number)], calls["0"])
             write_json(self._folder.trial_folder(number) / SLOW_SITES, reasons)
+
+    def _site_times(
+        self, label: str, folders: Mapping[str, Path], protocol: MeasureProtocol
+    ) -> dict[str, list[tuple[str, str, float]]]:
+        """By artifact; of several that end their process together, those that do not alone."""
+        timer = self._evaluator.timers[label]
+        try:
+            return dict(waiting_for(label, lambda: timer.site_times(folders, protocol)))
+        except RunError as error:
+            if len(folders) > 1:
+                return {k: v for n, f in folders.items() for k, v in self._site_times(label, {n: f}, protocol).items()}
+            _log.warning("the kernels of trial %s cannot be timed one by one: %s", next(iter(folders)), error)
+            return {}
 
     @property
     def _predicted(self) -> bool:

@@ -38,7 +38,8 @@ class StudyLog:
             space: What candidates are of.
             directions: `minimize` or `maximize` for every value.
         """
-        self._path, self._directions = path, tuple(directions)
+        # Optuna's lock is a link to the path that it is given, and of a relative one leads nowhere.
+        self._path, self._directions = path.absolute(), tuple(directions)
         self._distributions = distributions_of(space)
         self._waiting: queue.SimpleQueue[_Told | None] = queue.SimpleQueue()
         self._closing = threading.Event()
@@ -105,6 +106,9 @@ class StudyLog:
         from optuna.storages.journal import JournalFileBackend
         from optuna.study import StudyDirection
 
+        # The folder is this process's alone: a lock there is of one that was killed, and Optuna would wait for it.
+        for lock in self._path.parent.glob(f"{self._path.name}.lock*"):
+            lock.unlink()
         directions = [StudyDirection.MAXIMIZE if d == "maximize" else StudyDirection.MINIMIZE for d in self._directions]
         if self._path.exists():
             try:

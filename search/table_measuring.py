@@ -74,6 +74,7 @@ class TableMeasuring:
     Attributes:
         known: Kernel times by key; those that are measured join them.
         timed: The keys of those.
+        timed_networks: Whole networks that were measured, by key.
         failed: Why kernels and networks could not be timed.
         notes: What went wrong and did not stop it.
     """
@@ -84,6 +85,7 @@ class TableMeasuring:
     progress: Progress
     known: dict[str, KernelTime]
     timed: set[str] = field(default_factory=set)
+    timed_networks: dict[str, NetworkTime] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
@@ -111,7 +113,8 @@ class TableMeasuring:
         new = [KernelTime(works[key].workload, settled(s, timed.reference_s)) for key, s in timed.samples.items()]
         self.known |= {time.workload.key(): time for time in new}
         self.timed |= {time.workload.key() for time in new}
-        self._keep(new, name, timed.samples.values())
+        if self._keep(new, name, timed.samples.values()):
+            self.known |= {key: time for key, time in self.database.times().items() if key not in self.timed}
         self.failed |= timed.failed
         self._go_on(timed)
 
@@ -124,7 +127,7 @@ class TableMeasuring:
         """
         from ..compilers.tvm_workloads import plan
 
-        known = {network.key() for network in self.database.networks() if network.time.quiet}
+        known = {network.key() for network in self.known_networks() if network.time.quiet}
         self.progress.begin(f"compile networks for {self.device.name}", self.limits.candidates, len(networks.plans))
         start = time.monotonic()
         for candidate in candidates:
@@ -160,9 +163,8 @@ class TableMeasuring:
         """Times the compiled candidates, for `network_s` or as long as it may take; all networks that are known."""
         from ..compilers.network_timer import time_networks
 
-        found = {network.key(): network for network in self.database.networks()}
         if not networks.artifacts:
-            return list(found.values())
+            return self.known_networks()
         reference = compiled_reference(evaluator, label, folder / "reference")
         name = f"network {reference.manifest.kernels[0][0]}"
         known_s = self.database.reference_s(name) or quiet_reference_s
@@ -176,29 +178,43 @@ class TableMeasuring:
         self.failed |= {f"network {key}": reason for key, reason in timed.failed.items()}
         plans = networks.plans
         new = [NetworkTime(plans[key].calls, settled(s, timed.reference_s)) for key, s in timed.samples.items()]
-        found |= {network.key(): network for network in new}
+        self.timed_networks |= {network.key(): network for network in new}
         self._keep(new, name, timed.samples.values())
         self._go_on(timed)
-        return list(found.values())
+        return self.known_networks()
 
-    def _keep(self, new: Sequence[KernelTime | NetworkTime], reference: str, samples: Iterable[Samples]) -> None:
-        """What was measured counts even where it cannot be kept.
+    def known_networks(self) -> list[NetworkTime]:
+        """Those of the database, and what was timed here, whether it could be kept or not."""
+        kept = {network.key(): network for network in self.database.networks()}
+        for key, network in self.timed_networks.items():
+            if key not in kept or network.time.quiet or not kept[key].time.quiet:
+                kept[key] = network
+        return list(kept.values())
+
+    def _keep(self, new: Sequence[KernelTime | NetworkTime], reference: str, samples: Iterable[Samples]) -> bool:
+        """What was measured counts even where it cannot be kept; whether earlier times count as quiet no more.
 
         Of the reference what was seen is kept: an estimate that was too low would make nothing quiet for ever.
         """
         if not new:
-            return
+            return False
         try:
-            self.database.add(new, {reference: best_reference_s(list(samples))})
+            questioned = self.database.add(new, {reference: best_reference_s(list(samples))})
         except DatabaseError as error:
             self.notes.append(f"times are not kept: {error}")
+            return False
+        if questioned:
+            self.notes.append(
+                f"{questioned} earlier times were taken while {self.device.name} was slower than it can be; they are "
+                "measured again"
+            )
+        return questioned > 0
 
     def _go_on(self, timed: Timed) -> None:
         """Raises UserError where the device was lost; what was timed before is kept."""
         if timed.lost is not None:
-            raise UserError(
-                f"{timed.lost}; what was timed is kept: once {self.device.name} answers, give the same command again"
-            )
+            again = f"once {self.device.name} answers, give the same command again"
+            raise UserError(f"{timed.lost}; what was timed is kept: {again}")
 
 
 def quiet_s(reference: Plan, known: Mapping[str, KernelTime]) -> float | None:

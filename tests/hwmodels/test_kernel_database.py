@@ -251,3 +251,47 @@ def test_a_folder_that_may_not_be_searched_is_told(database: KernelDatabase, mon
     for read in (database.times, database.networks, database.tiles, database.contents, database.knows_device):
         with pytest.raises(DatabaseError, match=r"cannot be read: .*Permission denied"):
             read()
+
+
+def test_a_reference_that_turns_out_faster_takes_the_quiet_from_what_it_judged(database: KernelDatabase) -> None:
+    network = NetworkTime((WORK,), TIME)
+    database.add([network], {"network": 4e-5})
+    database.add([_kernel(1)], {"kernel": 3e-5})
+    other = KernelDatabase(database.path, "another", "v1")
+    other.add([_kernel(1)], {"kernel": 3e-5})
+    # The machine was half as fast again as it can be; what is added now was judged by that.
+    assert database.add([_kernel(2)], {"kernel": 2e-5}) == 1
+    found = {entry.workload.shapes["c"]: entry.time for entry in database.times().values()}
+    assert found[2] == TIME
+    assert not found[1].quiet
+    assert (found[1].median_s, found[1].low_s, found[1].high_s) == pytest.approx((4e-6 / 3, 1e-6, 2e-6))
+    # Networks have a reference of their own, and so has every device.
+    assert database.networks() == [network]
+    assert next(iter(other.times().values())).time == TIME
+    # Measured anew it counts again.
+    assert database.add([_kernel(1)], {"kernel": 2e-5}) == 0
+    assert all(entry.time == TIME for entry in database.times().values())
+
+
+def test_a_reference_that_gets_faster_little_by_little_takes_the_quiet_as_well(database: KernelDatabase) -> None:
+    for number, (seconds, questioned) in enumerate([(1e-5, 0), (0.93e-5, 0), (0.85e-5, 2), (0.8e-5, 0)]):
+        assert database.add([_kernel(number)], {"kernel": seconds}) == questioned
+    assert database.reference_s("kernel") == 0.8e-5
+    assert sorted(e.workload.shapes["c"] for e in database.times().values() if e.time.quiet) == [2, 3]
+
+
+def test_an_empty_file_holds_nothing(database: KernelDatabase) -> None:
+    """A full disk leaves one, and so does a process that is about to write for the first time."""
+    database.path.parent.mkdir()
+    database.path.touch()
+    assert (database.times(), database.networks(), database.contents(), database.tiles()) == ({}, [], [], {})
+    assert database.reference_s("reference") is None
+    database.add([_kernel(1)], {"reference": 1e-5})
+    assert len(database.times()) == 1
+
+
+def test_a_name_that_the_system_does_not_take_is_told(database: KernelDatabase, tmp_path: Path) -> None:
+    database.add([_kernel(1)], {})
+    for call in (database.export, database.merge):
+        with pytest.raises(DatabaseError, match="cannot be"):
+            call(tmp_path / ("x" * 300))

@@ -47,3 +47,21 @@ def test_the_interval_holds_the_median(pairs: list[tuple[float, float]], best: f
     runs, references = zip(*pairs, strict=True)
     found = settled(Samples(tuple(runs), tuple(references)), best)
     assert 0 < found.low_s <= found.median_s <= found.high_s
+
+
+def test_the_interval_reaches_to_the_median_of_every_process() -> None:
+    """Two processes in which a model is as fast as can be, and one in which it is slower throughout."""
+    calm = (1.0,) * 6
+    usual, slower = Samples((1.0,) * 6, calm), Samples((1.05,) * 6, calm)
+    found = settled(usual + slower + usual, best_s=1.0)
+    assert (found.median_s, found.low_s, found.high_s) == (1.0, 1.0, 1.05)
+    # All in one process they are runs of the same model.
+    assert settled(Samples((1.0,) * 60 + (1.05,) * 6, (1.0,) * 66), best_s=1.0).high_s == 1.0
+    with pytest.raises(ValueError, match="6 runs are not those of processes"):
+        Samples((1.0,) * 6, calm, (3, 2))
+
+
+def test_a_process_that_was_hardly_ever_quiet_does_not_widen_the_interval() -> None:
+    usual = Samples((1.0,) * 12, (1.0,) * 12)
+    disturbed = Samples((1.4, 1.4, *(9.0,) * 10), (1.0, 1.0, *(3.0,) * 10))
+    assert settled(usual + disturbed, best_s=1.0).high_s == 1.0

@@ -264,3 +264,42 @@ def test_held_out_errors_are_those_of_the_definition() -> None:
     assert isnan(found.spearman_fast_third)
     with pytest.raises(ValueError, match="as many of each"):
         held_out([1.0], [])
+
+
+def test_the_error_is_stated_of_the_own_networks_however_few_they_are() -> None:
+    networks = _networks(37)
+    sums = [sum(_seconds(work) for work in network) for network in networks]
+    own = [number >= 32 for number in range(37)]
+    measured = [s * (1.4 if mine else 1.0) for s, mine in zip(sums, own, strict=True)]
+    found = Corrector.fit(sums, networks, measured, own)
+    assert found.held_out is not None
+    assert (found.held_out.count, found.held_out.within_10) == (5, 0.0)
+    assert found.error > 0.2
+    # Few that fit by chance do not make it surer than all are.
+    lucky = Corrector.fit(sums, networks, measured, [number < 3 for number in range(37)])
+    assert lucky.held_out is not None
+    assert lucky.held_out.count == 3
+    assert lucky.error == pytest.approx(Corrector.fit(sums, networks, measured).error)
+    none = Corrector.fit(sums, networks, measured, [False] * 37)
+    assert (none.held_out, none.error) == (None, lucky.error)
+
+
+def test_what_met_no_quiet_machine_is_less_certain_than_its_runs_agree() -> None:
+    quiet = TIMES[GRID[5].key()]
+    loud = replace(quiet, time=replace(quiet.time, quiet=False))
+    corrector = Corrector(error=0.0)
+    known = TableModel(host(), {GRID[5].key(): quiet}, corrector=corrector).predict([GRID[5]])
+    found = TableModel(host(), {GRID[5].key(): loud}, corrector=corrector).predict([GRID[5]])
+    assert found.latency_s == known.latency_s
+    assert found.std_s == pytest.approx(float(np.hypot(known.std_s, 0.1 * known.latency_s)))
+
+
+def test_what_a_carried_over_call_takes_does_not_go_by_what_else_is_called() -> None:
+    corrector = Corrector(call_s=1e-6, factor=0.9, error=0.05)
+    source = TableModel(host(), TIMES, KernelRegression.fit(list(TIMES.values())), corrector)
+    networks = _networks(20, threads=2)
+    model = TransferModel.fit(host(), source, networks, [source.predict(network).latency_s for network in networks])
+    small, large = replace(GRID[0], site="small"), replace(GRID[-1], site="large")
+    together = model.predict([small, large])
+    assert together.site_s["small"] == pytest.approx(model.predict([small]).latency_s)
+    assert together.latency_s == pytest.approx(sum(together.site_s.values()))

@@ -181,3 +181,24 @@ def test_workers_need_not_wait_for_the_slowest_of_a_batch(tmp_path: Path) -> Non
 def test_batches_ahead_are_refused_where_candidates_are_timed() -> None:
     with pytest.raises(UserError, match=r"search\.ahead = 2 .* measure\.latency"):
         load_spec(None, {"model": "m", "data": "d", "search.ahead": 2})
+
+
+@pytest.mark.parametrize("cut", [1, 3, 5, 9])
+def test_a_kill_between_a_score_and_its_time_cuts_nothing_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cut: int
+) -> None:
+    undisturbed = searched(tmp_path / "undisturbed", Workers(3, 0), "random", 2)
+    timed = Steps.measure
+    left = [cut]
+
+    def killed(self: Steps, numbers: Any, name: str, fatal: bool = False) -> None:
+        left[0] -= 1
+        if not left[0]:
+            raise Killed
+        timed(self, numbers, name, fatal)
+
+    monkeypatch.setattr(Steps, "measure", killed)
+    with pytest.raises(Killed):
+        searched(tmp_path / "killed", Workers(3, 1), "random", 2)
+    monkeypatch.setattr(Steps, "measure", timed)
+    assert searched(tmp_path / "killed", Workers(2, 2), "random", 2) == undisturbed

@@ -219,3 +219,10 @@ def test_the_home_of_a_user_who_is_not_here_is_a_path_like_any_other(tmp_path: P
     (tmp_path / "s.toml").write_text('model = "m"\ndata = "d"\nweights = "~nobody-here/w.pt"\n', encoding="utf-8")
     with pytest.raises(UserError, match=r"weights names the file '~nobody-here/w\.pt'"):
         load_spec(tmp_path / "s.toml")
+
+
+def test_devices_whose_compiled_models_would_share_a_folder_are_refused() -> None:
+    with pytest.raises(UserError, match=r"would share a folder of compiled models; rename one of the files"):
+        load_spec(None, {"model": "m", "data": "d", "device": ["dev-a.toml", "dev_a.toml"]})
+    with pytest.raises(UserError, match="would share a folder"):
+        load_spec(None, {"model": "m", "data": "d", "device": ["cpu?threads=2", "cpu-threads-2.toml"]})

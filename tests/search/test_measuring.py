@@ -1,7 +1,8 @@
-"""A device that does not answer costs no trial: it is waited for, then the search ends with a line."""
+"""Who is to blame for a measurement that failed: a trial only where it is the trial, whatever was killed or lost."""
 
 from __future__ import annotations
 
+import errno
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from planish.compilers.compiler import RunError
 from planish.compilers.remote import DeviceLost
 from planish.hwmodels.device import parse_device
 from planish.hwmodels.measurement import Measurement, MeasureProtocol
@@ -17,6 +19,7 @@ from planish.search import measuring
 from planish.search.config import load_spec
 from planish.search.errors import UserError
 from planish.search.reachable import check_answers
+from planish.search.workers import Failure
 
 BOARD = parse_device("rpc://board:9090/cpu")
 FOUND = {"original": Measurement(BOARD.name, (1.0,))}
@@ -122,3 +125,57 @@ def test_energy_stays_modelled_where_a_devices_counters_cannot_be_read_or_the_or
 def test_counters_that_cannot_be_read_any_more_end_the_search_with_a_line() -> None:
     with pytest.raises(UserError, match=r"cannot be read now: give the same command .* may read /sys/class/powercap"):
         timed_with({"cpu": None, "cpu?threads=2": 15.0}, energy_measured=True)
+
+
+def blamed(fails: Callable[[int, list[str]], RunError | None]) -> tuple[Mapping[int, Any], list[list[str]]]:
+    """What becomes of trials 1 to 9, and what was timed together, where `fails` says which call fails and how."""
+    calls: list[list[str]] = []
+
+    class Timer:
+        def measure(self, artifacts: Mapping[str, Path], protocol: MeasureProtocol) -> Mapping[str, Measurement]:
+            calls.append(list(artifacts))
+            error = fails(len(calls), calls[-1])
+            if error is not None:
+                raise error
+            return {name: Measurement("cpu", (2.0,)) for name in artifacts}
+
+    evaluator: Any = SimpleNamespace(
+        spec=load_spec(None, {"model": "own", "data": "own"}), devices={"cpu": parse_device("cpu")},
+        timers={"cpu": Timer()}, artifact_folder=lambda folder, label, name: folder / name, asks_energy=False,
+    )  # fmt: skip
+    folders = {number: Path(str(number)) for number in range(1, 10)}
+    return measuring.measure_trials(evaluator, folders, Path("0"), "artifact", final=True), calls
+
+
+@pytest.mark.parametrize("artifact", ["original", "3"])
+def test_a_process_that_was_killed_once_costs_no_trial(artifact: str) -> None:
+    found, _ = blamed(lambda call, names: RunError("killed", artifact, crashed=True) if call == 1 else None)
+    assert sorted(found) == list(range(1, 10))
+    assert not any(isinstance(result, Failure) for result in found.values())
+
+
+def test_one_that_crashes_every_time_fails_alone() -> None:
+    found, calls = blamed(lambda call, names: RunError("boom", "3", crashed=True) if "3" in names else None)
+    assert [number for number, result in found.items() if isinstance(result, Failure)] == [3]
+    assert sum("3" in names for names in calls) == 2
+
+
+def test_one_that_breaks_the_process_of_the_original_fails_alone() -> None:
+    found, calls = blamed(lambda call, names: RunError("boom", "original") if "3" in names else None)
+    assert [number for number, result in found.items() if isinstance(result, Failure)] == [3]
+    assert ["original"] in calls
+
+
+def test_an_original_that_cannot_be_timed_any_more_ends_the_search_with_a_line() -> None:
+    with pytest.raises(UserError, match=r"cannot be timed any more \(it is gone\); what was recorded is kept"):
+        blamed(lambda call, names: RunError("it is gone", "original"))
+    with pytest.raises(UserError, match="cannot be timed any more"):
+        blamed(lambda call, names: RunError("it is gone"))
+
+
+def test_a_full_disk_is_no_fault_of_a_trial() -> None:
+    def full(call: int, names: list[str]) -> RunError | None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(UserError, match=r"the disk is full; what was recorded is kept"):
+        blamed(full)

@@ -76,3 +76,10 @@ def test_damaged_times_are_told_and_not_replaced_by_a_guess(evaluator: Evaluator
     connection.close()
     with pytest.raises(UserError, match=r"cannot be read: .* is damaged"):
         keep_times(evaluator, tmp_path)
+
+
+def test_times_that_are_lost_are_not_replaced_by_later_ones(evaluator: Evaluator, cache: Path, tmp_path: Path) -> None:
+    keep_times(evaluator, tmp_path).unlink()
+    with pytest.raises(UserError, match=r"kernels\.sqlite is lost: the latencies of 3 trials were predicted by it"):
+        keep_times(evaluator, tmp_path, scored=3)
+    assert keep_times(evaluator, tmp_path, scored=0).exists()

@@ -298,3 +298,10 @@ def test_candidates_keep_the_types_of_their_options(tmp_path: Path) -> None:
         (found,) = run.trials()
     assert [type(value) for value in found.candidate.options.values()] == [float, int, type(None), str, float]
     assert found.candidate.key() == Candidate(options).key()
+
+
+def test_a_run_whose_provenance_is_lost_is_carried_on(tmp_path: Path) -> None:
+    with RunDirectory.create(tmp_path / "r", _spec(), {"command": "planish search"}) as run:
+        (run.path / "provenance.json").unlink()
+        run.add_resumption({"command": "planish resume r", "seed": 0})
+        assert run.provenance() == {"resumed": [{"command": "planish resume r", "seed": 0}]}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -168,6 +169,27 @@ def test_a_damaged_log_is_written_anew(tmp_path: Path, content: bytes) -> None:
     proposing.tell(candidate, [0.5, 0.5])
     proposing.close()
     assert [t.params for t in study_of(tmp_path).trials] == [dict(candidate.options)]
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_lock_that_a_killed_process_left_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: bool
+) -> None:
+    """Optuna locks by a link to the path as it was given, which of a relative one leads nowhere."""
+    monkeypatch.chdir(tmp_path)
+    folder = Path("run")
+    folder.mkdir()
+    if there:
+        proposer(folder, "random").close()
+    (folder / "study.log.lock").symlink_to("run/study.log")
+    proposing = proposer(folder, "random")
+    [candidate] = proposing.ask(1, 1)
+    proposing.tell(candidate, [0.5, 0.5])
+    closing = threading.Thread(target=proposing.close, daemon=True)
+    closing.start()
+    closing.join(60)
+    assert not closing.is_alive()
+    assert [t.params for t in study_of(folder).trials] == [dict(candidate.options)]
 
 
 def test_a_log_that_cannot_be_written_does_not_stop_the_search(tmp_path: Path) -> None:

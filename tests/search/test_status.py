@@ -107,3 +107,11 @@ def test_a_phase_counts_its_own_items_and_those_that_failed_in_it(run: RunDirect
     run.append(_trial(1, State.FAILED, {}))
     run.append(_trial(2, State.STOPPED, {}))
     assert status(run.path)["done"] == 2
+
+
+def test_while_the_original_is_timed_there_is_no_best(run: RunDirectory) -> None:
+    run.write_space(SPACE)
+    run.append(_trial(0, State.RUNNING, {}))
+    run.score(0, {"accuracy": 0.9})
+    state = status(run.path)
+    assert (state["best"], state["trials"]) == (None, {"running": 1})
