@@ -211,10 +211,12 @@ class TableMeasuring:
         return questioned > 0
 
     def _go_on(self, timed: Timed) -> None:
-        """Raises UserError where the device was lost; what was timed before is kept."""
+        """Raises UserError where the device was lost or the reference does not run; what was timed before is kept."""
+        from ..compilers.remote import DeviceLost
+
         if timed.lost is not None:
-            again = f"once {self.device.name} answers, give the same command again"
-            raise UserError(f"{timed.lost}; what was timed is kept: {again}")
+            when = f"once {self.device.name} answers, " if isinstance(timed.lost, DeviceLost) else ""
+            raise UserError(f"{timed.lost}; what was timed is kept: {when}give the same command again")
 
 
 def quiet_s(reference: Plan, known: Mapping[str, KernelTime]) -> float | None:

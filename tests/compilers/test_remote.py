@@ -181,6 +181,27 @@ def test_a_device_that_is_gone_is_no_artifacts_fault(good: Path) -> None:
     assert caught.value.artifact is None
 
 
+def test_a_device_whose_power_fails_while_it_runs_something_is_lost(
+    good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its connection stays open: the process here waits for its answer, and is killed in the end."""
+    silent = tmp_path / "silent"
+    silent.write_text("#!/bin/sh\necho good\nexec sleep 60\n")
+    silent.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(silent))
+    gone = parse_device(f"rpc://127.0.0.1:{free_port()}/cpu")
+    with pytest.raises(DeviceLost, match=r"is lost: nothing answers at 127\.0\.0\.1"):
+        runner.measure({"good": good}, gone, replace(QUICK, time_limit_s=1.0))
+    # One that is there is slow, which is the artifact's doing.
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen()
+        slow = parse_device(f"rpc://127.0.0.1:{server.getsockname()[1]}/cpu")
+        with pytest.raises(RunError, match="artifact 'good' did not end within 1 s") as caught:
+            runner.measure({"good": good}, slow, replace(QUICK, time_limit_s=1.0))
+        assert not isinstance(caught.value, DeviceLost)
+
+
 def test_a_server_of_another_key_says_so(board: Device, good: Path) -> None:
     other = replace(board, rpc=board.rpc.replace("/cpu", "/cpu/cortex-a72"))
     with pytest.raises(DeviceLost, match="does not lend 'cpu/cortex-a72'"):

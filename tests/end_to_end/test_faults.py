@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import time
 from collections import Counter
@@ -135,4 +136,37 @@ def test_another_processor_trains_and_nothing_else_and_the_run_ends_where_it_beg
     (run / "devices.json").write_text(own, encoding="utf-8")
     done = planish("resume", run)
     assert done.returncode == 0, done.stderr
+    assert (run / "front.json").read_bytes() == (undisturbed / "front.json").read_bytes()
+
+
+def test_what_is_lost_of_a_finished_run_is_made_anew_from_what_was_recorded(
+    planish: Command, undisturbed: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(undisturbed, run)
+    (run / "front.json").unlink()
+    (run / "provenance.json").unlink()
+    for checkpoint in run.glob("trials/*/checkpoint.safetensors"):
+        checkpoint.unlink()
+    done = planish("resume", run)
+    assert done.returncode == 0, done.stderr
+    assert (run / "front.json").read_bytes() == (undisturbed / "front.json").read_bytes()
+    assert facts(run) == facts(undisturbed)
+
+
+def test_finalists_whose_checkpoints_are_lost_are_trained_again_and_are_the_same(
+    planish: Command, undisturbed: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(undisturbed, run)
+    lines = (run / "trials.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    begun = next(n for n, line in enumerate(lines) if json.loads(line).get("phase") == "finalists")
+    (run / "trials.jsonl").write_text("".join(lines[: begun + 1]), encoding="utf-8")
+    (run / "front.json").unlink()
+    checkpoints = sorted(run.glob("trials/*/checkpoint.safetensors"))
+    checkpoints[0].unlink()
+    checkpoints[-1].write_bytes(checkpoints[-1].read_bytes()[:1000])
+    done = planish("resume", run)
+    assert done.returncode == 0, done.stderr
+    assert "are lost; they are trained again" in done.stderr
     assert (run / "front.json").read_bytes() == (undisturbed / "front.json").read_bytes()

@@ -8,8 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from planish.compilers.compiler import CompileError
 from planish.search import latency_table, profile, table_measuring
 from planish.search.config import Spec, load_spec
+from planish.search.errors import UserError
+from planish.search.evaluate import Evaluator, Job
 from planish.search.progress import Progress
 from planish.search.table_measuring import TableLimits
 
@@ -79,3 +82,24 @@ def test_without_a_table_the_corners_are_timed_beside_the_original(spec: Spec) -
     assert "latency_model" not in device
     low, high = device["reachable"]["latency_s"]
     assert 0 < low < device["latency_s"] <= high
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_corner_that_cannot_be_compiled_is_left_out_and_the_original_must_be(
+    spec: Spec, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, number: int
+) -> None:
+    compiled = Evaluator.compile
+
+    def refusing(self: Evaluator, module: Any, job: Job, *rest: Any) -> Any:
+        if job.number == number:
+            raise CompileError("no such operator\nat line 7")
+        return compiled(self, module, job, *rest)
+
+    monkeypatch.setattr(Evaluator, "compile", refusing)
+    if number == 0:
+        with pytest.raises(UserError, match=r"^the model as it is cannot be compiled: no such operator$"):
+            profile.profile(spec, Progress(None), table=False)
+        return
+    found: dict[str, Any] = profile.profile(spec, Progress(None), table=False)
+    assert found["devices"]["cpu"]["latency_s"] > 0
+    assert "cannot be compiled and is left out: no such operator" in caplog.text

@@ -1,0 +1,116 @@
+"""What a table's measurements leave behind where something is in their way."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from planish.compilers import kernel_timer, network_timer
+from planish.compilers.compiler import RunError
+from planish.compilers.kernel_timer import Timed
+from planish.compilers.network_timer import time_networks
+from planish.compilers.remote import DeviceLost
+from planish.compilers.runner import ChildResult
+from planish.hwmodels.device import host, parse_device
+from planish.hwmodels.kernel_database import KernelDatabase, KernelTime
+from planish.hwmodels.quiet import Samples, Settled
+from planish.hwmodels.workload import Workload
+from planish.search import table_measuring
+from planish.search.errors import UserError
+from planish.search.progress import Progress
+from planish.search.table_measuring import Networks, TableLimits, TableMeasuring
+
+LIMITS = TableLimits(candidates=1, least=1, build_s=1.0, kernels=4, kernel_s=1.0, network_s=1.0)
+WORK = Workload("", "dense", {"m": 1, "k": 4}, 16, 64, 32, 64, 1, "", 4.0)
+QUIET = Samples((1e-4,) * 18, (3e-5,) * 18)
+
+
+@pytest.fixture
+def measuring(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TableMeasuring:
+    monkeypatch.setattr(table_measuring, "refuse_loaded", lambda watch, device: None)
+    manifest = SimpleNamespace(kernels=[("reference", "")])
+    reference = SimpleNamespace(path=tmp_path, manifest=manifest)
+    monkeypatch.setattr(table_measuring, "compiled_reference", lambda evaluator, label, folder: reference)
+    database = KernelDatabase(tmp_path / "times.sqlite", "device", "v1")
+    return TableMeasuring(host(), database, LIMITS, Progress(None), {})
+
+
+def planned() -> Networks:
+    plan: Any = SimpleNamespace(calls=(WORK,))
+    return Networks(plans={"one": plan}, artifacts={"one": Path("one")})
+
+
+def networks(measuring: TableMeasuring, given: Networks) -> list[Any]:
+    evaluator: Any = None
+    return measuring.networks(evaluator, "cpu", given, Path("unused"), None)
+
+
+def test_a_network_that_cannot_be_kept_is_known_for_the_rest_of_the_profile(
+    measuring: TableMeasuring, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("in the way of a folder")
+    measuring.database = KernelDatabase(tmp_path / "file" / "times.sqlite", "device", "v1")
+    monkeypatch.setattr(network_timer, "time_networks", lambda *given, **keys: Timed({"one": QUIET}, 3e-5, {}))
+    [found] = networks(measuring, planned())
+    assert found.time.median_s == pytest.approx(1e-4)
+    assert networks(measuring, Networks()) == [found]
+    assert "times are not kept" in measuring.notes[0]
+
+
+def test_earlier_times_that_a_faster_reference_questions_are_measured_again(
+    measuring: TableMeasuring, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = replace(WORK, shapes={"m": 1, "k": 8})
+    name = f"kernel {WORK.key()}"
+    measuring.database.add([KernelTime(other, Settled(3e-6, 3e-6, 3e-6, 12, True))], {name: 4.5e-5})
+    measuring.known = measuring.database.times()
+    assert not measuring.asks(other.key())
+    monkeypatch.setattr(kernel_timer, "time_kernels", lambda *given, **keys: Timed({WORK.key(): QUIET}, 3e-5, {}))
+    work: Any = SimpleNamespace(workload=WORK)
+    plan: Any = SimpleNamespace(kernels={WORK.key(): work})
+    measuring.kernels([WORK.key()], {WORK.key(): work}, plan, 1.0)
+    assert measuring.asks(other.key())
+    assert measuring.known[other.key()].time.median_s == pytest.approx(2e-6)
+    assert not measuring.asks(WORK.key())
+    assert "1 earlier times were taken while cpu was slower" in measuring.notes[0]
+
+
+def test_a_reference_that_fails_after_some_rounds_costs_no_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    rounds = [0]
+
+    def child(artifacts: Mapping[str, Path], *given: Any, **keys: Any) -> ChildResult:
+        rounds[0] += 1
+        if rounds[0] > 1:
+            raise RunError("artifact 'reference' crashed with signal 9", "reference", crashed=True)
+        return ChildResult({n: [1.0] * 3 for n in artifacts}, {}, {}, {n: [9.0, 1.0, 9.0] for n in artifacts}, {})
+
+    monkeypatch.setattr(network_timer, "run_child", child)
+    found = time_networks({"one": Path("one")}, Path("reference"), host(), limit_s=60.0)
+    assert found.samples["one"].run_s == (1.0,) * 3
+    assert isinstance(found.lost, RunError)
+    assert not isinstance(found.lost, DeviceLost)
+
+
+def test_what_ended_it_is_a_line_and_what_was_timed_is_kept(
+    measuring: TableMeasuring, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended = Timed({"one": QUIET}, 3e-5, {}, RunError("artifact 'reference' crashed", "reference"))
+    monkeypatch.setattr(network_timer, "time_networks", lambda *given, **keys: ended)
+    with pytest.raises(UserError, match=r"crashed; what was timed is kept: give the same command again"):
+        networks(measuring, planned())
+    assert len(measuring.database.networks()) == 1
+
+
+def test_a_board_that_is_gone_is_lost_and_one_that_is_slow_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    from planish.compilers import remote
+
+    board = parse_device("rpc://127.0.0.1:9/cpu")
+    assert "nothing answers at 127.0.0.1:9" in str(remote.gone(board))
+    assert remote.gone(host()) is None
+    monkeypatch.setattr(remote, "unanswered", lambda device: None)
+    assert remote.gone(board) is None
