@@ -10,6 +10,8 @@ STAMP := $(VENV)/.installed
 # The environment; made again when what it is made from changes.
 $(STAMP): pyproject.toml constraints.txt
 	@command -v c++ >/dev/null || { echo "no C++ compiler, which links compiled models: apt-get install g++" >&2; exit 2; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Python 3.11 or newer is needed: make PYTHON=python3.11, for instance" >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt "setuptools>=77" wheel
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test,check]"

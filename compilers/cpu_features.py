@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping
+from dataclasses import replace
 
-from ..hwmodels.device import Device, cpu_flags
+from ..hwmodels.device import Device, DeviceError, cpu_flags, host, parse_device
+from .manifest import Manifest
 
 # Vectors, fused multiply-add, bit manipulation (`abm` is lzcnt).
 _X86 = """
@@ -31,6 +33,23 @@ def described_instructions(device: Device) -> dict[str, str]:
     machine = device.target.get("mtriple", "").partition("-")[0]
     features = " ".join(sorted(_USED & set(device.features)))
     return {**({"machine": machine} if machine else {}), **({"features": features} if features else {})}
+
+
+def device_of(manifest: Manifest) -> Device:
+    """The device that an artifact runs on; this machine's CPU, where it has what one from a TOML file has.
+
+    Raises:
+        DeviceError: this machine lacks something that the code needs, or its device is not usable from here.
+    """
+    if absent := lacking(manifest.target):
+        raise DeviceError(absent)
+    try:
+        return parse_device(manifest.device)
+    except DeviceError:
+        # The file that described it is not part of the artifact; what it needs is.
+        if not {"machine", "features"} <= manifest.target.keys():
+            raise
+        return replace(host(), name=manifest.device, threads=manifest.threads)
 
 
 def lacking(target: Mapping[str, str]) -> str | None:

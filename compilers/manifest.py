@@ -60,7 +60,7 @@ class Manifest:
 def digest(path: Path) -> str:
     """SHA-256 of a file, hexadecimal."""
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read(folder: Path) -> Manifest:
@@ -122,10 +122,3 @@ def _parse(folder: Path) -> Manifest:
 
 def _ports(data: Any) -> tuple[Port, ...]:
     return tuple(Port(str(p["name"]), tuple(int(v) for v in p["shape"]), str(p["dtype"])) for p in data)
-
-
-def _digest(file: Any) -> str:  # Python 3.10
-    sha = hashlib.sha256()
-    while chunk := file.read(1 << 20):
-        sha.update(chunk)
-    return sha.hexdigest()

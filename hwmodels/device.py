@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import os
 import platform
+import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from importlib import resources
 from math import inf
 from pathlib import Path
 from typing import Any
-
-try:
-    import tomllib
-except ModuleNotFoundError:  # Python 3.10
-    import tomli as tomllib  # type: ignore[no-redef,import-not-found,unused-ignore]
 
 KINDS = ("cpu", "cuda", "fpga")
 _NUMBER = (int, float)

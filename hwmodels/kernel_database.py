@@ -278,7 +278,7 @@ class KernelDatabase:
         with _told(other, "read"):
             there = other.is_file()
         if not there:
-            raise DatabaseError(f"{other} does not exist; name a kernel database")
+            raise DatabaseError(f"{other} is no file; name a kernel database")
         with KernelDatabase(other, "", "")._reading() as connection:
             connection.execute("BEGIN")  # all of one moment
             devices = connection.execute("SELECT device, schedules, title FROM devices").fetchall()

@@ -29,8 +29,7 @@ def write_text(path: Path, text: str, advice: str = "free space or choose anothe
                 file.write(text)
                 file.flush()
                 os.fsync(file.fileno())
-            # mkstemp makes the file private; a run's folder is read by others too.
-            os.chmod(temporary, 0o666 & ~_umask())
+            share(temporary)
             os.replace(temporary, path)
         except BaseException:
             Path(temporary).unlink(missing_ok=True)
@@ -52,7 +51,8 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def _umask() -> int:
+def share(file: str) -> None:
+    """The rights of any new file: mkstemp makes its files private, and a run's folder is read by others too."""
     mask = os.umask(0)
     os.umask(mask)
-    return mask
+    os.chmod(file, 0o666 & ~mask)

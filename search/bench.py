@@ -6,12 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ..compilers.compiler import RunError
-from ..compilers.cpu_features import lacking
+from ..compilers.cpu_features import device_of, lacking
 from ..compilers.manifest import NAME as MANIFEST
 from ..compilers.manifest import Manifest, read
 from ..compilers.registry import compiler_for
 from ..compilers.runner import check
-from ..hwmodels.device import parse_device
 from ..hwmodels.measurement import MeasureProtocol
 from .errors import UserError
 from .quantities import quantity
@@ -53,7 +52,7 @@ def bench(path: Path, runs: int | None) -> dict[str, object]:
         _read(path / ORIGINAL)
         # First, as the reference that tells whether the machine was quiet.
         artifacts = {ORIGINAL: path / ORIGINAL, _MODEL: path}
-    device = parse_device(manifest.device)
+    device = device_of(manifest)
     compiler = compiler_for(device, manifest.compiler)
     try:
         error = check(path, device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import logging
 import os
@@ -21,6 +22,8 @@ from .errors import UserError, nearest
 from .spec_defaults import KEYS
 
 _MISTAKE, _FAULT, _INTERRUPTED, _PIPE = 2, 1, 130, 141
+# What is wrong with a path that somebody named, and not with planish.
+_PATHS = (errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.EROFS)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -53,6 +56,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader has gone; without this, Python complains again when it flushes stdout at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _PIPE
+    except OSError as error:
+        if error.filename is None or error.errno not in _PATHS:
+            return _fault(error, arguments)
+        advice = "name another path, or change its rights"
+        return _fail(UserError(f"{error.filename}: {error.strerror}; {advice}"), arguments)
     except Exception as error:
         return _fault(error, arguments)
     return 0

@@ -69,6 +69,8 @@ def status(arguments: argparse.Namespace, command: str) -> Output:
         metrics = mapping(best["metrics"])
         names = metric_names([metrics])
         cells = ", ".join(f"{name} {cell}" for name, cell in zip(names, metric_cells(metrics, {}, names), strict=True))
+        if predicted := state["latency"]:
+            lines.append(f"latency: {predicted}")
         lines.append(f"best so far{'' if best['final'] else ' (before fine-tuning)'}: trial {best['trial']}, {cells}")
     if state["nearest_miss"]:
         lines.append(f"no candidate keeps the budget; nearest: trial {mapping(state['nearest_miss']).get('trial')}")

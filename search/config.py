@@ -127,7 +127,11 @@ class Spec:
 
 
 def load_spec(
-    path: Path | None, overrides: Mapping[str, object] | None = None, bases: Sequence[Path] | None = None
+    path: Path | None,
+    overrides: Mapping[str, object] | None = None,
+    bases: Sequence[Path] | None = None,
+    *,
+    needed: bool = True,
 ) -> Spec:
     """Reads a specification; what it does not say comes from its preset, then from the defaults.
 
@@ -135,6 +139,7 @@ def load_spec(
         path: A TOML file, or None for flags alone.
         overrides: Flat keys (`seed`, `search.trials`) that go before the file's.
         bases: Where relative paths are looked for, in order: by default the current folder, then the file's.
+        needed: Whether the files that it names are to be used.
 
     Raises:
         UserError: the file is missing or not TOML; a key is unknown, missing, of another type or out of range.
@@ -149,7 +154,7 @@ def load_spec(
     if missing:
         raise UserError(f"{name} lacks {missing[0]!r}: {KEYS[missing[0]].help}")
     values = cross_check(_filled(given), given, name)
-    return _spec(located(values, bases))
+    return _spec(located(values, bases, needed=needed))
 
 
 def default_out(spec_path: Path) -> Path:

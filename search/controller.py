@@ -36,6 +36,7 @@ from .rundir import FRONT, LESSONS, RunDirectory
 from .rungs import gpu_part, run_rung
 from .sampler import OPENS, WITH_TABLE, Proposer, opening, strongest
 from .shipping import stored
+from .spec_values import check_value
 from .steps import Steps
 from .task_note import write_task
 from .timed_on import keep_devices, lanes_of
@@ -101,9 +102,9 @@ def resume_run(
     Raises:
         UserError: it is not a run, another controller works on it, or its task is not to be had by name.
     """
-    spec = RunDirectory.open(path).spec()
+    spec = RunDirectory.open(path).spec(needed=True)
     if workers is not None:
-        spec = replace(spec, workers=workers)
+        spec = replace(spec, workers=int(str(check_value("workers", workers, "the command line"))))
     command = f"planish resume {path.name}" + (" --train-only" if train_only else "")
     return search_run(spec, path, progress, command, task, train_only=train_only)
 

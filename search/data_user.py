@@ -34,7 +34,15 @@ def load_user_data(name: str) -> Data:
     Raises:
         TaskError: the factory fails or returns something else.
     """
-    made = call_factory("data", name)
+    return user_data(name, call_factory("data", name))
+
+
+def user_data(name: str, made: object) -> Data:
+    """What a factory returned (see `load_user_data`) as data.
+
+    Raises:
+        TaskError: it is something else.
+    """
     if isinstance(made, Data):
         return made
     if not isinstance(made, tuple) or len(made) not in (3, 4):
@@ -83,11 +91,15 @@ def _split(name: str, given: Any, metric: Metric) -> Split:
 def _dataset(name: str, items: Sequence[Any]) -> tuple[Tensor, Tensor]:
     inputs, targets = [], []
     for index in range(len(items)):
-        item = items[index]
+        try:
+            item = items[index]
+        except Exception as error:  # whatever the user's own code raises
+            text = " ".join(str(error).split())
+            raise TaskError(f"data {name} item {index} raised {type(error).__name__}: {text}") from error
         if not isinstance(item, tuple | list) or len(item) != 2:
             raise TaskError(f"data {name} item {index} is a {type(item).__name__}; it needs to be (input, class)")
         inputs.append(_tensor(name, f"input {index}", item[0]))
-        targets.append(int(item[1]))
+        targets.append(_class(name, index, item[1]))
         if inputs[-1].shape != inputs[0].shape:
             raise TaskError(
                 f"data {name} item {index} has shape {tuple(inputs[-1].shape)} and item 0 {tuple(inputs[0].shape)}; "
@@ -96,6 +108,16 @@ def _dataset(name: str, items: Sequence[Any]) -> tuple[Tensor, Tensor]:
     if not inputs:
         raise TaskError(f"data {name} is empty; it needs samples")
     return torch.stack(inputs), torch.tensor(targets)
+
+
+def _class(name: str, index: int, value: Any) -> int:
+    try:
+        found = int(value)
+    except (TypeError, ValueError, RuntimeError):
+        found = -1
+    if found < 0 or isinstance(value, str):
+        raise TaskError(f"data {name} item {index} has the class {value!r}; classes are whole numbers: 0, 1, 2, ...")
+    return found
 
 
 def _tensor(name: str, what: str, values: Any) -> Tensor:

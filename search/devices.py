@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 
 from ..compilers.kernel_times import database_of, times_version
@@ -45,7 +45,7 @@ def table_of(path: Path | None = None) -> list[dict[str, object]]:
             "kernels": held.kernels,
             "quiet": held.quiet,
             "networks": held.networks,
-            "newest": datetime.fromtimestamp(held.newest, timezone.utc).isoformat(timespec="seconds"),
+            "newest": datetime.fromtimestamp(held.newest, UTC).isoformat(timespec="seconds"),
         }
         for held in database_of(host(), path).contents()
     ]

@@ -18,6 +18,7 @@ def export_text(result: Mapping[str, object]) -> str:
     keeps = result["keeps_budget"]
     budget = "" if keeps is None else f", {'keeps' if keeps else 'does not keep'} the run's budget"
     lines = [f"{result['folder']}: {_name(result['trial'])} of {result['run']}{budget}", cells]
+    lines += [f"latency is {result['latency']}"] if result["latency"] else []
     models = result["models"]
     assert isinstance(models, Sequence)
     for model in models:

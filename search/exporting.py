@@ -9,19 +9,20 @@ from importlib import resources
 from pathlib import Path
 
 from ..compilers.compiler import RunError
-from ..compilers.cpu_features import instruction_set, lacking
+from ..compilers.cpu_features import device_of, instruction_set
 from ..compilers.manifest import EXAMPLES, Manifest, ManifestError, digest, read
 from ..compilers.manifest import NAME as MANIFEST
 from ..compilers.runner import check
-from ..hwmodels.device import DeviceError, parse_device
+from ..hwmodels.device import DeviceError
 from .artifact_path import artifact_path, path_name
 from .errors import UserError
 from .export_cpp import example_bytes, model_header
 from .front import choose
+from .how_predicted import how_predicted
 from .json_text import mapping
 from .new_folder import new_folder
 from .objective import parse_budget
-from .rundir import RunDirectory
+from .rundir import FRONT, RunDirectory
 from .task_note import TaskNote, read_task
 from .trial import State, finite
 
@@ -50,8 +51,9 @@ def export_run(run: Path, pick: str | None, trial: int | None, out: Path) -> dic
         out: Must not exist, or be an empty folder.
 
     Returns:
-        A JSON object: `folder`, `run`, `trial`, `keeps_budget`, `metrics`, and `models`, one for each device, with the
-        largest difference from the stored outputs (`max_error`), or with what this machine lacks to run it.
+        A JSON object: `folder`, `run`, `trial`, `keeps_budget`, `metrics`, `latency` (how it was predicted; None where
+        it was measured), and `models`, one for each device, with the largest difference from the stored outputs
+        (`max_error`), or with what this machine lacks to run it.
 
     Raises:
         UserError: there is no such run or model, its files are missing or changed, it does not compute here what it
@@ -80,6 +82,7 @@ def export_run(run: Path, pick: str | None, trial: int | None, out: Path) -> dic
         "trial": number,
         "keeps_budget": entry.get("meets_budget"),
         "metrics": finite(mapping(entry["metrics"])),
+        "latency": how_predicted(_front(folder)) if spec.measure.latency == "predicted" else None,
         "models": models,
     }
 
@@ -106,11 +109,14 @@ def _trial(folder: RunDirectory, number: int) -> Mapping[str, object]:
 
 
 def _listed(folder: RunDirectory) -> list[Mapping[str, object]]:
-    if not (folder.path / "front.json").exists():
-        return []
-    front = folder.front()
+    front = _front(folder)
     listed = front.get("front")
     return [mapping(entry) for entry in [front.get("original"), *(listed if isinstance(listed, list) else [])]]
+
+
+def _front(folder: RunDirectory) -> Mapping[str, object]:
+    """front.json, or nothing before there is one."""
+    return folder.front() if (folder.path / FRONT).exists() else {}
 
 
 def _source(folder: RunDirectory, number: int, label: str, labels: Sequence[str]) -> _Source:
@@ -132,6 +138,7 @@ def _check_weights(path: Path, number: int) -> None:
     from safetensors import SafetensorError, safe_open
 
     try:
+        path.open("rb").close()  # safetensors says of any file that it may not read that it is not there
         with safe_open(path, framework="numpy"):
             pass
     except (OSError, SafetensorError) as error:
@@ -197,13 +204,10 @@ def _target(manifest: Manifest) -> Mapping[str, str]:
 
 def _check(place: Path, manifest: Manifest) -> dict[str, object]:
     """Runs the stored examples in a fresh process with the runtime alone, if this machine can."""
-    absent = lacking(manifest.target)
     try:
-        device = parse_device(manifest.device)
+        device = device_of(manifest)
     except DeviceError as error:
-        absent = absent or str(error)
-    if absent:
-        return {"tolerance": manifest.tolerance, "not_checked_here": absent}
+        return {"tolerance": manifest.tolerance, "not_checked_here": str(error)}
     try:
         return {"tolerance": manifest.tolerance, "max_error": check(place, device)}
     except RunError as error:

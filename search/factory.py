@@ -37,6 +37,8 @@ def module_exists(name: str) -> bool:
             return importlib.util.find_spec(place) is not None
         except (ImportError, ValueError):
             return False
+        except (Exception, SystemExit):  # of the package's own code: `call_factory` tells
+            return True
 
 
 def call_factory(what: str, name: str) -> Any:
@@ -69,7 +71,7 @@ def call_factory(what: str, name: str) -> Any:
 def _run(what: str, name: str, step: Any) -> Any:
     try:
         return step()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         text = " ".join(str(error).split())
         if isinstance(error, FileNotFoundError) and error.filename and not Path(error.filename).is_absolute():
             text += f"; relative paths are looked for in the current folder, {Path.cwd()}"

@@ -10,7 +10,7 @@ from .errors import UserError
 from .spec_defaults import Value
 
 
-def located(values: Mapping[str, Value], bases: Sequence[Path]) -> dict[str, Value]:
+def located(values: Mapping[str, Value], bases: Sequence[Path], *, needed: bool = True) -> dict[str, Value]:
     """The values with every path that exists made absolute.
 
     Paths are: weights; the file of `file.py:factory` in model and data; DIR of `name:DIR?query` in data
@@ -19,9 +19,10 @@ def located(values: Mapping[str, Value], bases: Sequence[Path]) -> dict[str, Val
     Args:
         values: Flat keys.
         bases: Where a relative path is looked for, first come first served.
+        needed: Whether the files are to be used; else a path that leads nowhere stays as it is.
 
     Raises:
-        UserError: a file that is named is in none of the bases.
+        UserError: a file that is needed is in none of the bases.
     """
 
     def change(key: str, path: str, must_exist: bool) -> str:
@@ -29,7 +30,7 @@ def located(values: Mapping[str, Value], bases: Sequence[Path]) -> dict[str, Val
         for base in bases:
             if (base / home).exists():
                 return os.path.abspath(base / home)
-        if must_exist:
+        if must_exist and needed:
             places = " or ".join(str(base) for base in dict.fromkeys(bases))
             raise UserError(f"{key} names the file {path!r}, which is not in {places}")
         return path

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import isfinite, nan
 from pathlib import Path
 
 from .front import choose
+from .how_predicted import how_predicted
 from .json_text import mapping
-from .objective import number, parse_budget
+from .objective import parse_budget
 from .rundir import RunDirectory
 
 
@@ -31,6 +31,20 @@ class Chosen:
         return Path(out)
 
 
+class FrontEntry(dict[str, object]):
+    """An entry of front.json, whose metrics and options are attributes, too."""
+
+    @property
+    def metrics(self) -> Mapping[str, object]:
+        """See `metrics` in front.json."""
+        return mapping(self.get("metrics"))
+
+    @property
+    def options(self) -> Mapping[str, object]:
+        """The candidate's option for every choice."""
+        return mapping(self.get("options"))
+
+
 @dataclass(frozen=True)
 class Run:
     """A run's folder."""
@@ -38,11 +52,11 @@ class Run:
     path: Path
 
     @property
-    def front(self) -> list[Mapping[str, object]]:
+    def front(self) -> list[FrontEntry]:
         """The entries of front.json."""
         entries = RunDirectory.open(self.path).front()["front"]
         assert isinstance(entries, list)
-        return entries
+        return [FrontEntry(entry) for entry in entries]
 
     @property
     def trials(self) -> list[Chosen]:
@@ -67,7 +81,7 @@ class Run:
         miss = front.get("nearest_miss")
         predicted = folder.spec().measure.latency == "predicted"
         return {
-            **({"latency": _how_predicted(front)} if predicted else {}),
+            **({"latency": how_predicted(front)} if predicted else {}),
             "trials": ", ".join(f"{count} {state}" for state, count in sorted(states.items())),
             "hypervolume": front.get("hypervolume"),
             **({"nearest_miss": f"trial {miss['trial']}; no model keeps the budget"} if isinstance(miss, dict) else {}),
@@ -78,16 +92,3 @@ class Run:
         assert isinstance(metrics, Mapping)
         assert isinstance(options, Mapping)
         return Chosen(self.path, int(str(entry["trial"])), metrics, options)
-
-
-def _how_predicted(front: Mapping[str, object]) -> str:
-    """That latency is predicted, and how far the original's may be off on each device."""
-    latencies = mapping(mapping(mapping(front.get("original")).get("metrics")).get("latency_s"))
-    spans = []
-    for label, entry in latencies.items():
-        value, interval = number(mapping(entry).get("value")), mapping(entry).get("ci95")
-        high = number(interval[1]) if isinstance(interval, list) and len(interval) == 2 else nan
-        if value and isfinite(high / value):
-            spans.append(f"{label} within {high / value - 1:.0%}")
-    text = f" ({', '.join(spans)}, with 95 % confidence)" if spans else ""
-    return f"predicted by the device's latency model, not measured{text}"

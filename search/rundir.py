@@ -113,9 +113,13 @@ class RunDirectory:
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
         self.close()
 
-    def spec(self) -> Spec:
-        """The search as resolved; its paths are found from the run's folder, whatever the current folder is."""
-        return load_spec(self.path / "spec.toml", bases=(self.path,))
+    def spec(self, *, needed: bool = False) -> Spec:
+        """The search as resolved; its paths are found from the run's folder, whatever the current folder is.
+
+        Args:
+            needed: Whether the files that it names are to be used: a run without them can still be read.
+        """
+        return load_spec(self.path / "spec.toml", bases=(self.path,), needed=needed)
 
     def history(self) -> History:
         """Everything the journal tells; empty before the first event."""
@@ -307,7 +311,7 @@ def _locked(path: Path, lock: FolderLock) -> RunDirectory:
 
 def _is_entry(entry: object) -> bool:
     """Whether an entry of a front says which trial it is and what is known of it."""
-    if not isinstance(entry, dict) or not isinstance(entry.get("metrics"), dict):
+    if not isinstance(entry, dict) or not all(isinstance(entry.get(key), dict) for key in ("metrics", "options")):
         return False
     return isinstance(entry.get("trial"), int) and not isinstance(entry["trial"], bool)
 

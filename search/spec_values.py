@@ -22,7 +22,7 @@ def check_value(key: str, value: object, where: str) -> Value:
     """
     if key not in KEYS:
         table, dot, _ = key.partition(".")
-        siblings = [known for known in KEYS if known.rpartition(".")[0] == (table if dot else "")]
+        siblings = [known for known in KEYS if known.rpartition(".")[0] == (table if dot else "")] or list(KEYS)
         raise UserError(f"{where} has the unknown key {key!r}; {nearest(key, siblings)}")
     entry = KEYS[key]
     message = f"{where}: {key} = {value!r}"

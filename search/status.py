@@ -8,6 +8,7 @@ from pathlib import Path
 
 from .errors import UserError
 from .front import choose, improves, keeps
+from .how_predicted import how_predicted
 from .lock import holder
 from .objective import Objective
 from .replay import History, Phase, Record
@@ -21,7 +22,7 @@ def status(path: Path) -> dict[str, object]:
     Keys: `run`, `phase` (`new` before the first, `done` after the last), `done`, `total`, `eta_s` (None where nothing
     runs or nothing was done in this session), `controller` (who works on it, or None), `trials` (count by state),
     `best` ({"trial", "metrics", "final"}: of the front, else of the one-shot scores), `front` (its length),
-    `hypervolume`, `nearest_miss`.
+    `hypervolume`, `nearest_miss`, `latency` (how it is predicted; None where it is measured).
 
     Raises:
         UserError: there is no run in the folder, or its journal is corrupt.
@@ -35,7 +36,7 @@ def status(path: Path) -> dict[str, object]:
     return {
         "run": str(path),
         "phase": phase.name,
-        "done": min(len(times), phase.total),
+        "done": phase.total if phase.name == "done" else min(len(times), phase.total),
         "total": phase.total,
         "eta_s": _eta_s(history, phase, times) if controller else None,
         "controller": controller,
@@ -44,6 +45,7 @@ def status(path: Path) -> dict[str, object]:
         "front": len(listed) if isinstance(listed, list) else 0,
         "hypervolume": front.get("hypervolume"),
         "nearest_miss": front.get("nearest_miss"),
+        "latency": how_predicted(front) if run.spec().measure.latency == "predicted" else None,
     }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..compilers.cache_folder import cache_folder
 from .data import Data
 from .data_sources import load_data
+from .data_user import user_data
 from .models import BUILTIN as BUILTIN
 from .models import load_model
 from .score import device_of, evaluating
@@ -27,8 +28,9 @@ class Task:
     """A model with its data, checked to fit each other.
 
     Attributes:
-        model: The original, trained; never changed by a search.
-        data: What is trained, validated and tested on.
+        model: The original, trained; never changed by a search. May be given as a factory that takes no arguments.
+        data: What is trained, validated and tested on. May be given as anything that a data factory may return (see
+            `planish.search.data_user.load_user_data`), or as the factory.
         name: For people.
 
     Raises:
@@ -39,7 +41,15 @@ class Task:
     data: Data
     name: str = "model"
 
-    def __post_init__(self) -> None:
+    def __init__(self, model: nn.Module | Callable[[], nn.Module], data: Data | object, name: str = "model") -> None:
+        """See the attributes."""
+        made = model if isinstance(model, nn.Module) or not callable(model) else model()
+        if not isinstance(made, nn.Module):
+            raise TaskError(f"model {name!r} is a {type(made).__name__}; it needs to be an nn.Module")
+        given = data if isinstance(data, Data) or not callable(data) else data()
+        object.__setattr__(self, "model", made)
+        object.__setattr__(self, "data", user_data(name, given))
+        object.__setattr__(self, "name", name)
         _check_fit(self.name, self.model, self.data)
 
     @property

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .atomic import sync_folder
+from .atomic import share, sync_folder
 from .errors import file_mistakes
 from .json_text import parsed
 
@@ -43,6 +43,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], note: Mapping[str, 
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
+            share(temporary)
             os.replace(temporary, path)
         except BaseException:
             Path(temporary).unlink(missing_ok=True)

@@ -163,7 +163,7 @@ def _seen(
     generator = torch.Generator().manual_seed(seed)
     sums = dict.fromkeys(changes, 0.0)
     outputs = []
-    for batch in _batches(traced, inputs, 1 + PROBES):
+    for batch in _batches(traced, inputs, 3 + PROBES):
         calls, output = _watched(module, layers, batch)
         outputs.append(output.detach().flatten(1))
         if not calls:
@@ -197,8 +197,13 @@ def _watched(
     """The input and output of every call of the named layers, with the graph from there to the output."""
     calls: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in names}
 
-    def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-        return lambda _, inputs, output: calls[name].append((inputs[0].detach(), output))
+    def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+        def keep(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            # Copies: what follows may write its result in their place (an activation, a sum).
+            calls[name].append((inputs[0].detach().clone(), output))
+            return output.clone()
+
+        return keep
 
     handles = [module.get_submodule(name).register_forward_hook(hook(name)) for name in names]
     try:
@@ -240,7 +245,7 @@ def _corrections(
     wanted = {name: _ChannelSums() for name in layers}
     given = {place: _ChannelSums() for place in asked}
     with torch.no_grad():
-        for batch in _batches(traced, inputs, 2):
+        for batch in _batches(traced, inputs, 4):
             calls, _ = _watched(module, layers, batch)
             for name, pairs in calls.items():
                 for _, y in pairs:

@@ -106,20 +106,26 @@ def factorise(layer: nn.Conv2d | nn.Linear, rank: Rank, moments: Moments | None 
 
     Without moments the error of the weights is the least for SVD (Eckart and Young 1936) and close to it for Tucker-2
     (higher-order orthogonal iteration, De Lathauwer et al. 2000). With the moments of the layer's input the error of
-    the outputs is: W C^(1/2) is factorised instead of W, C the covariance of the input channels.
+    the outputs is: W C^(1/2) is factorised instead of W, C the covariance of what the weights multiply, that of the
+    input channels times those between a kernel's rows and columns.
     """
     weight = layer.weight.detach().double()
-    root = None if moments is None else _root(moments)
+    root = None if moments is None else _root(moments.ridge().double())
     if root is not None:
         blocks = weight.reshape(weight.shape[0], len(root), -1)
         weight = torch.einsum("ocp,cd->odp", blocks, root).reshape(weight.shape)
+    taps = None
+    if moments is not None and isinstance(layer, nn.Conv2d) and moments.taps.shape == layer.kernel_size:
+        rows, columns = moments.along_taps()
+        taps = _root(rows), _root(columns)
+        weight = torch.einsum("oiyx,yt,xs->oits", weight, *taps)
     if isinstance(layer, nn.Linear):
         first, second = _svd(weight, rank.ranks[0])
         return _linear(layer, _unroot(first, root), second)
     if rank.method == "tucker":
-        return _tucker(layer, weight, rank.ranks, root)
+        return _tucker(layer, weight, rank.ranks, root, taps)
     if rank.method == "spatial":
-        return _spatial(layer, weight, rank.ranks[0], root)
+        return _spatial(layer, weight, rank.ranks[0], root, taps)
     first, second = _svd(weight.flatten(1), rank.ranks[0])
     factors = (
         _convolution(layer, _unroot(first, root)[:, :, None, None], stride=layer.stride),
@@ -128,13 +134,23 @@ def factorise(layer: nn.Conv2d | nn.Linear, rank: Rank, moments: Moments | None 
     return LowRank(OrderedDict(zip(("first", "second"), factors, strict=True)))
 
 
-def _spatial(layer: nn.Conv2d, weight: Tensor, rank: int, root: Tensor | None) -> LowRank:
+_Taps = tuple[Tensor, Tensor]
+
+
+def _spatial(layer: nn.Conv2d, weight: Tensor, rank: int, root: Tensor | None, taps: _Taps | None) -> LowRank:
     """W[o, i, y, x] ~ sum_r H[o, r, x] V[r, i, y], by SVD of the (i y, o x) matrix (Jaderberg et al. 2014)."""
     outputs, inputs, height, width = weight.shape
     matrix = weight.permute(0, 3, 1, 2).reshape(outputs * width, inputs * height)
     vertical, horizontal = _svd(matrix, rank)
-    vertical = _unroot(vertical.reshape(rank, inputs, height), root)[..., None]
-    horizontal = horizontal.reshape(outputs, width, rank).permute(0, 2, 1)[:, :, None, :]
+    vertical = _unroot(vertical.reshape(rank, inputs, height), root)
+    horizontal = horizontal.reshape(outputs, width, rank).permute(0, 2, 1)
+    if taps is not None:
+        vertical = torch.linalg.solve(taps[0], vertical, left=False)
+        horizontal = torch.linalg.solve(taps[1], horizontal, left=False)
+    # Without the whitening the factors' norms are others than those that they share.
+    scale = (vertical.flatten(1).norm(dim=1) / horizontal.norm(dim=(0, 2)).clamp_min(1e-30)).clamp_min(1e-30).sqrt()
+    vertical, horizontal = vertical / scale[:, None, None], horizontal * scale[None, :, None]
+    vertical, horizontal = vertical[..., None], horizontal[:, :, None, :]
     (down, across), (top, left), (dy, dx) = layer.stride, _padding(layer), layer.dilation
     factors = (
         _convolution(layer, vertical, stride=(down, 1), padding=(top, 0), dilation=(dy, 1)),
@@ -143,7 +159,7 @@ def _spatial(layer: nn.Conv2d, weight: Tensor, rank: int, root: Tensor | None) -
     return LowRank(OrderedDict(zip(("first", "second"), factors, strict=True)))
 
 
-def _tucker(layer: nn.Conv2d, weight: Tensor, ranks: Sequence[int], root: Tensor | None) -> LowRank:
+def _tucker(layer: nn.Conv2d, weight: Tensor, ranks: Sequence[int], root: Tensor | None, taps: _Taps | None) -> LowRank:
     """W[o, i, y, x] ~ sum_pq B[o, q] G[q, p, y, x] A[p, i] (Tucker-2, Kim et al. 2016)."""
     inside, outside = ranks
     left = _leading(weight.flatten(1), outside)
@@ -152,6 +168,8 @@ def _tucker(layer: nn.Conv2d, weight: Tensor, ranks: Sequence[int], root: Tensor
         left = _leading(torch.einsum("oiyx,ip->opyx", weight, right).flatten(1), outside)
         right = _leading(torch.einsum("oiyx,oq->iqyx", weight, left).flatten(1), inside)
     core = torch.einsum("oiyx,oq,ip->qpyx", weight, left, right)
+    if taps is not None:
+        core = torch.linalg.solve(taps[1], torch.linalg.solve(taps[0], core.mT, left=False).mT, left=False)
     factors = (
         _convolution(layer, _unroot(right.T, root)[:, :, None, None]),
         _convolution(layer, core, stride=layer.stride, padding=_padding(layer), dilation=layer.dilation),
@@ -173,8 +191,9 @@ def _leading(matrix: Tensor, rank: int) -> Tensor:
     return vectors[:, -rank:].flip(1)
 
 
-def _root(moments: Moments) -> Tensor:
-    values, vectors = torch.linalg.eigh(moments.ridge().double())
+def _root(covariance: Tensor) -> Tensor:
+    """The symmetric square root of a positive definite matrix."""
+    values, vectors = torch.linalg.eigh(covariance)
     root: Tensor = (vectors * values.clamp_min(1e-12).sqrt()) @ vectors.T
     return root
 

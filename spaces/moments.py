@@ -40,8 +40,12 @@ class Moments:
 
         `taps` tells it of neighbours; what lies further apart is taken for a first-order process of rows and columns.
         """
+        return torch.kron(*self.along_taps())
+
+    def along_taps(self) -> tuple[Tensor, Tensor]:
+        """The same along the kernel's rows (kh, kh) and columns (kw, kw), of which `between_taps` is the product."""
         rows, columns = (_decay(_beside(self.taps, dim), size) for dim, size in enumerate(self.taps.shape))
-        return torch.kron(rows, columns)
+        return rows, columns
 
     def ridge(self) -> Tensor:
         """The covariance made safely invertible: a thousandth of the mean variance is added to every variance."""
@@ -170,6 +174,17 @@ def run(module: nn.Module, inputs: Tensor) -> None:
             module(batch)
 
 
+def places(count: int, wanted: int) -> slice | Tensor:
+    """So many of `count` positions, the same ones every time, or all where they are no more.
+
+    At random: every n-th position of an image lies in the same few columns where n and the image's width share a
+    factor, and what lies at its border is not what lies inside.
+    """
+    if count <= wanted:
+        return slice(None)
+    return torch.randint(count, (wanted,), generator=torch.Generator().manual_seed(count)).sort().values
+
+
 def batches(inputs: Tensor) -> tuple[Tensor, ...]:
     size = max(1, min(BATCH, BATCH_VALUES // max(1, inputs[:1].numel())))
     return inputs.chunk(max(1, -(-len(inputs) // size)))
@@ -198,7 +213,7 @@ def _measure(module: nn.Module, names: Mapping[str, int], inputs: Tensor) -> Map
         layer = module.get_submodule(name)
         pixels = value if isinstance(layer, nn.Conv2d) else _as_pixels(value, names[name])
         rows = pixels.transpose(0, 1).flatten(1)  # (channels, positions)
-        rows = rows[:, :: max(1, rows.shape[1] // share)]
+        rows = rows[:, places(rows.shape[1], share)]
         known = sums.get(name)
         shift = rows.mean(1) if known is None else known[0].float()  # float32 holds the squares of what is left
         rows = rows - shift[:, None]

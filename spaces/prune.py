@@ -142,7 +142,8 @@ def _compensate(layer: nn.Module, gone: list[int], moments: Moments, pixels: int
 def _most_needed(module: nn.Module, group: Group, moments: Mapping[str, Moments], count: int) -> Tensor:
     """The channels that stay when the `count` go whose removal costs all consumers least after each is refitted.
 
-    For one consumer with Gram matrix G = W^T W of its weights and P = C^-1, removing channel k costs G_kk / P_kk. When
+    For one consumer with Gram matrix G = W^T W of its weights (of a kernel's, W T W^T summed over its outputs, T how
+    alike the pixels under its taps are) and P = C^-1, removing channel k costs G_kk / P_kk. When
     a set S goes, W loses W_S A with A = P_SS^-1 P_S, which changes G, and P loses P_S^T A. More than `STEPS` channels
     go several at a time.
     """
@@ -153,9 +154,11 @@ def _most_needed(module: nn.Module, group: Group, moments: Mapping[str, Moments]
         channels = torch.tensor([positions[0] // size for positions in member.indices])
         weight = module.get_submodule(member.name).get_parameter("weight").detach().double()
         columns = weight.reshape(weight.shape[0], -1, size) if weight.ndim == 2 else weight.flatten(2)
-        flat = columns[:, channels].transpose(0, 1).flatten(1)
+        own = columns[:, channels].transpose(0, 1)
         covariance = moments[member.name].select(channels).ridge().double()
-        gram = flat @ flat.T
+        between = moments[member.name].between_taps()
+        alike = own @ between if weight.ndim == 4 and len(between) == own.shape[2] else own
+        gram = alike.flatten(1) @ own.flatten(1).T
         grams.append(gram / (gram * covariance).sum().abs().clamp_min(1e-30))  # every consumer's output counts alike
         inverses.append(torch.linalg.inv(covariance))
     alive = torch.arange(group.width)

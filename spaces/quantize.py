@@ -16,7 +16,7 @@ from .bfloat16_ops import Bfloat16Conv2d, Bfloat16Linear
 from .bit_widths import LEVELS, PAIRS
 from .cluster import SharedConv2d, SharedLinear, materialise, weight_of
 from .integer import IntegerConv2d, IntegerLinear, WeightOnlyLinear, qconv2d, qlinear, quantize
-from .moments import batches, run, watching
+from .moments import batches, places, run, watching
 from .rounding import column, round_through
 from .weight_only import WeightQuantized
 
@@ -153,7 +153,7 @@ def input_ranges(module: nn.Module, names: Mapping[str, object], inputs: Tensor)
         lows[name] = min(lows.get(name, 0.0), float(low))
         highs[name] = max(highs.get(name, 0.0), float(high))
         flat = value.flatten()
-        samples.setdefault(name, []).append(flat[:: max(1, len(flat) // share)].clone())
+        samples.setdefault(name, []).append(flat[places(len(flat), share)].clone())
 
     with watching(module, names, see):
         run(module, inputs)

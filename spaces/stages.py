@@ -13,6 +13,7 @@ from .blocks import Grouped, Separable, build_block
 from .cluster import share, worth_sharing
 from .compensate import compensate
 from .lowrank import Extent, Rank, factorise, fit_rank
+from .mean_shift import keep_mean
 from .moments import Moments
 from .prune import Group, choose_channels, kept_channels, narrow
 from .quantize import Quantized, Range, input_ranges
@@ -51,6 +52,8 @@ def replace_site(
     conv = module.get_submodule(site)
     assert isinstance(conv, nn.Conv2d)
     block, text = build_block(conv, option, lanes, _same_channels(site, kept), moments)
+    if block is not conv and not isinstance(block, Grouped):  # which took the mean up with what it leaves out
+        keep_mean(conv, block, moments)
     module.set_submodule(site, block)
     return [Remark(site, Kind.BLOCK, text, block is conv)] if text else []
 
@@ -69,7 +72,9 @@ def factorise_site(module: nn.Module, site: str, option: str, extent: Extent, mo
     fitted = fit_rank(rank, layer, extent)
     if fitted is None:
         return [Remark(site, Kind.RANK, f"rank {rank} is ignored, it would not save MACs in what is left", True)]
-    module.set_submodule(target, factorise(layer, fitted, moments))
+    factors = factorise(layer, fitted, moments)
+    keep_mean(layer, factors, moments)
+    module.set_submodule(target, factors)
     if fitted == rank:
         return []
     return [Remark(site, Kind.RANK, f"rank {rank} became {fitted} in what is left", False)]
@@ -89,7 +94,9 @@ def share_site(
         assert isinstance(layer, nn.Conv2d | nn.Linear)
         if worth_sharing(layer.weight.numel(), entries):
             known = moments if name == site else None
-            module.set_submodule(name, share(layer, entries, fitted, _importance(layer, known)))
+            shared = share(layer, entries, fitted, _importance(layer, known))
+            keep_mean(layer, shared, known)
+            module.set_submodule(name, shared)
         else:
             small.append(name)
     if not names:

@@ -116,6 +116,12 @@ def macs_of(node: Node) -> int:
     return 0
 
 
+# What students train, whatever the user froze.
+_TRAINED = (
+    nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm,
+)  # fmt: skip
+
+
 def _copy(model: nn.Module) -> nn.Module:
     """A copy on the CPU in eval mode; a model that is one layer becomes a sequence of one, so that it has a name."""
     try:
@@ -123,6 +129,10 @@ def _copy(model: nn.Module) -> nn.Module:
     except Exception as error:
         raise TraceError(f"the model cannot be copied: {reason_of(error)}") from None
     for layer in module.modules():
+        if isinstance(layer, _TRAINED):
+            # Frozen for transfer learning, or to be used: what compression spoils is theirs to make up.
+            for parameter in layer.parameters(recurse=False):
+                parameter.requires_grad_(parameter.is_floating_point())
         if type(layer) is nn.Conv2d and isinstance(layer.padding, str):
             total = [d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
             if layer.padding == "valid":

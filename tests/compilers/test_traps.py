@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import textwrap
+import tomllib
 from collections.abc import Callable
 from importlib.metadata import distribution, version
 from pathlib import Path
@@ -19,11 +20,6 @@ from torch import Tensor, nn
 
 from planish.compilers.cpu.machine import usable_dots
 from planish.hwmodels.device import host
-
-try:
-    import tomllib
-except ModuleNotFoundError:  # Python 3.10
-    import tomli as tomllib  # type: ignore[no-redef,import-not-found,unused-ignore]
 
 pytestmark = pytest.mark.tvm
 
