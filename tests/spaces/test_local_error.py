@@ -133,3 +133,35 @@ def test_what_cannot_be_built_is_infinite_and_says_why(monkeypatch: pytest.Monke
     found = local_errors(traced, proposal, inputs)
     assert all(error == float("inf") for errors in found.errors.values() for error in errors[1:])
     assert all("no such factor" in reason for reason in found.failed.values())
+
+
+class Activated(nn.Module):
+    """Activations and sums right behind layers, which may be written in the place of what those return."""
+
+    def __init__(self, inplace: bool) -> None:
+        super().__init__()
+        self.inplace = inplace
+        self.one, self.two = nn.Conv2d(8, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1)
+        self.fc = nn.Linear(16, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = nn.functional.relu(self.one(x), inplace=self.inplace)
+        z = self.two(y)
+        if self.inplace:
+            z += y
+        else:
+            z = z + y
+        logits: Tensor = self.fc(z.mean((2, 3)))
+        return logits
+
+
+def test_what_is_written_in_place_behind_a_layer_changes_no_error() -> None:
+    inputs, found = smooth(48, 0), []
+    for inplace in (False, True):
+        torch.manual_seed(0)
+        traced = trace(Activated(inplace), inputs)
+        proposal = propose(traced, lanes=8, families=(Kind.BITS, Kind.RANK, Kind.PRUNE))
+        found.append(local_errors(traced, proposal, inputs).errors)
+    assert found[0].keys() == found[1].keys()
+    for name, errors in found[0].items():
+        assert errors == pytest.approx(found[1][name], rel=1e-4)

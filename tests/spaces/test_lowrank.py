@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from planish.spaces.lowrank import Extent, Rank, dense_macs, factor_macs, factorise, fit_rank, rank_options
-from planish.spaces.moments import Moments
+from planish.spaces.moments import Moments, fit
 from planish.spaces.size import count_macs
+from planish.spaces.trace import trace
 
 
 def random_moments(channels: int) -> Moments:
@@ -141,3 +142,32 @@ def test_ranks_are_capped_to_a_narrower_layer_or_dropped() -> None:
 def test_an_unknown_option_is_refused_by_name(option: str) -> None:
     with pytest.raises(ValueError, match="is not svd:R"):
         Rank.parse(option)
+
+
+@pytest.mark.parametrize("option", ["spatial:8", "tucker:8x8"])
+def test_pixels_that_are_alike_under_a_kernel_are_reckoned_with(option: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(64, 16, 20, 20, generator=generator)
+    inputs = nn.functional.avg_pool2d(noise, 5, stride=1)
+    torch.manual_seed(0)
+    conv = nn.Conv2d(16, 16, 3, padding=1, bias=False)
+    moments = fit(trace(nn.Sequential(conv), inputs[:32]), {"0": 1}, inputs[:32]).moments["0"]
+    assert float(moments.taps[1, 0]) > 0.5
+    held_out = inputs[32:]
+
+    def error(known: Moments) -> float:
+        with torch.no_grad():
+            wanted = conv(held_out)
+            return float((factorise(conv, Rank.parse(option), known)(held_out) - wanted).square().sum())
+
+    channels_alone = Moments(moments.mean, moments.covariance, torch.ones(1, 1))
+    assert error(moments) < 0.9 * error(channels_alone)
+
+
+def test_spatial_factors_share_their_norms_whatever_the_input_is_like() -> None:
+    mix = torch.randn(8, 8, generator=torch.Generator().manual_seed(0))
+    taps = torch.full((3, 3), 0.5).fill_diagonal_(1.0)
+    conv, moments = nn.Conv2d(8, 8, 3, padding=1), Moments(torch.zeros(8), mix @ mix.T, taps)
+    factors = factorise(conv, Rank.parse("spatial:6"), moments)
+    first, second = (layer.get_parameter("weight").detach() for layer in factors.children())
+    assert torch.allclose(first.flatten(1).norm(dim=1), second.transpose(0, 1).flatten(1).norm(dim=1), rtol=1e-4)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import copy
 from typing import TYPE_CHECKING
 
+import pytest
 import torch
 from torch import Tensor, nn
 
-from planish.spaces.moments import NormMemory, correct_batch_norms, fit
+from planish.spaces.moments import ROWS, NormMemory, correct_batch_norms, fit, places
 from planish.spaces.trace import TracedModel, trace
 
 if TYPE_CHECKING:
@@ -103,3 +104,25 @@ def test_a_norm_is_corrected_to_what_reads_like_the_original() -> None:
         module.get_parameter("0.bias").add_(7)
     correct_batch_norms(module, inputs, remember(traced, inputs))
     assert torch.allclose(module(inputs), traced.module(inputs), atol=1e-4)
+
+
+@pytest.mark.parametrize("width", [32, 21, 49])
+def test_a_few_positions_of_large_inputs_are_like_all_of_them(width: int) -> None:
+    """What lies in an image's first columns is another thing than what lies inside."""
+    noise = torch.randn(96, 3, 32, width, generator=torch.Generator().manual_seed(0))
+    inputs = noise * torch.linspace(0.1, 2.0, width) + torch.linspace(-1, 1, width)
+    rows = inputs.transpose(0, 1).flatten(1).double()
+    assert rows.shape[1] > ROWS
+    traced = trace(nn.Sequential(nn.Conv2d(3, 4, 3, padding=1)), inputs)
+    found = fit(traced, {"0": 1}, inputs).moments["0"]
+    assert torch.allclose(found.mean.double(), rows.mean(1), atol=0.05)
+    assert torch.allclose(found.covariance.double(), torch.cov(rows, correction=0), atol=0.1)
+
+
+def test_positions_are_the_same_ones_every_time_and_all_where_they_are_few() -> None:
+    first, again = places(65536, 1000), places(65536, 1000)
+    assert isinstance(first, Tensor)
+    assert isinstance(again, Tensor)
+    assert torch.equal(first, again)
+    assert len(set((first % 32).tolist())) == 32
+    assert torch.arange(7)[places(7, 10)].tolist() == list(range(7))

@@ -302,3 +302,19 @@ def test_the_largest_weights_keep_learning(bits: int) -> None:
         gradient = module.get_parameter("inner.weight").grad
         assert gradient is not None
         assert bool((gradient != 0).all())
+
+
+def test_a_range_is_chosen_by_what_lies_inside_an_image_too() -> None:
+    """Columns whose values are small say nothing of the others: what clips those is no good range."""
+    noise = torch.randn(64, 4, 32, 32, generator=torch.Generator().manual_seed(0))
+    inputs = noise * torch.where(torch.arange(32) % 16 == 0, 0.05, 1.0)
+    module = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1)).eval()
+    found = input_ranges(module, {"0": 8}, inputs)["0"]
+    assert (found.low, found.high) == (float(inputs.min()), float(inputs.max()))
+
+    def error(shrink: float) -> float:
+        scale = (found.high - found.low) * shrink / 255
+        zero = round(-found.low * shrink / scale)
+        return float(((inputs / scale).round().add(zero).clamp(0, 255).sub(zero) * scale - inputs).square().mean())
+
+    assert error(found.shrink) <= 1.1 * min(error(float(shrink)) for shrink in torch.linspace(0.3, 1, 15))

@@ -171,3 +171,12 @@ def test_a_model_that_does_not_return_one_tensor_with_the_batch_first_is_refused
 def test_an_example_without_a_batch_is_refused() -> None:
     with pytest.raises(TraceError, match="batch dimension"):
         trace(nn.Linear(2, 2), torch.tensor(1.0))
+
+
+def test_what_the_user_froze_is_there_to_be_trained() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(16, 2)).requires_grad_(False)
+    model.register_parameter("constant", nn.Parameter(torch.ones(1), requires_grad=False))
+    module = trace(model, torch.randn(2, 3, 4, 4)).module
+    trained = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
+    assert trained == {"0.weight", "0.bias", "1.weight", "1.bias", "3.weight", "3.bias"}
+    assert not any(parameter.requires_grad for parameter in model.parameters())
