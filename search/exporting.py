@@ -9,7 +9,7 @@ from importlib import resources
 from pathlib import Path
 
 from ..compilers.compiler import RunError
-from ..compilers.cpu_features import device_of, instruction_set
+from ..compilers.cpu_features import BY_FILE, device_of, instruction_set
 from ..compilers.manifest import EXAMPLES, Manifest, ManifestError, digest, read
 from ..compilers.manifest import NAME as MANIFEST
 from ..compilers.runner import check
@@ -33,12 +33,16 @@ _PROGRAMS = ("run_model.py", "run_model.cpp", "build.sh")
 
 @dataclass(frozen=True)
 class _Source:
-    """The compiled model of a trial for one device, and the original's (None where it is the original)."""
+    """The compiled model of a trial for one device, and the original's (None where it is the original).
+
+    `file` is the name of the TOML file that describes the device, empty where none does.
+    """
 
     label: str
     folder: Path
     manifest: Manifest
     original: Path | None
+    file: str
 
 
 def export_run(run: Path, pick: str | None, trial: int | None, out: Path) -> dict[str, object]:
@@ -64,7 +68,8 @@ def export_run(run: Path, pick: str | None, trial: int | None, out: Path) -> dic
     labels = spec.labels()
     entry = _trial(folder, trial) if trial is not None else _pick(folder, pick, labels)
     number = int(str(entry["trial"]))
-    sources = [_source(folder, number, label, labels) for label in labels]
+    files = [Path(name).name if name.endswith(".toml") else "" for name in spec.device]
+    sources = [_source(folder, number, label, labels, file) for label, file in zip(labels, files, strict=True)]
     weights = folder.trial_folder(number) / _WEIGHTS
     _check_weights(weights, number)
     note = read_task(run, spec)
@@ -119,13 +124,13 @@ def _front(folder: RunDirectory) -> Mapping[str, object]:
     return folder.front() if (folder.path / FRONT).exists() else {}
 
 
-def _source(folder: RunDirectory, number: int, label: str, labels: Sequence[str]) -> _Source:
+def _source(folder: RunDirectory, number: int, label: str, labels: Sequence[str], file: str) -> _Source:
     path = artifact_path(folder.trial_folder(number), labels, label)
     original = artifact_path(folder.trial_folder(0), labels, label)
     try:
         if number:
             read(original)
-        return _Source(label, path, read(path), original if number else None)
+        return _Source(label, path, read(path), original if number else None, file)
     except ManifestError as error:
         reason = str(error).partition(";")[0]
         raise UserError(
@@ -153,7 +158,7 @@ def _write(place: Path, source: _Source, weights: Path, entry: Mapping[str, obje
     if source.original is not None:
         base = read(source.original)
         _copy_artifact(source.original, base, place / ORIGINAL)
-        replace(base, target=_target(base), model={"task": note.name, "trial": 0}).write(place / ORIGINAL)
+        replace(base, target=_target(base, source.file), model={"task": note.name, "trial": 0}).write(place / ORIGINAL)
     _copy_artifact(source.folder, source.manifest, place)
     shutil.copyfile(weights, place / _WEIGHTS)
     if source.manifest.compiler == "tvm":
@@ -161,7 +166,7 @@ def _write(place: Path, source: _Source, weights: Path, entry: Mapping[str, obje
     files = sorted(path for path in place.rglob("*") if path.is_file())
     manifest = replace(
         source.manifest,
-        target=_target(source.manifest),
+        target=_target(source.manifest, source.file),
         files={path.relative_to(place).as_posix(): digest(path) for path in files},
         model={
             "task": note.name,
@@ -197,9 +202,9 @@ def _write_programs(place: Path, manifest: Manifest, note: TaskNote) -> None:
     (place / "example.bin").write_bytes(example_bytes(place / EXAMPLES))
 
 
-def _target(manifest: Manifest) -> Mapping[str, str]:
+def _target(manifest: Manifest, file: str) -> Mapping[str, str]:
     """The target with the instruction set; where none was recorded this machine's, on which `_check` then runs it."""
-    return {**instruction_set(), **manifest.target}
+    return {**instruction_set(), **manifest.target, **({BY_FILE: file} if file else {})}
 
 
 def _check(place: Path, manifest: Manifest) -> dict[str, object]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import tempfile
 import time
 from collections import Counter
@@ -60,6 +61,8 @@ def measure_trials(
     energy_measured: bool | None = None,
 ) -> dict[int, Metrics | Failure]:
     """Latency (median, 95 % interval) and its ratio to the original of every trial, on every device that can be timed.
+
+    The interval is that of the ratio, times the original's seconds.
 
     Where energy is asked for and every device is this machine's processor, whose counters may be read, also what a run
     uses, the highest of all devices (`energy_j` with `energy_measured`). What is modelled does not compare with it.
@@ -214,10 +217,15 @@ def waiting_for(label: str, measure: Callable[[], _Result]) -> _Result:
 
 
 def _latency(label: str, own: Measurement, base: Measurement, original_s: float | None) -> dict[str, object]:
-    scale = original_s / base.latency_s if original_s else 1.0
-    low, high = own.ci95
+    """Seconds are the ratio times the original's, and their interval is the ratio's: both times spread."""
+    value = own.latency_s * (original_s / base.latency_s if original_s else 1.0)
+    both = (own,) if own is base else (own, base)
+    # Of the quotient of two: the ratio is low where the one is low or the other high.
+    below = [own.latency_s / own.ci95[0] - 1, *(one.ci95[1] / one.latency_s - 1 for one in both[1:])]
+    above = [own.ci95[1] / own.latency_s - 1, *(one.latency_s / one.ci95[0] - 1 for one in both[1:])]
+    interval = [value / (1 + math.hypot(*below)), value * (1 + math.hypot(*above))]
     return {
-        "latency_s": {label: {"value": own.latency_s * scale, "ci95": [low * scale, high * scale]}},
+        "latency_s": {label: {"value": value, "ci95": interval}},
         "latency_ratio": {label: own.latency_s / base.latency_s},
         "watts": {label: own.watts},
         **({"drifted": True} if own.drifted else {}),

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from .atomic import write_text
 from .errors import UserError
+from .how_predicted import how_predicted
 from .json_text import mapping
 from .objective import Objective, split_metric
 from .page import page
@@ -49,7 +50,7 @@ def report_html(run: RunDirectory) -> str:
         "lead": escape(
             f"{_short(spec.model)} on {', '.join(spec.labels())}, data {_short(spec.data)}, seed {spec.seed}"
         ),
-        "notice": _notice(front),
+        "notice": _notice(front) + _predicted(front, spec.measure.latency == "predicted"),
         "front_picture": _front_pictures(front, history.trials()),
         "front_table": _front_table(front),
         "choices_table": _choices_table(front),
@@ -111,6 +112,10 @@ def _notice(front: Mapping[str, object]) -> str:
     bounds = ", ".join(f"{b.get('metric')} {b.get('bound')}" for b in _entries(front, "budget"))
     text = f"No candidate keeps the budget ({bounds}). Below is the best so far; nearest is trial {miss.get('trial')}."
     return f'<p class="warn">{escape(text)}</p>'
+
+
+def _predicted(front: Mapping[str, object], predicted: bool) -> str:
+    return f'<p class="warn">{escape(f"Latency is {how_predicted(front)}.")}</p>' if predicted else ""
 
 
 def _front_pictures(front: Mapping[str, object], trials: Sequence[Trial]) -> str:

@@ -264,3 +264,30 @@ def test_errors_are_user_errors_whatever_their_text_holds(
     _replace(monkeypatch, "devices", _raise(UserError("two\nlines of {braces} and %s")))
     assert main(["devices"]) == 2
     assert capsys.readouterr().err == "planish: two lines of {braces} and %s\n"
+
+
+@pytest.mark.parametrize(
+    "arguments", [["status", "LONG"], ["report", "LONG"], ["bench", "LONG"], ["search", "--model", "digits-resnet",
+    "--data", "digits32", "--weights", "LONG", "--out", "run"], ["search", "LONG.toml", "--out", "run"]],
+)  # fmt: skip
+def test_a_path_that_the_system_does_not_take_is_a_mistake(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main([argument.replace("LONG", "x" * 300) for argument in arguments]) == 2
+    told = capsys.readouterr().err
+    assert len(told.splitlines()) == 1
+    assert "x" * 300 in told
+
+
+def test_a_specification_that_is_nested_without_end_is_a_mistake(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "deep.toml").write_text("model = " + "[" * 5000 + "]" * 5000)
+    assert main(["search", str(tmp_path / "deep.toml"), "--out", str(tmp_path / "run")]) == 2
+    assert "is not TOML: it is nested too deep" in capsys.readouterr().err
+
+
+def test_an_unknown_table_is_told_with_what_is_near(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["search", "--model", "digits-resnet", "--set", "serach.trials=3", "--out", "run"]) == 2
+    assert "search.trials" in capsys.readouterr().err

@@ -156,3 +156,44 @@ def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
 def test_a_module_that_is_not_there_is_unknown_data() -> None:
     with pytest.raises(ValueError, match="'no_such_package:make' is unknown"):
         load_data("no_such_package:make")
+
+
+@pytest.mark.parametrize(
+    ("item", "message"),
+    [
+        ("open('nowhere.png')", r"train item 1 raised FileNotFoundError: .*nowhere\.png"),
+        ("(np.zeros(3), None)", r"train item 1 has the class None; classes are whole numbers"),
+        ("(np.zeros(3), 'cat')", r"train item 1 has the class 'cat'; classes are whole numbers"),
+        ("(np.zeros(3), np.eye(3)[0])", r"train item 1 has the class .*; classes are whole numbers"),
+        ("(np.zeros(3), -1)", r"train item 1 has the class -1; classes are whole numbers"),
+    ],
+)
+def test_what_is_wrong_with_an_item_is_told_with_its_number(tmp_path: Path, item: str, message: str) -> None:
+    body = f"""
+        class Items:
+            def __len__(self):
+                return 3
+            def __getitem__(self, index):
+                return {item} if index else (np.zeros(3), 0)
+        def make():
+            return Items(), Items(), Items()
+        """
+    with pytest.raises(TaskError, match=message):
+        load_data(f"{write(tmp_path, body)}:make")
+
+
+@pytest.mark.parametrize("name", ["sys:exit", "mine.py:quit_at_once"])
+def test_code_that_ends_the_process_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    write(tmp_path, "import sys\ndef quit_at_once():\n    sys.exit('bye')\n")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(TaskError, match="raised SystemExit"):
+        load_data(name)
+
+
+def test_a_package_that_cannot_be_imported_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "broken_package"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise RuntimeError('no licence')\n")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(TaskError, match="raised RuntimeError: no licence"):
+        load_data("broken_package.inner:make")

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -407,3 +408,48 @@ def test_chosen_exports_its_trial(run: Path, tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(exporting, "check", lambda place, device: 0.0)
     assert Chosen(run, 2, {}, {}).export(str(tmp_path / "out")) == tmp_path / "out"
     assert manifests.read(tmp_path / "out").model["trial"] == 2
+
+
+def test_a_model_for_a_device_of_the_users_own_file_is_checked_and_timed(
+    make_run: Callable[[Path, tuple[str, ...]], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its file is not part of what is exported, and need not be there any more."""
+    run = make_run(tmp_path / "run", ("cpu",))
+    text = (run / "spec.toml").read_text(encoding="utf-8")
+    assert text.count('device = ["cpu"]') == 1
+    (run / "spec.toml").write_text(text.replace('["cpu"]', '["../gone/myboard.toml"]'), encoding="utf-8")
+    for place in run.glob("trials/*/artifact"):
+        replace(manifests.read(place), device="myboard").write(place)
+    for file in ("front.json", "trials.jsonl"):
+        path = run / file
+        path.write_text(path.read_text(encoding="utf-8").replace("cpu", "myboard"), encoding="utf-8")
+    out = tmp_path / "out"
+    [model] = cast("list[dict[str, object]]", export_run(run, None, 1, out)["models"])
+    assert "max_error" in model
+    assert manifests.read(out).target["described_by"] == "myboard.toml"
+    assert main(["bench", str(out), "--runs", "3", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["device"] == "myboard"
+
+
+def test_weights_that_may_not_be_read_are_told_so(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Root may read everything, so what the system would say is said for it."""
+    opened = Path.open
+
+    def denied(path: Path, *arguments: Any, **keys: Any) -> Any:
+        if path.name == "weights.safetensors":
+            raise PermissionError(13, "Permission denied", str(path))
+        return opened(path, *arguments, **keys)
+
+    monkeypatch.setattr(Path, "open", denied)
+    with pytest.raises(UserError, match="Permission denied"):
+        export_run(run, None, None, tmp_path / "out")
+
+
+def test_the_python_program_refuses_what_is_no_sample(exported: Path, tmp_path: Path) -> None:
+    np.save(tmp_path / "turned.npy", np.zeros((8, 8, 2), np.float32))
+    for name, message in (("turned", "has the shape [8, 8, 2]; it must be [2, 8, 8]"), ("none", "cannot be read")):
+        command = [sys.executable, str(exported / "run_model.py"), str(tmp_path / f"{name}.npy")]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 1
+        assert message in done.stderr
+        assert "Traceback" not in done.stderr

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import math
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -179,3 +180,25 @@ def test_a_full_disk_is_no_fault_of_a_trial() -> None:
 
     with pytest.raises(UserError, match=r"the disk is full; what was recorded is kept"):
         blamed(full)
+
+
+def test_the_interval_of_a_ratio_has_the_spread_of_the_original_too() -> None:
+    class Timer:
+        def measure(self, artifacts: Mapping[str, Path], protocol: MeasureProtocol) -> Mapping[str, Measurement]:
+            runs = {"original": (0.9, 1.0, 1.1), "1": (1.9, 2.0, 2.2)}
+            return {name: Measurement("cpu", runs[name]) for name in artifacts}
+
+    evaluator: Any = SimpleNamespace(
+        spec=load_spec(None, {"model": "own", "data": "own"}), devices={"cpu": parse_device("cpu")},
+        timers={"cpu": Timer()}, artifact_folder=lambda folder, label, name: folder, asks_energy=False,
+    )  # fmt: skip
+    folders = {0: Path("0"), 1: Path("1")}
+    found = measuring.measure_trials(evaluator, folders, Path("0"), "artifact", final=True, original_s={"cpu": 3.0})
+    original, other = (dict[str, Any](result) for result in found.values() if isinstance(result, dict))
+    # A model beside itself has its own spread alone.
+    assert original["latency_s"]["cpu"] == {"value": 3.0, "ci95": pytest.approx([2.7, 3.3])}
+    assert original["latency_ratio"] == {"cpu": 1.0}
+    # Relative half widths add up as those of independent figures do: 1/1.9 and 1.1 below, 1.1 and 1/0.9 above.
+    below, above = math.hypot(2 / 1.9 - 1, 0.1), math.hypot(0.1, 1 / 0.9 - 1)
+    assert other["latency_s"]["cpu"]["value"] == pytest.approx(6.0)
+    assert other["latency_s"]["cpu"]["ci95"] == pytest.approx([6 / (1 + below), 6 * (1 + above)])

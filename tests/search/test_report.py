@@ -260,3 +260,10 @@ def test_joules_of_a_model_say_so_and_measured_ones_have_a_column_of_their_own()
     measured = modelled | {"energy_measured": True}
     assert metric_names([measured]) == ["accuracy", "energy"]
     assert metric_cells(measured, {"energy_j": 0.006}, ["energy"]) == ["3 mJ (0.5x)"]
+
+
+def test_predicted_latencies_are_said_to_be_so(run: Path) -> None:
+    assert "predicted" not in _page(write_report(run)).text.split("Specification")[0].lower()
+    text = (run / "spec.toml").read_text(encoding="utf-8")
+    (run / "spec.toml").write_text(text.replace('latency = "measured"', 'latency = "predicted"'), encoding="utf-8")
+    assert "Latency is predicted by the device's latency model, not measured" in _page(write_report(run)).text

@@ -18,6 +18,7 @@ from planish.search.data import Data, Split
 from planish.search.distill import Recipe
 from planish.search.models import load_model
 from planish.search.score import accuracy
+from planish.search.task_error import TaskError
 from planish.search.tasks import BUILTIN, Task, load_task
 from planish.search.weights import read_weights
 from planish.search.zoo import CifarResNet, DsCnn, SmallResNet
@@ -371,3 +372,17 @@ def test_a_transformers_model_is_looked_for_locally_first_and_returns_its_logits
 def test_the_digits_network_reaches_its_accuracy_from_nothing(tmp_path: Path) -> None:
     task = load_task("digits-resnet", cache=tmp_path)
     assert accuracy(task.model, task.data.validation).value >= 0.975
+
+
+def test_a_task_takes_what_factories_return_and_factories() -> None:
+    inputs = torch.randn(12, 4, generator=torch.Generator().manual_seed(0))
+    parts = ((inputs, torch.arange(12) % 3),) * 3
+    for model, data in ((tiny(), parts), (tiny, lambda: parts), (tiny, tiny_data())):
+        task = Task(model, data)
+        assert isinstance(task.model, nn.Module)
+        assert task.data.shape == (4,)
+        assert len(task.data.classes) == 3
+    with pytest.raises(TaskError, match="model 'model' is a str; it needs to be an nn"):
+        Task("tiny", parts)  # type: ignore[arg-type]
+    with pytest.raises(TaskError, match="returned a int; it needs to return"):
+        Task(tiny, 3)
