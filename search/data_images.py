@@ -24,6 +24,8 @@ _NORMALISE = Normalise(1 / 255, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 def load_images(folder: Path, options: Mapping[str, str]) -> Data:
     """RGB images of `size` x `size` pixels (64 unless given): the shorter side is resized, the middle kept.
 
+    Training shifts them by up to `shift` pixels (an eighth of the size) and mirrors half of them unless `flip` is 0.
+
     With `train`, `val` and `test` folders each is its split, and what is missing is taken from train (a tenth
     for each). Images in the train folder itself, without folders of classes, have no labels; then val and test have to
     be there. Without a train folder: 80 % train, 10 % validation, 10 % test, every class alike, by a fixed seed.
@@ -31,9 +33,12 @@ def load_images(folder: Path, options: Mapping[str, str]) -> Data:
     Raises:
         TaskError: a class is empty, an image cannot be read, the images do not fit into memory.
     """
-    size = _size(options.get("size", "64"))
+    size = _pixels("size", options.get("size", "64"), 8, 1024)
     normalise = normalise_from(options, _NORMALISE)
-    augment = Augment(shift=max(1, size // 8), flip=True)
+    shift = _pixels("shift", options.get("shift", str(size // 8)), 0, size)
+    if (flip := options.get("flip", "1")) not in ("0", "1"):
+        raise TaskError(f"flip={flip} is not known; allowed are flip=0 and flip=1")
+    augment = Augment(shift, flip=flip == "1")
     if not (folder / "train").is_dir():
         classes = _classes(folder)
         inputs, targets = _read(folder, classes, size)
@@ -90,9 +95,9 @@ def _split_folders(folder: Path, classes: tuple[str, ...], size: int, normalise:
     return [Split(*loaded[split], normalise) for split in _SPLITS]
 
 
-def _size(text: str) -> int:
-    if not text.isdecimal() or not 8 <= int(text) <= 1024:
-        raise TaskError(f"size={text} is not a number of pixels in 8..1024, as in size=64")
+def _pixels(key: str, text: str, low: int, high: int) -> int:
+    if not text.isdecimal() or not low <= int(text) <= high:
+        raise TaskError(f"{key}={text} is not a number of pixels in {low}..{high}")
     return int(text)
 
 

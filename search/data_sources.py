@@ -40,7 +40,9 @@ SOURCES: Mapping[str, Source] = {
         "clothing in 10 classes, 1x28x28; DIR holds the IDX files", load_fashion_mnist, options=_PUBLISHED
     ),
     "kws": Source("spoken words as MFCC, 1x49x10; DIR holds kws01_features.npz", load_kws, options=()),
-    "images": Source("a folder per class, cut to ?size=64", load_images, options=("mean", "std", "size")),
+    "images": Source(
+        "a folder per class, cut to ?size=64", load_images, options=("mean", "std", "size", "shift", "flip")
+    ),
 }
 
 

@@ -22,9 +22,11 @@ from .distill_recipe import Recipe as Recipe
 from .distill_recipe import build_optimiser, learning_rate
 from .distill_state import CheckpointError, capture, load_checkpoint, restore, save_checkpoint, trainable
 from .distill_teacher import Teacher
-from .score import device_of
+from .score import device_of, recalibrate
 
 _log = logging.getLogger(__name__)
+# Inputs that batch norms are settled on.
+_SETTLING = 2048
 
 
 class DistillError(RuntimeError):
@@ -119,6 +121,8 @@ def distill(
     try:
         for epoch in range(done, to_epoch):
             record = training.run(epoch)
+            if epoch + 1 in training.ends:
+                training.settle()
             if checkpoint is not None:
                 training.save(checkpoint)
             _log.debug("epoch %d of %d: loss %.4f", record.number, total_epochs, record.loss)
@@ -204,6 +208,14 @@ class _Training:
         """Writes the checkpoint after the last epoch."""
         note = {"identity": self.identity, "history": [asdict(epoch) for epoch in self.epochs]}
         save_checkpoint(path, capture(self.student, self.optimiser, len(self.epochs), note))
+
+    def settle(self) -> None:
+        """Batch norms get the statistics of what the student is now, at the end of a cycle of the learning rate.
+
+        What a small momentum or few steps leave in them is of before: at 0.01 and 16 steps an epoch 85 % (0.99^16).
+        Training does not read them.
+        """
+        recalibrate(self.student, self.train.calibration(min(_SETTLING, len(self.train))))
 
     def run(self, epoch: int) -> Epoch:
         """Trains one epoch; 0 is the first."""

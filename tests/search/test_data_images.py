@@ -157,3 +157,13 @@ def test_a_size_that_makes_no_sense_is_refused(tmp_path: Path, size: str) -> Non
     folder_per_class(tmp_path)
     with pytest.raises(ValueError, match=r"pixels in 8\.\.1024"):
         load_data(f"images:{tmp_path}?size={size}")
+
+
+def test_training_images_move_as_they_may(tmp_path: Path) -> None:
+    folder_per_class(tmp_path)
+    usual = load_data(f"images:{tmp_path}?size=16").train.augment
+    assert (usual.shift, usual.flip) == (2, True)
+    still = load_data(f"images:{tmp_path}?size=16&shift=0&flip=0").train.augment
+    assert not still
+    with pytest.raises(TaskError, match="flip=yes is not known; allowed are flip=0 and flip=1"):
+        load_data(f"images:{tmp_path}?flip=yes")

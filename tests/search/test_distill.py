@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from planish.search import distill as distill_file
 from planish.search.data import Split
 from planish.search.data_augment import Augment
 from planish.search.distill import DistillError, Epoch, History, Recipe, distill
@@ -443,3 +444,27 @@ def test_a_teacher_with_other_classes_is_refused() -> None:
 def test_a_recipe_that_makes_no_sense_is_refused_by_name(change: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=f"recipe {next(iter(change))} is"):
         Recipe(**change)  # type: ignore[arg-type]
+
+
+def test_at_the_end_batch_norms_have_the_statistics_of_what_was_trained(monkeypatch: pytest.MonkeyPatch) -> None:
+    def trained(settles: bool) -> nn.Module:
+        if not settles:
+            monkeypatch.setattr(distill_file, "recalibrate", lambda module, inputs: None)
+        torch.manual_seed(0)
+        student = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4, momentum=0.001), nn.Flatten(), nn.LazyLinear(3))
+        student(inputs[:2])
+        distill(student, None, split, to_epoch=3, total_epochs=3, seed=0, restarts=[1], recipe=recipe)
+        return student
+
+    inputs = torch.randn(64, 1, 6, 6, generator=torch.Generator().manual_seed(0)) + 3
+    split, recipe = Split(inputs, torch.arange(64) % 3), Recipe(alpha=0, attention=0, batch=16)
+    settled, stale = trained(True), trained(False)
+    for (name, one), (_, other) in zip(settled.named_parameters(), stale.named_parameters(), strict=True):
+        assert torch.equal(one, other), name
+    with torch.no_grad():
+        read = settled[0](inputs)  # type: ignore[index]
+    norm = settled.get_submodule("1")
+    assert torch.allclose(norm.get_buffer("running_mean"), read.mean((0, 2, 3)), atol=1e-5)
+    assert torch.allclose(norm.get_buffer("running_var"), read.var((0, 2, 3)), rtol=1e-3)
+    assert not torch.allclose(stale.get_buffer("1.running_mean"), read.mean((0, 2, 3)), atol=0.5)
+    assert norm.momentum == 0.001
