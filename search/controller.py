@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..spaces.space import Candidate
+from .atomic import write_json
 from .batches import Batches
 from .config import Spec
 from .counters import Counters
@@ -22,6 +23,7 @@ from .errors import UserError
 from .front import improves
 from .front_writer import FrontWriter
 from .ledger import Ledger
+from .left_alone import LEFT_ALONE, left_alone
 from .library_phase import library
 from .measuring import waiting_for
 from .planish_sampler import SamplerTask
@@ -378,7 +380,13 @@ class _Search:
         self.progress.begin("finalists", len(finalists), len(finalists) - len(numbers))
         if numbers:
             self._finish(numbers)
-        self.steps.explain([n for n in finalists if self.ledger.state(n) in (State.COMPLETE, State.INFEASIBLE)])
+        ended = [n for n in finalists if self.ledger.state(n) in (State.COMPLETE, State.INFEASIBLE)]
+        self.steps.explain(ended)
+        cost = next(o.metric for o in self.ledger.objectives if o.goal == "minimize")
+        if self.asked is not None and cost in self.asked.table.fixed:
+            for number in ended:
+                reasons = left_alone(self.asked.table, self.ledger.candidate(number), cost)
+                write_json(self.folder.trial_folder(number) / LEFT_ALONE, reasons)
         self.front.write()
 
     def _finish(self, numbers: Sequence[int]) -> None:

@@ -20,7 +20,8 @@ class Entry:
     """A trial that may stand on the front.
 
     `measured`: by running the compiled artifact. `recipe`: fine-tuning epochs, teacher, seed. `artifact`: its folder,
-    relative to the run's. `slow_sites`: why a compressed site did not get faster.
+    relative to the run's. `slow_sites`: why a compressed site did not get faster; `left_alone`: why one with options
+    stayed as it is.
     """
 
     trial: Trial
@@ -28,6 +29,7 @@ class Entry:
     recipe: Mapping[str, object] | None = None
     artifact: str | None = None
     slow_sites: Mapping[str, str] | None = None
+    left_alone: Mapping[str, str] | None = None
 
     def to_json(self, meets_budget: bool) -> dict[str, object]:
         """The entry by the schema of front.json."""
@@ -40,6 +42,7 @@ class Entry:
             "recipe": finite(self.recipe),
             "artifact": self.artifact,
             "slow_sites": dict(self.slow_sites or {}),
+            "left_alone": dict(self.left_alone or {}),
         }
 
 

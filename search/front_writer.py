@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from .errors import UserError
 from .front import Entry, choose, front_document
 from .ledger import Ledger
+from .left_alone import LEFT_ALONE
 from .progress import Progress
 from .steps import SLOW_SITES
 from .trial import State, Trial
@@ -46,9 +47,12 @@ class FrontWriter:
         whole = Trial(number, trial.candidate, trial.state, metrics, trial.error, trial.seed, trial.batch)
         artifact = f"trials/{number:04d}/artifact" if len(self._devices) == 1 else f"trials/{number:04d}"
         recipe = {**ledger.recipe(), "seed": trial.seed} if number else None
-        slow = {site: str(why) for site, why in (ledger.folder.trial_file(number, SLOW_SITES) or {}).items()}
+        slow, left = (
+            {site: str(why) for site, why in (ledger.folder.trial_file(number, name) or {}).items()}
+            for name in (SLOW_SITES, LEFT_ALONE)
+        )
         measured = ledger.spec.measure.latency == "measured"
-        return Entry(whole, measured=measured, recipe=recipe, artifact=artifact, slow_sites=slow)
+        return Entry(whole, measured=measured, recipe=recipe, artifact=artifact, slow_sites=slow, left_alone=left)
 
     def _show_best(self, front: Mapping[str, object]) -> None:
         try:

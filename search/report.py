@@ -54,7 +54,8 @@ def report_html(run: RunDirectory) -> str:
         "front_picture": _front_pictures(front, history.trials()),
         "front_table": _front_table(front),
         "choices_table": _choices_table(front),
-        "slow_table": _slow_table(front),
+        "slow_table": _reasons_table(front, "slow_sites"),
+        "left_alone_table": _reasons_table(front, "left_alone"),
         "left_out_table": _left_out_table(left_out),
         "history_picture": history_svg(volumes),
         "history_note": escape(
@@ -168,11 +169,11 @@ def _changes(options: Mapping[str, object], unchanged: Mapping[str, object], nam
     return ", ".join(f"{name.rpartition(':')[2]} {options.get(name)}" for name in changed)
 
 
-def _slow_table(front: Mapping[str, object]) -> str:
+def _reasons_table(front: Mapping[str, object], key: str) -> str:
     rows = [
         [f"trial {entry.get('trial')}", site, reason]
         for entry in _entries(front, "front")
-        for site, reason in mapping(entry.get("slow_sites")).items()
+        for site, reason in mapping(entry.get(key)).items()
     ]
     return table(["", "site", "reason"], rows) if rows else "<p>None.</p>"
 

@@ -95,6 +95,17 @@ def test_every_layer_without_options_says_why(finished: Path) -> None:
         assert layer in sites or space["left_out"][layer]
 
 
+def test_every_site_that_a_model_of_the_front_leaves_as_it_is_says_why(finished: Path) -> None:
+    front = front_of(finished)
+    unchanged = front["original"]["options"]
+    for entry in front["front"]:
+        changed = {name.rpartition(":")[0] for name, option in entry["options"].items() if option != unchanged[name]}
+        as_they_are = {name.rpartition(":")[0] for name in unchanged} - changed
+        if entry["trial"]:
+            assert set(entry["left_alone"]) == as_they_are
+            assert all(entry["left_alone"].values())
+
+
 def test_a_finished_run_resumes_without_evaluating_anything(planish: Command, finished: Path) -> None:
     before = events(finished)
     done = planish("resume", finished)
