@@ -15,7 +15,10 @@ from numpy.typing import NDArray
 from ..spaces.space import Candidate
 from .option_table import Array, OptionTable, every_level, levels_of
 
-_SECONDS = 20.0
+# After which the best that was found counts: not seconds, by which a busy machine would propose something else.
+_NODES = 2000
+# Only so that a program which nothing here can solve does not hold up a search.
+_SECONDS = 300.0
 # What scipy's `milp` calls a program that nothing keeps.
 _INFEASIBLE = 2
 
@@ -27,7 +30,7 @@ def best_within(
     apart: Sequence[Candidate] = (),
     distance: int = 1,
     factors: tuple[Array, ...] | None = None,
-    seconds: float = _SECONDS,
+    nodes: int = _NODES,
 ) -> Candidate | None:
     """The candidate of least error that keeps every limit; None if there is none.
 
@@ -37,7 +40,7 @@ def best_within(
         apart: Candidates from which it must differ in at least `distance` choices (Hamming cuts).
         distance: See there.
         factors: For every option of every choice, its error is multiplied by it.
-        seconds: After which the best that was found counts.
+        nodes: Of the branch-and-bound tree, after which the best that was found counts.
     """
     program = _within(table, limits, factors)
     for row in levels_of(table.space, list(apart)):
@@ -46,7 +49,7 @@ def best_within(
     objective = np.zeros(program.count)
     for column, value in program.objective.items():
         objective[column] += value
-    result = _solved(program, objective, seconds)
+    result = _solved(program, objective, nodes)
     if result.x is None:
         return None
     levels = np.zeros(len(table.space.choices), dtype=np.int64)
@@ -59,10 +62,10 @@ def best_within(
     return table.space.decode(levels)
 
 
-def possible(table: OptionTable, limits: Mapping[str, float], seconds: float = _SECONDS) -> bool:
-    """Whether anything keeps every limit, whatever its error; True where that was not settled in so many seconds."""
+def possible(table: OptionTable, limits: Mapping[str, float], nodes: int = _NODES) -> bool:
+    """Whether anything keeps every limit, whatever its error; True where that was not settled in so many nodes."""
     program = _within(table, limits, None)
-    return int(_solved(program, np.zeros(program.count), seconds).status) != _INFEASIBLE
+    return int(_solved(program, np.zeros(program.count), nodes).status) != _INFEASIBLE
 
 
 def _within(table: OptionTable, limits: Mapping[str, float], factors: tuple[Array, ...] | None) -> _Program:
@@ -72,7 +75,7 @@ def _within(table: OptionTable, limits: Mapping[str, float], factors: tuple[Arra
     return program
 
 
-def _solved(program: _Program, objective: NDArray[np.float64], seconds: float) -> Any:
+def _solved(program: _Program, objective: NDArray[np.float64], nodes: int) -> Any:
     from scipy.optimize import Bounds, LinearConstraint, milp
     from scipy.sparse import csr_matrix
 
@@ -86,7 +89,7 @@ def _solved(program: _Program, objective: NDArray[np.float64], seconds: float) -
         integrality=np.ones(program.count),
         bounds=Bounds(0, 1),
         constraints=LinearConstraint(matrix, program.low, program.high),
-        options={"time_limit": seconds},
+        options={"node_limit": nodes, "time_limit": _SECONDS},
     )
 
 

@@ -25,9 +25,9 @@ _SPREAD = 0.4
 _MUTANTS = 400
 # Budgets of the sampler that is the dynamic program alone.
 _POLICY_BUDGETS = 129
-# Candidates that keep several limits at once, how far inside of them (predictions err), the seconds for each, and
+# Candidates that keep several limits at once, how far inside of them (predictions err), the nodes for each, and
 # parts of the first cost that they are asked for, too, where a limit is on what is not traded off.
-_WITHIN, _INSIDE, _WITHIN_SECONDS, _PARTS = 4, 0.95, 5.0, (0.7, 0.5, 0.35, 0.25)
+_WITHIN, _INSIDE, _WITHIN_NODES, _PARTS = 4, 0.95, 100, (0.7, 0.5, 0.35, 0.25)
 # Points of the space of losses in which improvements are counted.
 _POINTS = 3000
 _TRIED_POINTS = 60000
@@ -108,7 +108,7 @@ def within_limits(table: OptionTable, goals: Goals) -> Levels:
     beside = any(name in limits for name in goals.kept)
     distance = 1 + len(table.space.choices) // 20
     while (len(limits) > 1 or beside) and len(found) < _WITHIN:
-        candidate = best_within(table, absolute, apart=found, distance=distance, seconds=_WITHIN_SECONDS)
+        candidate = best_within(table, absolute, apart=found, distance=distance, nodes=_WITHIN_NODES)
         if candidate is None:
             return levels_of(table.space, found)
         found.append(candidate)
@@ -117,7 +117,7 @@ def within_limits(table: OptionTable, goals: Goals) -> Levels:
         return levels_of(table.space, found)
     for part in _PARTS:
         most = min(absolute.get(traded, np.inf), part * float(table.cost(traded, zero)[0]))
-        candidate = best_within(table, {**absolute, traded: most}, seconds=_WITHIN_SECONDS)
+        candidate = best_within(table, {**absolute, traded: most}, nodes=_WITHIN_NODES)
         if candidate is None:
             break
         found.append(candidate)
