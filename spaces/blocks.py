@@ -112,7 +112,8 @@ def _fitted_factors(taps: Tensor, across: Tensor, kernels: Tensor, moments: Mome
 
     With the covariance C of channels and T between taps, the error is a quadratic form in either factor. For given d
     it is least at p = R K^-1, K = C * (d T d^T) and R[o, i] = sum_j C_ij W_oj T d_i; for given p where
-    (p^T p * C) d = sum_oj p_oi C_ij W_oj, in which T cancels.
+    (p^T p * C) d = sum_oj p_oi C_ij W_oj, in which T cancels. Where the covariance of all that a kernel reads is known
+    (`Moments.patches`), it goes on from there with that one.
     """
     channels, between = moments.ridge().double(), moments.between_taps()
     mixed = torch.einsum("ojt,ij->oit", taps, channels)
@@ -121,6 +122,19 @@ def _fitted_factors(taps: Tensor, across: Tensor, kernels: Tensor, moments: Mome
         wanted = torch.einsum("oit,ts,is->oi", mixed, between, kernels)
         across = _solved(gram, wanted.T).T
         kernels = _solved(channels * (across.T @ across), torch.einsum("oi,oit->it", across, mixed))
+        size = kernels.norm(dim=1, keepdim=True).clamp_min(1e-30)
+        kernels, across = kernels / size, across * size.T
+    reads = moments.of_reads()
+    if reads is None:
+        return across, kernels
+    width, places = kernels.shape
+    whole = reads[1].reshape(width, places, width, places)
+    wanted = (taps.flatten(1) @ reads[1]).reshape(-1, width, places)
+    for _ in range(_SWEEPS):
+        gram = torch.einsum("it,itjs,js->ij", kernels, whole, kernels)
+        across = _solved(gram, torch.einsum("oit,it->io", wanted, kernels)).T
+        matrix = (whole * (across.T @ across)[:, None, :, None]).reshape(width * places, width * places)
+        kernels = _solved(matrix, torch.einsum("oi,oit->it", across, wanted).reshape(-1, 1)).reshape(width, places)
         size = kernels.norm(dim=1, keepdim=True).clamp_min(1e-30)
         kernels, across = kernels / size, across * size.T
     return across, kernels
@@ -138,6 +152,15 @@ def _pointwise(conv: nn.Conv2d, moments: Moments | None) -> nn.Conv2d:
 
     That is the least-squares fit if the covariance of two channels at a distance is rho times that at one pixel.
     """
+    reads = None if moments is None else moments.of_reads()
+    if reads is not None:
+        # Least squares on what is read in the centre.
+        covariance, size = reads[1], conv.kernel_size[0] * conv.kernel_size[1]
+        middle = conv.kernel_size[0] // 2 * conv.kernel_size[1] + conv.kernel_size[1] // 2
+        centre = torch.arange(conv.in_channels) * size + middle
+        wanted = conv.weight.detach().double().flatten(1) @ covariance[:, centre]
+        fitted = torch.linalg.solve(covariance[centre][:, centre], wanted, left=False)[:, :, None, None]
+        return _like(conv, fitted.to(conv.weight.dtype), spatial=False, stride=conv.stride, bias=conv.bias)
     if moments is not None and moments.taps.shape == conv.kernel_size:
         taps = moments.taps
     else:

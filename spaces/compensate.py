@@ -17,10 +17,11 @@ _TOGETHER = 64
 def compensate(layer: Quantized | WeightQuantized, moments: Moments) -> None:
     """Moves a layer's weights onto their grid so that its outputs change least, in place.
 
-    Weights are rounded in the order of the input's channels and taps; the error of each is spread over those that are
-    left by the inverse of H, the second moments of what they multiply (Frantar et al. 2023, "GPTQ"; Hassibi and Stork
-    1993). H is the covariance of channels times that between taps, so that the Cholesky factor of its inverse is a
-    product of two small ones. The bias takes up what the mean of the input then adds.
+    Weights are rounded in the order of the input's channels and taps; the error of each is spread over those that
+    are left by the inverse of H, the second moments of what they multiply (Frantar et al. 2023, "GPTQ"; Hassibi and
+    Stork 1993). Where H is not known as a whole (`Moments.patches`) it is the channels' covariance times that
+    between taps, so that the Cholesky factor of its inverse is a product of two small ones. The bias takes up what
+    the mean of the input then adds.
 
     Args:
         layer: Whole weights of its own, one group.
@@ -30,11 +31,15 @@ def compensate(layer: Quantized | WeightQuantized, moments: Moments) -> None:
     if isinstance(inner, nn.Conv2d) and (inner.groups > 1 or moments.taps.shape != inner.kernel_size):
         return
     weight = inner.weight.detach()
-    channels = len(moments.mean)
+    reads = moments.of_reads() if isinstance(inner, nn.Conv2d) else None
+    mean, covariance = (moments.mean.double(), moments.ridge().double()) if reads is None else reads
+    # Where what a kernel reads is known as a whole, every tap of a channel is one of its own.
+    channels = len(mean)
     wanted = weight.double().reshape(weight.shape[0], channels, -1)
     scale = layer.weight_scale(weight).double()[:, None]
-    by_channel = _upper(moments.ridge().double())
-    by_tap = _upper(_between(inner, moments, wanted.shape[2]))
+    by_channel = _upper(covariance)
+    between = _between(inner, moments, wanted.shape[2]) if reads is None else torch.ones(1, 1, dtype=torch.float64)
+    by_tap = _upper(between)
     # In steps of the scale.
     left, whole = wanted / scale[..., None], torch.empty_like(wanted)
     for start in range(0, channels, _TOGETHER):
@@ -55,7 +60,7 @@ def compensate(layer: Quantized | WeightQuantized, moments: Moments) -> None:
         left[:, end:] -= torch.einsum("bj,obs->ojs", by_channel[start:end, end:], spread)
     _onto_grid(layer, whole, scale)
     if inner.bias is not None:
-        missing = (wanted - whole * scale[..., None]).sum(2) @ moments.mean.double()
+        missing = (wanted - whole * scale[..., None]).sum(2) @ mean
         with torch.no_grad():
             inner.bias += missing.to(inner.bias.dtype)
 

@@ -107,7 +107,8 @@ def factorise(layer: nn.Conv2d | nn.Linear, rank: Rank, moments: Moments | None 
     Without moments the error of the weights is the least for SVD (Eckart and Young 1936) and close to it for Tucker-2
     (higher-order orthogonal iteration, De Lathauwer et al. 2000). With the moments of the layer's input the error of
     the outputs is: W C^(1/2) is factorised instead of W, C the covariance of what the weights multiply, that of the
-    input channels times those between a kernel's rows and columns.
+    input channels times those between a kernel's rows and columns. Where the covariance of all that a kernel reads is
+    known (`Moments.patches`), the factors behind the first are then fitted to it by least squares.
     """
     weight = layer.weight.detach().double()
     root = None if moments is None else _root(moments.ridge().double())
@@ -123,9 +124,9 @@ def factorise(layer: nn.Conv2d | nn.Linear, rank: Rank, moments: Moments | None 
         first, second = _svd(weight, rank.ranks[0])
         return _linear(layer, _unroot(first, root), second)
     if rank.method == "tucker":
-        return _tucker(layer, weight, rank.ranks, root, taps)
+        return _tucker(layer, weight, rank.ranks, root, taps, moments)
     if rank.method == "spatial":
-        return _spatial(layer, weight, rank.ranks[0], root, taps)
+        return _spatial(layer, weight, rank.ranks[0], root, taps, moments)
     first, second = _svd(weight.flatten(1), rank.ranks[0])
     factors = (
         _convolution(layer, _unroot(first, root)[:, :, None, None], stride=layer.stride),
@@ -137,7 +138,9 @@ def factorise(layer: nn.Conv2d | nn.Linear, rank: Rank, moments: Moments | None 
 _Taps = tuple[Tensor, Tensor]
 
 
-def _spatial(layer: nn.Conv2d, weight: Tensor, rank: int, root: Tensor | None, taps: _Taps | None) -> LowRank:
+def _spatial(
+    layer: nn.Conv2d, weight: Tensor, rank: int, root: Tensor | None, taps: _Taps | None, moments: Moments | None
+) -> LowRank:
     """W[o, i, y, x] ~ sum_r H[o, r, x] V[r, i, y], by SVD of the (i y, o x) matrix (Jaderberg et al. 2014)."""
     outputs, inputs, height, width = weight.shape
     matrix = weight.permute(0, 3, 1, 2).reshape(outputs * width, inputs * height)
@@ -147,6 +150,10 @@ def _spatial(layer: nn.Conv2d, weight: Tensor, rank: int, root: Tensor | None, t
     if taps is not None:
         vertical = torch.linalg.solve(taps[0], vertical, left=False)
         horizontal = torch.linalg.solve(taps[1], horizontal, left=False)
+    # What the horizontal factor reads: of every rank and column of the kernel a sum over channels and rows.
+    first = torch.einsum("riy,xz->rxiyz", vertical, torch.eye(width, dtype=vertical.dtype)).reshape(rank * width, -1)
+    if (fitted := _fitted(layer, first, moments)) is not None:
+        horizontal = fitted[0].reshape(outputs, rank, width)
     # Without the whitening the factors' norms are others than those that they share.
     scale = (vertical.flatten(1).norm(dim=1) / horizontal.norm(dim=(0, 2)).clamp_min(1e-30)).clamp_min(1e-30).sqrt()
     vertical, horizontal = vertical / scale[:, None, None], horizontal * scale[None, :, None]
@@ -159,7 +166,14 @@ def _spatial(layer: nn.Conv2d, weight: Tensor, rank: int, root: Tensor | None, t
     return LowRank(OrderedDict(zip(("first", "second"), factors, strict=True)))
 
 
-def _tucker(layer: nn.Conv2d, weight: Tensor, ranks: Sequence[int], root: Tensor | None, taps: _Taps | None) -> LowRank:
+def _tucker(
+    layer: nn.Conv2d,
+    weight: Tensor,
+    ranks: Sequence[int],
+    root: Tensor | None,
+    taps: _Taps | None,
+    moments: Moments | None,
+) -> LowRank:
     """W[o, i, y, x] ~ sum_pq B[o, q] G[q, p, y, x] A[p, i] (Tucker-2, Kim et al. 2016)."""
     inside, outside = ranks
     left = _leading(weight.flatten(1), outside)
@@ -170,12 +184,35 @@ def _tucker(layer: nn.Conv2d, weight: Tensor, ranks: Sequence[int], root: Tensor
     core = torch.einsum("oiyx,oq,ip->qpyx", weight, left, right)
     if taps is not None:
         core = torch.linalg.solve(taps[1], torch.linalg.solve(taps[0], core.mT, left=False).mT, left=False)
+    narrow = _unroot(right.T, root)
+    inner = torch.eye(core.shape[2] * core.shape[3], dtype=core.dtype)
+    if (fitted := _fitted(layer, torch.kron(narrow, inner), moments)) is not None:
+        # The best of that rank: reduced-rank regression (Izenman 1975).
+        dense, covariance = fitted
+        left = torch.linalg.svd(dense @ _root(covariance), full_matrices=False).U[:, :outside]
+        core = (left.T @ dense).reshape(outside, inside, *core.shape[2:])
     factors = (
-        _convolution(layer, _unroot(right.T, root)[:, :, None, None]),
+        _convolution(layer, narrow[:, :, None, None]),
         _convolution(layer, core, stride=layer.stride, padding=_padding(layer), dilation=layer.dilation),
         _convolution(layer, left[:, :, None, None], last=True),
     )
     return LowRank(OrderedDict(zip(("first", "core", "last"), factors, strict=True)))
+
+
+def _fitted(layer: nn.Conv2d, first: Tensor, moments: Moments | None) -> tuple[Tensor, Tensor] | None:
+    """Least-squares weights (o, m) on what a first factor (m, c kh kw) makes of all that the kernel reads.
+
+    Returns:
+        Also the covariance (m, m) of what they read; None where that of the kernel is not known.
+    """
+    reads = None if moments is None else moments.of_reads()
+    if reads is None:
+        return None
+    seen = first @ reads[1]
+    covariance = seen @ first.T
+    covariance = covariance + 1e-9 * covariance.diagonal().mean() * torch.eye(len(covariance), dtype=covariance.dtype)
+    wanted = layer.weight.detach().double().flatten(1) @ seen.T
+    return torch.linalg.solve(covariance, wanted, left=False), covariance
 
 
 def _svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .trace import TracedModel
@@ -17,6 +18,7 @@ from .trace import TracedModel
 BATCH = 64  # inputs at once, fewer if they are large
 BATCH_VALUES = 2**22  # of the inputs: 27 images of 224 x 224
 ROWS = 16384  # positions that enter a covariance, over all batches: enough for a thousand channels, and cheap
+PATCH = 1024  # values that a kernel reads at a place, up to which their covariance is taken
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,16 +26,23 @@ class Moments:
     """Mean (c,) and covariance (c, c) of a layer's input channels, and how alike neighbouring pixels are.
 
     `taps` (kh, kw) is the correlation of a pixel with the one that a kernel's tap reads, averaged over channels; it is
-    1 in the centre, and (1, 1) for a layer without a kernel.
+    1 in the centre, and (1, 1) for a layer without a kernel. `patches` is all of that at once, where it is not too
+    large: mean (c kh kw,) and covariance (c kh kw, c kh kw) of what a kernel reads at a place, borders included.
     """
 
     mean: Tensor
     covariance: Tensor
     taps: Tensor
+    patches: tuple[Tensor, Tensor] | None = None
 
     def select(self, channels: Tensor) -> Moments:
         """The same statistics of some of the channels, int64 (k,)."""
-        return Moments(self.mean[channels], self.covariance[channels][:, channels], self.taps)
+        patches = None
+        if self.patches is not None:
+            mean, covariance = self.patches
+            own = taps_of(channels, self.taps.numel())
+            patches = mean[own], covariance[own][:, own]
+        return Moments(self.mean[channels], self.covariance[channels][:, channels], self.taps, patches)
 
     def between_taps(self) -> Tensor:
         """How alike the pixels under a kernel's taps are, (kh kw, kh kw), positive definite.
@@ -49,9 +58,21 @@ class Moments:
 
     def ridge(self) -> Tensor:
         """The covariance made safely invertible: a thousandth of the mean variance is added to every variance."""
-        size = len(self.covariance)
-        level = 1e-3 * self.covariance.diagonal().mean().clamp_min(1e-12)
-        return self.covariance + level * torch.eye(size, dtype=self.covariance.dtype)
+        return _ridge(self.covariance)
+
+    def of_reads(self) -> tuple[Tensor, Tensor] | None:
+        """`patches`, the covariance made safely invertible in the same way, in float64."""
+        return None if self.patches is None else (self.patches[0].double(), _ridge(self.patches[1].double()))
+
+
+def taps_of(channels: Tensor, taps: int) -> Tensor:
+    """The places of channels in what a kernel of so many taps reads, (k taps,)."""
+    return (channels[:, None] * taps + torch.arange(taps)).flatten()
+
+
+def _ridge(covariance: Tensor) -> Tensor:
+    level = 1e-3 * covariance.diagonal().mean().clamp_min(1e-12)
+    return covariance + level * torch.eye(len(covariance), dtype=covariance.dtype)
 
 
 def _beside(taps: Tensor, dim: int) -> float:
@@ -207,33 +228,56 @@ def watching(module: nn.Module, names: Iterable[str], see: Callable[[str, Tensor
 
 def _measure(module: nn.Module, names: Mapping[str, int], inputs: Tensor) -> Mapping[str, Moments]:
     sums: dict[str, list[Tensor]] = {}
+    reads: dict[str, list[Tensor]] = {}
     share = ROWS // len(batches(inputs))
 
     def see(name: str, value: Tensor) -> None:
         layer = module.get_submodule(name)
         pixels = value if isinstance(layer, nn.Conv2d) else _as_pixels(value, names[name])
         rows = pixels.transpose(0, 1).flatten(1)  # (channels, positions)
-        rows = rows[:, places(rows.shape[1], share)]
-        known = sums.get(name)
-        shift = rows.mean(1) if known is None else known[0].float()  # float32 holds the squares of what is left
-        rows = rows - shift[:, None]
+        sums[name] = _added(sums.get(name), rows[:, places(rows.shape[1], share)])
         shape = layer.kernel_size if isinstance(layer, nn.Conv2d) else (1, 1)
         dilation = layer.dilation if isinstance(layer, nn.Conv2d) else (1, 1)
-        count = torch.tensor(float(rows.shape[1]))
-        new = [part.double() for part in (count, rows.sum(1), rows @ rows.T, _lagged(pixels, shape, dilation))]
-        sums[name] = [shift.double(), *(new if known is None else map(torch.add, known[1:], new))]
+        seen = _lagged(pixels, shape, dilation)
+        lagged[name] = lagged[name] + seen if name in lagged else seen
+        if isinstance(layer, nn.Conv2d) and (patches := _patches(layer, value, share)) is not None:
+            reads[name] = _added(reads.get(name), patches)
 
+    lagged: dict[str, Tensor] = {}
     with watching(module, names, see):
         run(module, inputs)
-    return {name: _moments(*parts) for name, parts in sums.items()}
+    found = {}
+    for name, parts in sums.items():
+        products = lagged[name]
+        centre = products[products.shape[0] // 2, products.shape[1] // 2].clamp_min(1e-12)
+        patches = _statistics(*reads[name]) if name in reads else None
+        found[name] = Moments(*_statistics(*parts), (products / centre).float(), patches)
+    return found
 
 
-def _moments(shift: Tensor, count: Tensor, total: Tensor, squares: Tensor, lagged: Tensor) -> Moments:
+def _added(known: list[Tensor] | None, rows: Tensor) -> list[Tensor]:
+    """A shift (c,), and the count, sum (c,) and products (c, c) of rows (c, n) without it, with those before."""
+    shift = rows.mean(1) if known is None else known[0].float()  # float32 holds the squares of what is left
+    rows = rows - shift[:, None]
+    new = [part.double() for part in (torch.tensor(float(rows.shape[1])), rows.sum(1), rows @ rows.T)]
+    return [shift.double(), *(new if known is None else map(torch.add, known[1:], new))]
+
+
+def _statistics(shift: Tensor, count: Tensor, total: Tensor, squares: Tensor) -> tuple[Tensor, Tensor]:
+    """The mean and covariance of what `_added` counted."""
     mean = total / count
     covariance = squares / count - torch.outer(mean, mean)
-    mean = mean + shift
-    centre = lagged[lagged.shape[0] // 2, lagged.shape[1] // 2].clamp_min(1e-12)
-    return Moments(mean.float(), covariance.float(), (lagged / centre).float())
+    return (mean + shift).float(), covariance.float()
+
+
+def _patches(layer: nn.Conv2d, value: Tensor, count: int) -> Tensor | None:
+    """What the kernel reads at so many places, (c kh kw, count); None where that is its input's pixels, or too much."""
+    size = layer.in_channels * layer.kernel_size[0] * layer.kernel_size[1]
+    plain = layer.groups == 1 and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
+    if not plain or layer.kernel_size == (1, 1) or size > PATCH or value.ndim != 4:
+        return None
+    read = F.unfold(value, layer.kernel_size, layer.dilation, layer.padding, layer.stride)  # type: ignore[arg-type]
+    return read.transpose(0, 1).flatten(1)[:, places(len(value) * read.shape[2], count)]
 
 
 def _as_pixels(value: Tensor, features: int) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from .moments import Moments
+from .moments import Moments, taps_of
 
 STEPS = 32  # in which channels are chosen for removal: one at a time up to so many
 Role = Literal["out", "in", "both", "parameter"]
@@ -120,6 +120,16 @@ def absorb(weight: Tensor, keep: Tensor, gone: Tensor, moments: Moments) -> tupl
     Returns:
         (o, len(keep), ...) and (o,).
     """
+    reads = moments.of_reads()
+    if reads is not None and weight[0, 0].numel() == moments.taps.numel():
+        mean, covariance = reads
+        taps = moments.taps.numel()
+        stay, lost = taps_of(keep, taps), taps_of(gone, taps)
+        flat = weight.detach().double().flatten(1)
+        mix = torch.linalg.solve(covariance[stay][:, stay], covariance[stay][:, lost])
+        fitted = flat[:, stay] + flat[:, lost] @ mix.T
+        missed = flat[:, lost] @ (mean[lost] - mean[stay] @ mix)
+        return fitted.reshape(len(weight), len(keep), *weight.shape[2:]).to(weight.dtype), missed.to(weight.dtype)
     covariance = moments.ridge()
     inside = covariance[keep][:, keep]
     mix = torch.linalg.solve(inside, covariance[keep][:, gone])  # (keep, gone): how the kept predict the removed
