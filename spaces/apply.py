@@ -11,9 +11,13 @@ from torch import Tensor, nn
 from .moments import Moments, NormMemory, correct_batch_norms, fit
 from .propose import Proposal, extent_of
 from .prune import left_channels
+from .reconstruct import LEAST_VARIANCE, reconstruct, reference_of
 from .space import Candidate, Kind, Option
 from .stages import Kept, Remark, factorise_site, prune_sites, quantise_sites, replace_site, share_site
 from .trace import TracedModel, reason_of
+
+# What changes a layer's inputs so much that those behind it are fitted to theirs anew.
+_REFITTED = {Kind.PRUNE, Kind.BLOCK, Kind.RANK}
 
 
 class ApplyError(ValueError):
@@ -33,6 +37,8 @@ def apply(
     - BLOCK replaces the convolution with what is left of it; see `build_block`.
     - RANK factorises the layer, or the 1x1 convolution of a separable block; ranks are capped to the widths that are
       left, and a factorisation that would not save MACs is left undone.
+    After these every layer is refitted to what it returned in the original, on what it reads now (`reconstruct`).
+
     - CLUSTER and BITS treat every convolution and linear layer that now stands at the site.
 
     Args:
@@ -122,15 +128,21 @@ def _build(
         remarks += replace_site(module, site, str(option), proposal.lanes, kept, moments.get(site))
     for site, option in chosen.get(Kind.RANK, {}).items():
         remarks += factorise_site(module, site, str(option), extents[site], moments.get(site))
+    refitted = calibration is not None and bool(chosen.keys() & _REFITTED)
+    least = LEAST_VARIANCE if refitted else 0.0
+    if calibration is not None and refitted:
+        reference = reference_of(traced, calibration)
+        left = {n: left_channels(kept, n, "out", len(rows)) for n, rows in reference.outputs.items()}
+        reconstruct(module, reference, left, _remember(module, reference.norms, kept))
     for site, option in chosen.get(Kind.CLUSTER, {}).items():
         remarks += share_site(module, site, int(option or 0), fitted, moments.get(site))
     _check(module, traced)
     if calibration is not None and chosen.keys() - {Kind.BITS}:
-        correct_batch_norms(module, calibration, memory)
+        correct_batch_norms(module, calibration, memory, least)
     if Kind.BITS in chosen:
         remarks += quantise_sites(module, chosen[Kind.BITS], calibration, moments)
         if calibration is not None:
-            correct_batch_norms(module, calibration, memory)
+            correct_batch_norms(module, calibration, memory, least)
     module.eval()
     module.planish_remarks = tuple(remarks)  # type: ignore[assignment]
     _check(module, traced)

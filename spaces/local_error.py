@@ -14,6 +14,7 @@ from .moments import Moments, batches, fit
 from .propose import Proposal, extent_of
 from .prune import Group, choose_channels, kept_channels, narrow
 from .quantize import Range, input_ranges
+from .reconstruct import LEAST_VARIANCE
 from .space import Choice, Kind, Option
 from .stages import factorise_site, quantised, replace_site, share_site
 from .trace import TracedModel, reason_of
@@ -277,7 +278,8 @@ class _ChannelSums:
     def moved_to(self, other: _ChannelSums) -> Callable[[Tensor], Tensor]:
         """Gives values like these the means and variances of the others."""
         (own_mean, own), (mean, variance) = self.moments(), other.moments()
-        scale = (variance / own.clamp_min(1e-12)).sqrt()
+        # As far as `correct_batch_norms` does.
+        scale = (variance / torch.maximum(own, LEAST_VARIANCE * variance).clamp_min(1e-12)).sqrt()
         shift = mean - own_mean * scale
 
         def moved(value: Tensor) -> Tensor:

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .reads import places, reads_of
 from .trace import TracedModel
 
 BATCH = 64  # inputs at once, fewer if they are large
@@ -112,14 +112,20 @@ def fit(traced: TracedModel, names: Mapping[str, int], inputs: Tensor) -> Fit:
         names: The layers (convolutions or linear) whose moments are asked for, and for each how many input features
             make one channel (1, or the number of pixels for a linear layer that follows a flatten).
     """
-    digest = hashlib.sha256(repr(sorted(names.items())).encode())
-    digest.update(inputs.detach().contiguous().numpy().tobytes())
+    digest = digest_of(repr(sorted(names.items())), inputs)
     known = _cache.get(traced)
-    if known is None or known[0] != digest.hexdigest():
+    if known is None or known[0] != digest:
         module = copy.deepcopy(traced.module)
-        known = (digest.hexdigest(), Fit(_measure(module, names, inputs), _norms_read(module, inputs)))
+        known = (digest, Fit(_measure(module, names, inputs), _norms_read(module, inputs)))
         _cache[traced] = known
     return known[1]
+
+
+def digest_of(text: str, inputs: Tensor) -> str:
+    """Of a text and a tensor's values."""
+    digest = hashlib.sha256(text.encode())
+    digest.update(inputs.detach().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,38 +137,54 @@ class NormMemory:
     seen_means: Tensor
     seen_variances: Tensor
 
-    def correct(self, norm: nn.modules.batchnorm._BatchNorm, call: int, value: Tensor) -> tuple[Tensor, Tensor]:
-        """The statistics that treat `value` as the original's treated what it read in this call."""
-        mean, variance = _channel_statistics(value)
-        ratio = (variance + norm.eps) / (self.seen_variances[call] + norm.eps)
-        return self.mean + mean - self.seen_means[call], self.variance * ratio
+    def correct(
+        self, norm: nn.modules.batchnorm._BatchNorm, call: int, value: Tensor, least: float = 0.0
+    ) -> tuple[Tensor, Tensor]:
+        """The statistics that treat `value` as the original's treated what it read in this call.
+
+        Args:
+            norm: The batch norm.
+            call: Which of its calls.
+            value: What it reads now.
+            least: The least that its variance counts as, relative to that of then.
+        """
+        mean, variance = channel_statistics(value)
+        ratio = ((variance + norm.eps) / (self.seen_variances[call] + norm.eps)).clamp_min(least)
+        # What it divides by changes by the ratio, of which `eps` is nearly all where a channel hardly varies.
+        return self.mean + mean - self.seen_means[call], ((self.variance + norm.eps) * ratio - norm.eps).clamp_min(0)
 
 
-def correct_batch_norms(module: nn.Module, inputs: Tensor, memory: Mapping[str, NormMemory]) -> None:
+def correct_batch_norms(
+    module: nn.Module, inputs: Tensor, memory: Mapping[str, NormMemory], least: float = 0.0
+) -> None:
     """Moves the statistics of every remembered batch norm by what compression changed, in place.
 
     The mean moves by the difference and the variance by the ratio of what the norm reads now and what it read in the
     original on the same inputs, first layers first, so that each norm sees the others corrected. The inputs are far
     fewer than those that the statistics were trained on, but their sampling error cancels: a module that computes what
     the original computes keeps its statistics.
+
+    What is fitted by least squares varies less than what it is fitted to, by what it cannot tell. A norm makes up for
+    that, and makes what is wrong larger with it: `least`, of the original's variance, is where that ends.
     """
     found: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in memory}
 
     def see(name: str, value: Tensor) -> None:
         norm = module.get_submodule(name)
         assert isinstance(norm, nn.modules.batchnorm._BatchNorm)
-        corrected = memory[name].correct(norm, len(found[name]), value)
+        corrected = memory[name].correct(norm, len(found[name]), value, least)
         found[name].append(corrected)
-        _set_statistics(norm, *corrected)
+        set_statistics(norm, *corrected)
 
     with watching(module, memory, see):
         run(module, inputs)
     for name, parts in found.items():
         means, variances = zip(*parts, strict=True)
-        _set_statistics(module.get_submodule(name), torch.stack(means).mean(0), torch.stack(variances).mean(0))
+        set_statistics(module.get_submodule(name), torch.stack(means).mean(0), torch.stack(variances).mean(0))
 
 
-def _set_statistics(norm: nn.Module, mean: Tensor, variance: Tensor) -> None:
+def set_statistics(norm: nn.Module, mean: Tensor, variance: Tensor) -> None:
+    """Gives a batch norm these statistics."""
     norm.get_buffer("running_mean").copy_(mean)
     norm.get_buffer("running_var").copy_(variance)
 
@@ -174,12 +196,12 @@ def _norms_read(module: nn.Module, inputs: Tensor) -> dict[str, tuple[Tensor, Te
         if isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.track_running_stats
     ]
     found: dict[str, list[tuple[Tensor, Tensor]]] = {}
-    with watching(module, names, lambda name, value: found.setdefault(name, []).append(_channel_statistics(value))):
+    with watching(module, names, lambda name, value: found.setdefault(name, []).append(channel_statistics(value))):
         run(module, inputs)
     return {name: (torch.stack([m for m, _ in p]), torch.stack([v for _, v in p])) for name, p in found.items()}
 
 
-def _channel_statistics(value: Tensor) -> tuple[Tensor, Tensor]:
+def channel_statistics(value: Tensor) -> tuple[Tensor, Tensor]:
     """The mean and variance (c,) over all but dimension 1, as a batch norm in training computes them.
 
     `var_mean` gives the same and takes several times as long, which was most of what correcting the norms took.
@@ -193,17 +215,6 @@ def run(module: nn.Module, inputs: Tensor) -> None:
     with torch.no_grad():
         for batch in batches(inputs):
             module(batch)
-
-
-def places(count: int, wanted: int) -> slice | Tensor:
-    """So many of `count` positions, the same ones every time, or all where they are no more.
-
-    At random: every n-th position of an image lies in the same few columns where n and the image's width share a
-    factor, and what lies at its border is not what lies inside.
-    """
-    if count <= wanted:
-        return slice(None)
-    return torch.randint(count, (wanted,), generator=torch.Generator().manual_seed(count)).sort().values
 
 
 def batches(inputs: Tensor) -> tuple[Tensor, ...]:
@@ -273,11 +284,9 @@ def _statistics(shift: Tensor, count: Tensor, total: Tensor, squares: Tensor) ->
 def _patches(layer: nn.Conv2d, value: Tensor, count: int) -> Tensor | None:
     """What the kernel reads at so many places, (c kh kw, count); None where that is its input's pixels, or too much."""
     size = layer.in_channels * layer.kernel_size[0] * layer.kernel_size[1]
-    plain = layer.groups == 1 and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
-    if not plain or layer.kernel_size == (1, 1) or size > PATCH or value.ndim != 4:
+    if layer.kernel_size == (1, 1) or size > PATCH:
         return None
-    read = F.unfold(value, layer.kernel_size, layer.dilation, layer.padding, layer.stride)  # type: ignore[arg-type]
-    return read.transpose(0, 1).flatten(1)[:, places(len(value) * read.shape[2], count)]
+    return reads_of(layer, value, count)
 
 
 def _as_pixels(value: Tensor, features: int) -> Tensor:

@@ -16,7 +16,8 @@ from .bfloat16_ops import Bfloat16Conv2d, Bfloat16Linear
 from .bit_widths import LEVELS, PAIRS
 from .cluster import SharedConv2d, SharedLinear, materialise, weight_of
 from .integer import IntegerConv2d, IntegerLinear, WeightOnlyLinear, qconv2d, qlinear, quantize
-from .moments import batches, places, run, watching
+from .moments import batches, run, watching
+from .reads import places
 from .rounding import column, round_through
 from .weight_only import WeightQuantized
 

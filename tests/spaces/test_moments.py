@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from planish.spaces.moments import ROWS, NormMemory, correct_batch_norms, fit, places
+from planish.spaces.moments import ROWS, NormMemory, correct_batch_norms, fit
+from planish.spaces.reads import places
 from planish.spaces.trace import TracedModel, trace
 
 if TYPE_CHECKING:
