@@ -18,6 +18,7 @@ from .trace import TracedModel
 BATCH = 64  # inputs at once, fewer if they are large
 BATCH_VALUES = 2**22  # of the inputs: 27 images of 224 x 224
 ROWS = 16384  # positions that enter a covariance, over all batches: enough for a thousand channels, and cheap
+_NOTHING = 1e-10  # a variance that is none
 PATCH = 1024  # values that a kernel reads at a place, up to which their covariance is taken
 
 
@@ -149,8 +150,8 @@ class NormMemory:
             least: The least that its variance counts as, relative to that of then.
         """
         mean, variance = channel_statistics(value)
-        ratio = ((variance + norm.eps) / (self.seen_variances[call] + norm.eps)).clamp_min(least)
-        # What it divides by changes by the ratio, of which `eps` is nearly all where a channel hardly varies.
+        ratio = ((variance + _NOTHING) / (self.seen_variances[call] + _NOTHING)).clamp_min(least)
+        # What it divides by changes by the ratio: `eps` too, which is nearly all of it where a channel hardly varies.
         return self.mean + mean - self.seen_means[call], ((self.variance + norm.eps) * ratio - norm.eps).clamp_min(0)
 
 

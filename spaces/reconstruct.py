@@ -132,13 +132,12 @@ def reconstruct(
 def _refitting(wanted: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
     def see(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         assert isinstance(layer, nn.Conv2d | nn.Linear)
+        if layer.weight.shape[0] != len(wanted) or wanted.shape[1] < _AT_LEAST * layer.weight[0].numel():
+            return
         reads = reads_of(layer, inputs[0], PLACES)
         # `places` of the original's output are those of this one only where both have as many.
-        if reads is None or reads.shape[1] != wanted.shape[1] or layer.weight.shape[0] != len(wanted):
-            return
-        if reads.shape[1] < _AT_LEAST * reads.shape[0]:
-            return
-        _refit(layer, reads, wanted)
+        if reads is not None and reads.shape[1] == wanted.shape[1]:
+            _refit(layer, reads, wanted)
 
     return see
 

@@ -127,3 +127,28 @@ def test_positions_are_the_same_ones_every_time_and_all_where_they_are_few() -> 
     assert torch.equal(first, again)
     assert len(set((first % 32).tolist())) == 32
     assert torch.arange(7)[places(7, 10)].tolist() == list(range(7))
+
+
+@pytest.mark.parametrize(("variance", "scale"), [(1.0, 3.0), (1e-7, 30.0), (1e-7, 0.3)])
+def test_a_channel_that_hardly_varies_is_no_louder_than_it_was(variance: float, scale: float) -> None:
+    """What a norm divides by is nearly all its constant there, and has to change as well."""
+    norm = nn.BatchNorm2d(1).eval()
+    values = variance**0.5 * torch.randn(64, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    mean, seen = values.mean().reshape(1), values.var(unbiased=False).reshape(1)
+    norm.running_mean, norm.running_var = mean.clone(), seen.clone()
+    wanted = norm(values)
+    memory = NormMemory(mean, seen, mean[None], seen[None])
+    norm.running_mean, norm.running_var = memory.correct(norm, 0, scale * values)
+    if scale > 1:
+        assert torch.allclose(norm(scale * values), wanted, rtol=0.01, atol=1e-6)
+    else:  # what it divides by cannot be below its constant
+        assert float(norm(scale * values).detach().std()) <= 1.01 * float(wanted.detach().std())
+
+
+def test_a_norm_makes_up_for_lost_variance_to_a_bound() -> None:
+    norm = nn.BatchNorm2d(1).eval()
+    values = torch.randn(64, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    memory = NormMemory(torch.zeros(1), torch.ones(1), torch.zeros(1, 1), torch.ones(1, 1))
+    for scale, least, expected in ((0.9, 0.5, 1.0), (0.1, 0.5, 0.1 / 0.5**0.5), (0.1, 0.0, 1.0)):
+        norm.running_mean, norm.running_var = memory.correct(norm, 0, scale * values, least)
+        assert float(norm(scale * values).detach().std()) == pytest.approx(expected, rel=0.05)
