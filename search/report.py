@@ -17,7 +17,7 @@ from .pareto import ParetoFront
 from .pictures import costs_of, front_svg, history_svg
 from .quantities import metric_cells, metric_names
 from .replay import History
-from .rundir import RunDirectory
+from .rundir import FRONT, RunDirectory
 from .status import original_metrics
 from .trial import State, Trial
 
@@ -32,7 +32,7 @@ def write_report(run_dir: Path) -> Path:
         UserError: there is no run in the folder, or it has no front yet.
     """
     run = RunDirectory.open(run_dir)
-    if not (run_dir / "front.json").exists():
+    if not (run_dir / FRONT).exists():
         raise UserError(f"{run_dir} has no front yet; carry on with: planish resume {run_dir}")
     path = run_dir / "report.html"
     write_text(path, report_html(run), f"the run is untouched; once that is put right: planish report {run_dir}")

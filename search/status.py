@@ -12,7 +12,7 @@ from .how_predicted import how_predicted
 from .lock import holder
 from .objective import Objective
 from .replay import History, Phase, Record
-from .rundir import RunDirectory
+from .rundir import FRONT, RunDirectory
 from .trial import State, Trial
 
 
@@ -31,7 +31,7 @@ def status(path: Path) -> dict[str, object]:
     history, controller = run.history(), holder(path)
     phase = history.phases[-1] if history.phases else Phase("new", 0, "end", 0.0)
     times = done_times(history, phase)
-    front = run.front() if (path / "front.json").exists() else {}
+    front = run.front() if (path / FRONT).exists() else {}
     listed = front.get("front")
     return {
         "run": str(path),

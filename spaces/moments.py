@@ -117,7 +117,7 @@ def fit(traced: TracedModel, names: Mapping[str, int], inputs: Tensor) -> Fit:
     known = _cache.get(traced)
     if known is None or known[0] != digest:
         module = copy.deepcopy(traced.module)
-        known = (digest, Fit(_measure(module, names, inputs), _norms_read(module, inputs)))
+        known = (digest, Fit(_measure(module, names, inputs), norms_read(module, batches(inputs))))
         _cache[traced] = known
     return known[1]
 
@@ -190,15 +190,21 @@ def set_statistics(norm: nn.Module, mean: Tensor, variance: Tensor) -> None:
     norm.get_buffer("running_var").copy_(variance)
 
 
-def _norms_read(module: nn.Module, inputs: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+def norms_read(module: nn.Module, parts: Iterable[Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+    """The means and variances, each (calls, c), of what every batch norm reads when the module runs on the parts."""
     names = [
         name
         for name, layer in module.named_modules()
         if isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.track_running_stats
     ]
     found: dict[str, list[tuple[Tensor, Tensor]]] = {}
-    with watching(module, names, lambda name, value: found.setdefault(name, []).append(channel_statistics(value))):
-        run(module, inputs)
+
+    def see(name: str, value: Tensor) -> None:
+        found.setdefault(name, []).append(channel_statistics(value))
+
+    with watching(module, names, see), torch.no_grad():
+        for part in parts:
+            module(part)
     return {name: (torch.stack([m for m, _ in p]), torch.stack([v for _, v in p])) for name, p in found.items()}
 
 
@@ -241,6 +247,7 @@ def watching(module: nn.Module, names: Iterable[str], see: Callable[[str, Tensor
 def _measure(module: nn.Module, names: Mapping[str, int], inputs: Tensor) -> Mapping[str, Moments]:
     sums: dict[str, list[Tensor]] = {}
     reads: dict[str, list[Tensor]] = {}
+    lagged: dict[str, Tensor] = {}
     share = ROWS // len(batches(inputs))
 
     def see(name: str, value: Tensor) -> None:
@@ -255,7 +262,6 @@ def _measure(module: nn.Module, names: Mapping[str, int], inputs: Tensor) -> Map
         if isinstance(layer, nn.Conv2d) and (patches := _patches(layer, value, share)) is not None:
             reads[name] = _added(reads.get(name), patches)
 
-    lagged: dict[str, Tensor] = {}
     with watching(module, names, see):
         run(module, inputs)
     found = {}

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .moments import BATCH_VALUES, NormMemory, channel_statistics, digest_of, set_statistics
+from .moments import BATCH_VALUES, NormMemory, digest_of, norms_read, set_statistics, watching
 from .reads import places, reads_of
 from .trace import TracedModel
 
@@ -25,6 +25,7 @@ RIDGE = 0.1
 # Of a channel's variance in the original, what it counts as at the least in the batch norm behind: see
 # `correct_batch_norms`.
 LEAST_VARIANCE = 0.5
+_PLAIN = (nn.Conv2d, nn.Linear)
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,25 +70,13 @@ def _reference(traced: TracedModel, inputs: Tensor) -> Reference:
 
         return see
 
-    norms: dict[str, list[tuple[Tensor, Tensor]]] = {
-        name: []
-        for name, layer in traced.module.named_modules()
-        if isinstance(layer, _BatchNorm) and layer.track_running_stats
-    }
-
-    def read(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        return lambda _, inputs: norms[name].append(channel_statistics(inputs[0]))
-
     handles = [traced.module.get_submodule(name).register_forward_hook(keep(name)) for name in names]
-    handles += [traced.module.get_submodule(name).register_forward_pre_hook(read(name)) for name in norms]
     try:
-        with torch.no_grad():
-            traced.module(own)
+        # At once, as `reconstruct` runs the candidate: what norms read goes by the batch.
+        return Reference(own, found, norms_read(traced.module, (own,)))
     finally:
         for handle in handles:
             handle.remove()
-    seen = {n: (torch.stack([m for m, _ in p]), torch.stack([v for _, v in p])) for n, p in norms.items() if p}
-    return Reference(own, found, seen)
 
 
 def reconstruct(
@@ -96,7 +85,7 @@ def reconstruct(
     """Refits the last layer of every site, in place, in the order in which they run; batch norms are corrected as met.
 
     W moves by E[(y - W x) x^T] (E[x x^T] + RIDGE)^-1, x what it reads now and y what the original returned there, both
-    without their means, for which the bias makes up where there is one. A layer behind which nothing changed stays.
+    without their means, for which the bias makes up where there is one. A layer before which nothing changed stays.
 
     Args:
         module: The compressed model, in eval mode, its weights plain.
@@ -104,42 +93,30 @@ def reconstruct(
         left: By site the output channels that are left, int64.
         memory: Of its batch norms, on the same inputs.
     """
-    handles = []
-    for name, wanted in reference.outputs.items():
-        layers = [part for part in module.get_submodule(name).modules() if isinstance(part, nn.Conv2d | nn.Linear)]
-        if layers and type(layers[-1]) in (nn.Conv2d, nn.Linear):
-            target = wanted[left[name]] if name in left else wanted
-            handles.append(layers[-1].register_forward_pre_hook(_refitting(target)))
+    targets = {}
+    for site, wanted in reference.outputs.items():
+        inner = [name for name, part in module.get_submodule(site).named_modules() if type(part) in _PLAIN]
+        if inner:
+            targets[f"{site}.{inner[-1]}".rstrip(".")] = wanted[left[site]] if site in left else wanted
     calls = dict.fromkeys(memory, 0)
 
-    def correcting(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def see(norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            assert isinstance(norm, _BatchNorm)
-            set_statistics(norm, *memory[name].correct(norm, calls[name], inputs[0], LEAST_VARIANCE))
+    def see(name: str, value: Tensor) -> None:
+        part = module.get_submodule(name)
+        if isinstance(part, _BatchNorm):
+            set_statistics(part, *memory[name].correct(part, calls[name], value, LEAST_VARIANCE))
             calls[name] += 1
-
-        return see
-
-    handles += [module.get_submodule(name).register_forward_pre_hook(correcting(name)) for name in memory]
-    try:
-        with torch.no_grad():
-            module(reference.inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _refitting(wanted: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-    def see(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        assert isinstance(layer, nn.Conv2d | nn.Linear)
-        if layer.weight.shape[0] != len(wanted) or wanted.shape[1] < _AT_LEAST * layer.weight[0].numel():
             return
-        reads = reads_of(layer, inputs[0], PLACES)
+        assert isinstance(part, nn.Conv2d | nn.Linear)
+        target = targets[name]
+        if part.weight.shape[0] != len(target) or target.shape[1] < _AT_LEAST * part.weight[0].numel():
+            return
+        reads = reads_of(part, value, PLACES)
         # `places` of the original's output are those of this one only where both have as many.
-        if reads is not None and reads.shape[1] == wanted.shape[1]:
-            _refit(layer, reads, wanted)
+        if reads is not None and reads.shape[1] == target.shape[1]:
+            _refit(part, reads, target)
 
-    return see
+    with watching(module, [*targets, *memory], see), torch.no_grad():
+        module(reference.inputs)
 
 
 def _refit(layer: nn.Conv2d | nn.Linear, reads: Tensor, wanted: Tensor) -> None:
