@@ -16,7 +16,7 @@ from ..hwmodels.device import Device
 from ..hwmodels.workload import Workload
 from ..spaces.bit_widths import LEVELS, PAIRS
 from ..spaces.layer_shapes import LayerShape
-from .cpu.convspec import ConvSpec, Step
+from .cpu.convspec import DIVIDED, ConvSpec, Step
 from .cpu.dense import DenseSpec, nibbles_pay
 from .cpu.machine import Dot, Machine
 from .cpu.tiles import PARALLEL_MACS, WinogradTile, chosen, plain_form, plain_lanes
@@ -27,7 +27,8 @@ _FLOAT = (Step("bias"), Step("relu"))
 # The largest sum of a convolution of bytes, for each of its weights: which of Winograd's forms are exact hangs on it.
 # Weights of trained layers have a mean magnitude of about a quarter of the largest, half of them on each side of zero.
 _USUAL_SUM = 6000
-_BYTES = (Step("scale"), Step("bias"), Step("relu"), Step("quantize"))
+# Of bytes that follow a ReLU the least is its zero.
+_BYTES = (Step("scale"), Step("bias"), DIVIDED)
 _STEPS = {8: _BYTES, 16: (*_FLOAT, Step("bfloat16")), 32: _FLOAT}
 
 

@@ -12,7 +12,7 @@ from .cpu.epilogue import quantize_numbers
 from .cpu.kernels import conv_kernel, conv_weights
 from .cpu.packing import in_rows, largest_pair, largest_sum, per_channel
 from .cpu.tiles import Choice, WinogradTile, chosen, plain_form, plain_lanes
-from .tvm_affine import leading_affine
+from .tvm_affine import divided_by_scale, leading_affine, within_bytes
 from .tvm_graph import Array, Chain, ChainStep, static_shape
 from .tvm_numbers import frame, pair
 from .tvm_values import Values
@@ -47,6 +47,7 @@ def lower_convolution(values: Values, chain: Chain) -> None:
     if not depthwise and groups > 1:
         weight, groups = _merge_groups(weight, groups, c, values.lanes)
     affine, rest = leading_affine(steps, o)
+    affine, rest = divided_by_scale(affine, within_bytes(rest))
     if not (int8 or halves):
         weight = weight * affine[0].reshape(-1, 1, 1, 1)
     plain = not depthwise and c < values.lanes and source not in values.blocked
@@ -71,7 +72,7 @@ def lower_convolution(values: Values, chain: Chain) -> None:
         threads=1,
     )  # fmt: skip
     data = values.as_plain(source) if plain else values.as_blocked(source)
-    if depthwise and quantize:  # every byte is read once for each tap: quantise it once
+    if depthwise and quantize and not spec.neighbours:  # every byte is read once for each tap: quantise it once
         data, spec = values.quantized(data, *values.quantizer(head.args[0])), replace(spec, quantize=False)
     bound = largest_sum(weight, zero_point) if int8 else 0
     spec, choice = chosen(spec, values.target, values.graph.weight_count, bound)

@@ -13,7 +13,7 @@ from .cpu.dense import DenseSpec, dense, nibbles_pay
 from .cpu.epilogue import quantize_numbers
 from .cpu.packing import dense_dot, dense_float, dense_nibbles, dense_whole, largest_pair, per_channel
 from .cpu.tiles import PARALLEL_MACS
-from .tvm_affine import leading_affine
+from .tvm_affine import leading_affine, within_bytes
 from .tvm_graph import Chain, ChainStep, static_shape
 from .tvm_values import Values
 
@@ -39,6 +39,7 @@ def lower_dense(values: Values, chain: Chain) -> None:
         weight = matrix.T
     o, k = weight.shape
     affine, rest = leading_affine(steps, o)
+    rest = within_bytes(rest)
     if not (whole or halves):
         weight = weight * affine[0].reshape(-1, 1)
     # The factor of float32 is in its weights.

@@ -144,7 +144,7 @@ class Values:
     def quantized(self, value: Any, scale: float, zero_point: int) -> Any:
         """The bytes of a float value."""
         factor, zero = (tvm.tirx.const(float(number), "float32") for number in quantize_numbers(scale, zero_point))
-        return self.elementwise(value, lambda v: quantized(v, factor, zero), "quantize")
+        return self.elementwise(value, lambda v: quantized(v * factor, zero), "quantize")
 
     def reshaped(self, value: Any, shape: tuple[int, ...]) -> Any:
         """The same values in another shape; nothing is copied."""

@@ -15,12 +15,16 @@ class Step:
     `op` is one of: `scale`, `bias` (per-channel factor, offset: one buffer of shape (blocks, lanes)), `add`,
     `mul` (with a tensor of the output's shape and layout), `relu`, `clip` (values: low, high), `sigmoid`, `silu`,
     `gelu`, `erf`, `hardswish`, `hardsigmoid`, `tanh`, `quantize` (one buffer of 1 / scale and zero point; the result is
-    uint8), `bfloat16` (the result is uint16, the bits of bfloat16). What differs between layers of one shape is in
-    buffers, so that they share one kernel.
+    uint8; see `DIVIDED`), `bfloat16` (the result is uint16, the bits of bfloat16). What differs between layers of one
+    shape is in buffers, so that they share one kernel.
     """
 
     op: str
     values: tuple[float, ...] = ()
+
+
+# Of what has been divided by the scale already: of the buffer only the zero point counts.
+DIVIDED = Step("quantize", (1.0,))
 
 
 # Of these one kernel takes one: LLVM's code generator expands what is nested, and three take it a minute.
@@ -101,7 +105,14 @@ class ConvSpec:
     @property
     def corrected(self) -> bool:
         """Whether the zero point is taken from the sums, by an argument of their channels, and not from the data."""
-        return self.dot is not None and self.int8 and self.dot.data != "int16" and not self.depthwise
+        found = self.dot is not None and self.int8 and self.dot.data != "int16"
+        return found and (self.neighbours or not self.depthwise)
+
+    @property
+    def neighbours(self) -> bool:
+        """Whether it is depthwise and one step of `dot` sums neighbouring pixels (see `depthwise_bytes`)."""
+        dot = self.dot
+        return self.depthwise and dot is not None and dot.name in ("vnni", "sdot") and self.dilation[1] == 1
 
     @property
     def flat(self) -> bool:

@@ -15,6 +15,7 @@ from .emit import argument, copied, dot_product, importing, kernel, local, loop,
 from .epilogue import epilogue_buffers, finish, quantized_steps
 from .functions import bfloat16
 from .machine import Dot, Machine
+from .narrow import TOGETHER, bytes_of, narrows
 from .tiles import row_tile
 
 
@@ -182,12 +183,21 @@ class _Dense:
         shift = {"uint8": T.int32(0), "int8": T.int32(128)}.get(dot.data, whole)
         rows = local((spec.m, self.depth * spec.step), dot.data)
         with loop(spec.m, spec.threads) as m:
-            for start, count, size in parts(spec.k, spec.lanes):
+            whole_lanes = TOGETHER * spec.lanes
+            done = 0
+            if spec.quantize and dot.data == "uint8" and narrows(dot, spec.lanes):
+                done = spec.k // whole_lanes * whole_lanes
+                with T.serial(0, done // whole_lanes) as part:
+                    at = [T.ramp((part * TOGETHER + k) * spec.lanes, 1, spec.lanes) for k in range(TOGETHER)]
+                    values = [self.source[m, place] * factor for place in at]
+                    stored = bytes_of(values, zero, spec.lanes)
+                    T.buffer_store(rows, stored, [m, T.ramp(part * whole_lanes, 1, whole_lanes)])
+            for start, count, size in parts(spec.k - done, spec.lanes, done):
                 with T.serial(0, count) as part, T.vectorized(0, size) as lane:
                     k = start + part * size + lane
                     value = self.source[m, k]
                     if spec.quantize:
-                        value = quantized_steps(value, factor, zero) + (whole - shift)
+                        value = quantized_steps(value * factor, zero) + (whole - shift)
                     elif dot.data != "uint8":
                         value = T.cast(value, "int16") - T.cast(shift, "int16")
                     T.buffer_store(rows, T.cast(value, dot.data), [m, k])

@@ -12,8 +12,9 @@ import tvm
 from tvm.tirx.script import builder as T
 
 from .convspec import ConvSpec
-from .emit import Registers, argument, kernel, local, loop, parts
-from .epilogue import epilogue_buffers, finish
+from .emit import Registers, argument, kernel, local, loop, parts, view
+from .epilogue import epilogue_buffers, finish, store_bytes, stores_bytes
+from .narrow import TOGETHER, starts
 
 
 def depthwise(spec: ConvSpec, columns: int) -> tvm.tirx.PrimFunc:
@@ -41,6 +42,8 @@ class _Depthwise:
 
     def body(self) -> None:
         spec = self.spec
+        rows = (spec.n, spec.out_blocks, spec.oh, spec.ow * spec.lanes)
+        self.bytes = view(self.out, rows, "uint8") if stores_bytes(spec) else None
         with loop(spec.n * spec.out_blocks, spec.threads) as place:
             n, block = T.bind(place // spec.out_blocks), T.bind(place % spec.out_blocks)
             low, high = self._inside(0)
@@ -82,6 +85,13 @@ class _Depthwise:
                         if spec.int8:
                             value = T.cast(T.cast(value, "int32"), "float32")
                         sums.store(sums[i, lane] + value * weight, i, lane)
+        if self.bytes is not None and size >= TOGETHER:
+            lane = T.ramp(0, 1, lanes)
+            for start in starts(size):
+                places = [(n, block, y, x + start + k, lane) for k in range(TOGETHER)]
+                values = [sums[start + k, lane] for k in range(TOGETHER)]
+                store_bytes(spec.steps, self.extra, self.bytes, values, (block, lane), places, lanes)
+            return
         done = local((size, lanes))
         with T.vectorized(0, lanes) as lane:
             for i in range(size):

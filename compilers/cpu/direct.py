@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import product as product_of
 from math import ceil
 from typing import Any
 
@@ -20,8 +21,9 @@ from tvm.tirx.script import builder as T
 
 from .convspec import EXPONENTIAL_STEPS, ConvSpec, weight_type
 from .emit import Sums, argument, copied, cover, dot_product, importing, kernel, local, loop, product, view
-from .epilogue import epilogue_buffers, finish
+from .epilogue import epilogue_buffers, finish, store_bytes, stores_bytes
 from .frame import Source
+from .narrow import TOGETHER, starts
 from .tiles import Tile
 
 
@@ -67,6 +69,9 @@ class _Direct:
         if spec.flat:
             self.extra = [b if len(b.shape) < 3 else view(b, out_shape, "float32") for b in self.extra]
             self.out = view(self.out, out_shape, spec.out_dtype)
+        together = self.tile.ow >= TOGETHER and stores_bytes(spec)
+        # Pixels of a row as one, so that several are stored at once.
+        self.bytes = view(self.out, (*out_shape[:3], self.ow * spec.lanes), "uint8") if together else None
         group_out = spec.out_blocks // spec.groups
         panels = ceil(group_out / self.tile.blocks) * spec.groups
         if spec.threads > 1 and self.tile.split_blocks and panels >= spec.threads:
@@ -120,16 +125,16 @@ class _Direct:
         depth = min(tile.depth or spec.group_blocks, spec.group_blocks)
         if depth == spec.group_blocks:
             with self._tiles(strip) as (_, y, x):
-                self._store(strip, block, y, x, self._sums(strip, block, first, y, x, 0, depth, None))
+                self._store(strip, block, y, x, self._sums(strip, block, first, y, x, 0, depth, self._first(block)))
             return
         count = ceil(strip.rows / tile.oh) * ceil(strip.columns / tile.ow)
         kind = "int32" if spec.int8 else "float32"
         partial = local((count, tile.oh * tile.ow, tile.blocks, lanes), kind)
-        zero = tvm.tirx.const(0, kind)
+        first_of = self._first(block) or (lambda i, j, lane: tvm.tirx.const(0, kind))
         with T.serial(0, count) as number, T.vectorized(0, lanes) as lane:
             for i in range(tile.oh * tile.ow):
                 for j in range(tile.blocks):
-                    T.buffer_store(partial, zero, [number, i, j, lane])
+                    T.buffer_store(partial, first_of(i, j, lane), [number, i, j, lane])
         # Chunks of one size: what the last one has too many would count twice.
         depth = max(size for size in range(1, depth + 1) if spec.group_blocks % size == 0)
         with loop(spec.group_blocks // depth) as chunk, self._tiles(strip) as (number, y, x):
@@ -179,18 +184,22 @@ class _Direct:
             lambda j, rb, ky, kx, ri, lane: self.weight[block + j, chunk + rb, ky, kx, ri, lane], start,
         )  # fmt: skip
 
+    def _first(self, block: Any) -> Any:
+        """Where sums begin: at what the zero point of the data takes from them."""
+        correction = self.correction
+        return None if correction is None else lambda i, j, lane: correction[block + j, lane]
+
     def _store(self, strip: _Strip, block: Any, y: Any, x: Any, sums: Sums) -> None:
         """The epilogue of a tile."""
         spec, tile, lanes = self.spec, self.tile, self.spec.lanes
 
+        def place(j: Any, iy: Any, ix: Any) -> tuple[Any, ...]:
+            return strip.n, block + j, strip.y + y + iy, strip.x + x + ix
+
         def store(i: Any, j: Any, iy: Any, ix: Any, lane: Any) -> None:
-            value = sums(i, j, lane)
-            if self.correction is not None:
-                value = value + self.correction[block + j, lane]
-            if spec.int8:
-                value = T.cast(value, "float32")
-            place = (strip.n, block + j, strip.y + y + iy, strip.x + x + ix, lane)
-            T.buffer_store(self.out, finish(spec.steps, self.extra, value, (block + j, lane), place), list(place))
+            value = T.cast(sums(i, j, lane), "float32") if spec.int8 else sums(i, j, lane)
+            at = (*place(j, iy, ix), lane)
+            T.buffer_store(self.out, finish(spec.steps, self.extra, value, (block + j, lane), at), list(at))
 
         if any(step.op in EXPONENTIAL_STEPS for step in spec.steps):  # long code once, not for every register
             kind = "int32" if spec.int8 else "float32"
@@ -198,6 +207,14 @@ class _Direct:
             rows, columns = T.serial(0, tile.oh), T.serial(0, tile.ow)
             with T.serial(0, tile.blocks) as j, rows as iy, columns as ix, T.vectorized(0, lanes) as lane:
                 store(iy * tile.ow + ix, j, iy, ix, lane)
+            return
+        if self.bytes is not None:
+            lane = T.ramp(0, 1, lanes)
+            for j, iy, start in product_of(range(tile.blocks), range(tile.oh), starts(tile.ow)):
+                places = [(*place(j, iy, start + k), lane) for k in range(TOGETHER)]
+                values = [sums(iy * tile.ow + start + k, j, lane) for k in range(TOGETHER)]
+                values = [T.cast(value, f"float32x{lanes}") for value in values] if spec.int8 else values
+                store_bytes(spec.steps, self.extra, self.bytes, values, (block + j, lane), places, lanes)
             return
         with T.vectorized(0, lanes) as lane:
             for j in range(tile.blocks):

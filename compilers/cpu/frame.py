@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import ceil
 from typing import Any
 
 from tvm.tirx.script import builder as T
@@ -10,6 +11,7 @@ from .convspec import ConvSpec, data_type
 from .emit import argument, local, loop, parts, view, when
 from .epilogue import quantized_steps
 from .functions import bfloat16
+from .narrow import TOGETHER, bytes_of, narrows
 
 # Elements that are copied at once: what is copied needs few instructions, and whole rows are one after the other.
 _WIDE = 32
@@ -55,17 +57,21 @@ class Source:
         if not self.plain:
             self.data = view(self._whole, (spec.n, spec.in_blocks, self.h, self.w * spec.lanes), self._whole.dtype)
 
-    def frame(self, images: int, rows: int, columns: int) -> Any:
-        """Room for a copy: (images, blocks, rows, columns * lanes); wider where the data are and all is copied."""
+    def frame(self, images: int, rows: int, columns: int, blocks: int = 0) -> Any:
+        """Room for a copy: (images, blocks, rows, columns * lanes); wider where the data are and all is copied.
+
+        0 stands for all blocks.
+        """
         spec = self.spec
         if not (spec.flat or self.picked):
             columns = max(columns, spec.padding[1] + self.w)
-        return local((images, spec.in_blocks, rows, columns * spec.in_lanes), self.dtype)
+        return local((images, blocks or spec.in_blocks, rows, columns * spec.in_lanes), self.dtype)
 
-    def copy(self, frame: Any, image: Any, n: Any, y: Any, x: Any, threads: int) -> None:
+    def copy(self, frame: Any, image: Any, n: Any, y: Any, x: Any, threads: int, block: Any = 0) -> None:
         """Fills one image of a frame from image n of the data; the frame's first row is row y of the framed data.
 
-        `x` is the first column, of a flat convolution only.
+        `x` is the first column, of a flat convolution only; `block` is the block of the data that the first of the
+        frame holds.
         """
         spec, lanes = self.spec, self.spec.in_lanes
         top, left = spec.padding[:2]
@@ -90,7 +96,7 @@ class Source:
                 if self.plain:
                     self._copy_plain(frame, image, n, b, r, row)
                 else:
-                    self._copy_blocked(frame, image, n, b, r, row, x, inside)
+                    self._copy_blocked(frame, image, n, b, block + b, r, row, x, inside)
                 edge(b, r, left + inside, wide - left - inside)
 
             bottom = isinstance(y, int) and y + high - top <= self.h
@@ -108,13 +114,25 @@ class Source:
                 value = T.cast(self._element(near, "int16"), self.dtype)
                 T.buffer_store(frame, value, [0, b, r, x * lanes + lane])
 
-    def _copy_blocked(self, frame: Any, image: Any, n: Any, b: Any, r: Any, row: Any, x: Any, inside: int) -> None:
+    def _copy_blocked(
+        self, frame: Any, image: Any, n: Any, b: Any, block: Any, r: Any, row: Any, x: Any, inside: int
+    ) -> None:
         spec, lanes = self.spec, self.spec.lanes
+        left = spec.padding[1] * lanes
+        if spec.quantize and self.dtype == "uint8" and inside >= TOGETHER and narrows(spec.dot, lanes):
+            with T.serial(0, ceil(inside / TOGETHER)) as part:
+                # The last ones begin early enough, as in `emit.cover`.
+                first = T.bind(T.min(part * TOGETHER, inside - TOGETHER) * lanes)
+                at = [first + k * lanes for k in range(TOGETHER)]
+                near = [self.data[n, block, row, T.ramp(x * lanes + start, 1, lanes)] * self.factor for start in at]
+                whole = T.ramp(left + first, 1, TOGETHER * lanes)
+                T.buffer_store(frame, bytes_of(near, self.zero, lanes), [image, b, r, whole])
+            return
         for begin, times, size in parts(inside * lanes, lanes if spec.quantize else _WIDE):
             with T.serial(0, times) as part, T.vectorized(0, size) as i:
                 at = begin + part * size + i
-                value = self._element(self.data[n, b, row, x * lanes + at], "int16")
-                T.buffer_store(frame, T.cast(value, self.dtype), [image, b, r, spec.padding[1] * lanes + at])
+                value = self._element(self.data[n, block, row, x * lanes + at], "int16")
+                T.buffer_store(frame, T.cast(value, self.dtype), [image, b, r, left + at])
 
     def _copy_plain(self, frame: Any, image: Any, n: Any, b: Any, r: Any, row: Any) -> None:
         """Channels side by side: `in_lanes` of them, as one whole number of 32 bits where there are several."""
@@ -144,7 +162,7 @@ class Source:
         if spec.dot is not None and spec.dot.floats:
             return T.cast(bfloat16(value) if spec.quantize else value, "uint16" if kind == "int16" else kind)
         if spec.quantize:
-            steps = quantized_steps(value, self.factor, self.zero)
+            steps = quantized_steps(value * self.factor, self.zero)
             return steps if self.dtype == "int16" else steps + self.edge
         if not spec.int8 or (self.dtype == "uint8" and kind == "int16"):
             return value

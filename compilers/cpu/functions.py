@@ -132,5 +132,5 @@ def hardswish(x: Any) -> Any:
 
 def _let(value: Any, body: Callable[[Any], Any]) -> Any:
     """body(value), with the value computed once: as a plain expression it would be copied to each of its uses."""
-    name = tvm.tirx.Var("value", "float32")
+    name = tvm.tirx.Var("value", str(value.ty.dtype))
     return tvm.tirx.Let(name, value, body(name))

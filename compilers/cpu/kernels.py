@@ -10,10 +10,11 @@ from numpy.typing import NDArray
 
 from .convspec import ConvSpec, data_type, weight_type
 from .depthwise import depthwise
+from .depthwise_bytes import depthwise_bytes
 from .direct import convolution
 from .epilogue import epilogue_buffers
 from .machine import Machine
-from .packing import weight_depthwise, weight_dot, weight_float
+from .packing import weight_depthwise, weight_dot, weight_float, weight_neighbours
 from .tiles import Choice, WinogradTile
 from .winograd import winograd, winograd_weight
 
@@ -25,6 +26,8 @@ def conv_kernel(spec: ConvSpec, choice: Choice, machine: Machine) -> tvm.tirx.Pr
     """
     if isinstance(choice, WinogradTile):
         return winograd(spec, choice, machine.pairs)
+    if spec.neighbours:
+        return depthwise_bytes(spec)
     return depthwise(spec, choice.ow) if spec.depthwise else convolution(spec, choice)
 
 
@@ -54,6 +57,8 @@ def conv_weights(
     """
     if isinstance(choice, WinogradTile):
         return [winograd_weight(spec, weight, choice.m, machine.pairs)]
+    if spec.neighbours:
+        return weight_neighbours(spec, weight, zero_point)
     if spec.depthwise:
         return [weight_depthwise(weight, spec.lanes)]
     return weight_dot(spec, weight, zero_point) if spec.dot else [weight_float(spec, weight)]

@@ -92,6 +92,17 @@ def weight_depthwise(weight: Array, lanes: int) -> Array:
     return np.ascontiguousarray(filled.reshape(blocks, lanes, *weight.shape[2:]).transpose(0, 2, 3, 1))
 
 
+def weight_neighbours(spec: ConvSpec, weight: Array, zero_point: int) -> list[Array]:
+    """(c, 1, kh, kw) int8 to (blocks, kh, kw / depth, lanes, depth), `spec.dot`'s, and `weight_dot`'s correction."""
+    assert spec.dot is not None
+    depth = spec.dot.depth
+    near = in_rows(weight, depth)
+    filled = np.zeros((spec.out_blocks * spec.lanes, *near.shape[1:]), np.int8)
+    filled[: len(near)] = near
+    packed = filled.reshape(spec.out_blocks, spec.lanes, *near.shape[1:]).transpose(0, 3, 4, 1, 2)
+    return [np.ascontiguousarray(packed), *_correction(filled, spec.dot, zero_point, spec.out_blocks)]
+
+
 def dense_float(weight: Array, lanes: int) -> Array:
     """(o, k) to (blocks, k, lanes) float32."""
     o, k = weight.shape

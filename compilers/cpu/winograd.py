@@ -25,10 +25,11 @@ from numpy.typing import NDArray
 from tvm.tirx.script import builder as T
 
 from .convspec import ConvSpec
-from .emit import Registers, argument, dot_product, kernel, local, loop, product, when
-from .epilogue import epilogue_buffers, finish
+from .emit import Registers, argument, dot_product, kernel, local, loop, product, view, when
+from .epilogue import epilogue_buffers, finish, store_bytes, stores_bytes
 from .frame import Source
 from .machine import Dot
+from .narrow import TOGETHER
 from .tiles import WinogradTile, whole_chunks
 
 # G by m; B and A are written out as sums below.
@@ -102,6 +103,10 @@ class _Winograd:
     def body(self) -> None:
         self.source.open()
         spec, m = self.spec, self.tile.m
+        # A row of a tile is stored at once where all of it exists.
+        together = m == TOGETHER and spec.ow % m == 0 and stores_bytes(spec)
+        rows = (spec.n, spec.out_blocks, spec.oh, spec.ow * spec.lanes)
+        self.bytes = view(self.out, rows, "uint8") if together else None
         if spec.int8:
             self.frame = self.source.frame(spec.n, self.rows * m + 2, self.columns * m + 2)
             each = spec.n >= spec.threads  # an image each, or the rows of one
@@ -227,15 +232,25 @@ class _Winograd:
         n, top, left = T.bind(p // image), T.bind(p % image // self.columns * m), T.bind(p % self.columns * m)
         surplus = self.chunks * self.tile.chunk > self.count
 
+        def store_row(y: Any) -> None:
+            lane = T.ramp(0, 1, spec.lanes)
+            places = [(n, block, top + y, left + x, lane) for x in range(m)]
+            values = [result[y, x, lane] for x in range(m)]
+            store_bytes(spec.steps, self.extra, self.bytes, values, (block, lane), places, spec.lanes)
+
         def store(y: Any, x: Any) -> None:
             with T.vectorized(0, spec.lanes) as lane:
                 place = (n, block, top + y, left + x, lane)
                 value = finish(spec.steps, self.extra, result[y, x, lane], (block, lane), place)
                 T.buffer_store(self.out, value, list(place))
 
+        exists = [p < self.count] if surplus else []
+        if self.bytes is not None:
+            with T.serial(0, m) as y:
+                when([*exists, *([top + y < spec.oh] if spec.oh % m else [])], lambda: store_row(y))
+            return
         with T.serial(0, m) as y, T.serial(0, m) as x:
-            conditions = [p < self.count] if surplus else []
-            conditions += [top + y < spec.oh] if spec.oh % m else []
+            conditions = [*exists, *([top + y < spec.oh] if spec.oh % m else [])]
             conditions += [left + x < spec.ow] if spec.ow % m else []
             when(conditions, lambda: store(y, x))
 

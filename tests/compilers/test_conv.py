@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from tests.compilers.byte_dots import HERE, largest_weight
 
-from planish.compilers.cpu.convspec import BUFFER_STEPS, EXPONENTIAL_STEPS, ConvSpec, Step
+from planish.compilers.cpu.convspec import BUFFER_STEPS, DIVIDED, EXPONENTIAL_STEPS, ConvSpec, Step
 from planish.compilers.cpu.epilogue import quantize_numbers
 from planish.compilers.cpu.machine import DOTS, Dot, Machine, usable_dots
 from planish.compilers.cpu.packing import largest_pair, largest_sum, per_channel, weight_dot
@@ -35,6 +35,7 @@ WIDE = Machine(16, 32)
 QUANTIZE = Step("quantize")  # to a scale of a quarter and a zero point of 7
 AFFINE = (Step("scale"), Step("bias"))
 EXACT = [*AFFINE, Step("add"), Step("mul"), Step("relu"), Step("clip", (-2.0, 6.0)), Step("hardswish"), QUANTIZE]
+LAST = (QUANTIZE, DIVIDED)
 SMOOTH = [Step(op) for op in ("sigmoid", "silu", "tanh", "hardsigmoid", "gelu", "erf")]
 STEEP = [Step("exp")]  # of a rounded argument its value is another one
 # hardswish divides by six, which is no power of two.
@@ -52,11 +53,11 @@ def steps() -> st.SearchStrategy[tuple[Step, ...]]:
         kept: list[Step] = []
         for i, step in enumerate(found):
             second = step.op in EXPONENTIAL_STEPS and any(other.op in EXPONENTIAL_STEPS for other in kept)
-            if not second and (step is not QUANTIZE or i == len(found) - 1):
+            if not second and (step not in LAST or i == len(found) - 1):
                 kept.append(step)
         return tuple(kept)
 
-    return st.lists(st.sampled_from([*EXACT, *SMOOTH]), max_size=3).map(allowed)
+    return st.lists(st.sampled_from([*EXACT, *SMOOTH, DIVIDED]), max_size=3).map(allowed)
 
 
 FORMS = ["plain", "blocked", "grouped", "depthwise"]
@@ -86,7 +87,7 @@ def specs(draw: st.DrawFn, form: str, int8: bool = False) -> ConvSpec:
         c, o = groups * lanes, groups * lanes * draw(st.integers(1, 2))
     elif form == "depthwise":
         o = c
-    return ConvSpec(
+    spec = ConvSpec(
         n=draw(st.integers(1, 2)),
         c=c,
         h=h,
@@ -101,10 +102,11 @@ def specs(draw: st.DrawFn, form: str, int8: bool = False) -> ConvSpec:
         in_lanes=in_lanes,
         depthwise=form == "depthwise",
         dot=dot,
-        quantize=int8 and form != "depthwise" and draw(st.booleans()),
         steps=(*AFFINE, *draw(steps())) if int8 else draw(steps()),
         threads=draw(st.sampled_from([1, 1, 2])),
     )
+    converts = int8 and (form != "depthwise" or spec.neighbours)
+    return replace(spec, quantize=converts and draw(st.booleans()))
 
 
 def apply_steps(spec: ConvSpec, value: torch.Tensor, extra: list[Array]) -> Array:
@@ -129,7 +131,7 @@ def apply_steps(spec: ConvSpec, value: torch.Tensor, extra: list[Array]) -> Arra
         elif step.op == "clip":
             value = value.clamp(*step.values)
         elif step.op == "quantize":
-            value = torch.clamp(torch.round(value / 0.25) + 7, 0, 255)
+            value = torch.clamp(torch.round(value if step.values else value / 0.25) + 7, 0, 255)
         else:
             value = activations[step.op](value)
     return value.numpy()
@@ -180,7 +182,7 @@ def check(spec: ConvSpec, layout: Any, run: Run, choice: Choice | None = None, s
             values = rng.choice([-0.5, 0.25, 1, 2], spec.o) * (2.0**-12 if spec.int8 and number == 0 else 1)
             extra.append(values.reshape(-1, 1, 1))
             arguments.append(per_channel(values, spec.out_blocks, spec.lanes))
-        elif step is QUANTIZE:
+        elif step in LAST:
             arguments.append(quantize_numbers(0.25, 7))
         elif step.op in BUFFER_STEPS:
             values = rng.choice([-2, -1, 0, 1, 2], total.shape).astype(np.float32)
@@ -370,11 +372,11 @@ def test_the_largest_sum_is_that_of_the_worst_bytes(seed: int, zero_point: int) 
     assert largest_sum(weight, zero_point) == max(sums.max(), 1)
 
 
-@pytest.mark.parametrize("step", [*EXACT, *SMOOTH, *STEEP], ids=lambda step: step.op)
+@pytest.mark.parametrize("step", [*EXACT, DIVIDED, *SMOOTH, *STEEP], ids=lambda step: step.op)
 def test_every_step_is_what_torch_computes(layout: Any, run_kernel: Run, step: Step) -> None:
     spec = ConvSpec(1, 8, 5, 5, 11, (3, 3), padding=(1, 1, 1, 1), lanes=8, in_lanes=8, steps=(step,))
     check(spec, layout, run_kernel)
-    if step is not QUANTIZE:
+    if step not in LAST:
         check(replace(spec, steps=(*AFFINE, step, Step("relu"), QUANTIZE)), layout, run_kernel)
 
 
