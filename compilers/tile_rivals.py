@@ -14,6 +14,7 @@ from .cpu.machine import Machine
 from .cpu.tiles import Choice, WinogradTile, choices
 from .kernel_store import kernel_key
 from .tvm_build import cpu_machine, fused
+from .tvm_lower_conv import conv_name
 from .tvm_values import Kernel
 from .tvm_workloads import KernelWork, workload_of
 
@@ -60,7 +61,9 @@ def _work(spec: ConvSpec, tile: Choice, machine: Machine, context: object) -> Ke
     if spec.int8 and isinstance(tile, WinogradTile):  # as in lower_convolution
         spec = replace(spec, dot=machine.dot)
     key = kernel_key(context, (spec, tile))
-    kernel = Kernel(f"rival_{key[:10]}", (spec, tile), key, lambda: conv_kernel(spec, tile, machine))
+    # As the lowering names it: the store gives whoever asks for the key this object, with this symbol.
+    symbol = f"{conv_name(spec, tile)}_{key[:10]}"
+    kernel = Kernel(symbol, (spec, tile), key, lambda: conv_kernel(spec, tile, machine))
     arguments = conv_arguments(spec, tile, machine)
     sizes = [prod(shape) * _BYTES[kind] for shape, kind in arguments]
     weights = sizes[2 if spec.int8 else 1]

@@ -88,7 +88,7 @@ def lower_convolution(values: Values, chain: Chain) -> None:
     arguments += [relax.const(array) for array in packed]
     arguments += [relax.const(per_channel(array, spec.out_blocks, values.lanes)) for _, array in arrays]
     arguments += values.step_arguments(rest, spec.out_blocks)
-    kernel = values.kernel((spec, choice), lambda: conv_kernel(spec, choice, values.target), _conv_name(spec, choice))
+    kernel = values.kernel((spec, choice), lambda: conv_kernel(spec, choice, values.target), conv_name(spec, choice))
     out = relax.TensorType((n, spec.out_blocks, spec.oh, spec.ow, values.lanes), spec.out_dtype)
     values.blocked[chain.last.var] = values.call(kernel, arguments, out, head)
 
@@ -112,7 +112,8 @@ def _merge_groups(weight: Array, groups: int, c: int, lanes: int) -> tuple[Array
     return out, merged
 
 
-def _conv_name(spec: ConvSpec, choice: Choice) -> str:
+def conv_name(spec: ConvSpec, choice: Choice) -> str:
+    """What the symbol of a convolution's kernel begins with."""
     plain = "winograd" if isinstance(choice, WinogradTile) else "depthwise" if spec.depthwise else "conv"
     kind = ("q" if spec.int8 else "b" if spec.dot else "") + plain
     kernel = "x".join(str(k) for k in spec.kernel)

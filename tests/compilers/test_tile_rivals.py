@@ -66,6 +66,8 @@ def test_rivals_are_of_the_form_that_is_taken_and_take_what_the_program_hands_th
         assert called[taken].arguments == next(iter(contest.works.values())).arguments
         assert called[taken].workload.key() == next(iter(contest.works.values())).workload.key()
         assert rivals
+        # The store gives both the same object code, in which the symbol stands.
+        assert _in_store(called[taken].kernel) == _in_store(next(iter(contest.works.values())).kernel)
         for spec, tile in rivals:
             assert spec == taken[0]
             assert tile != taken[1]
@@ -76,5 +78,9 @@ def test_rivals_are_of_the_form_that_is_taken_and_take_what_the_program_hands_th
     rival = list(first.works)[-1]
     tuned = replace(host(), tiles={first.convolution: rival})
     assert [contest.convolution for contest in contests(program, tuned)] == [c.convolution for c in found[1:]]
-    compiled = [work.kernel.subject for work in plan(program, tuned).kernels.values()]
-    assert first.works[rival].kernel.subject in compiled
+    compiled = [_in_store(work.kernel) for work in plan(program, tuned).kernels.values()]
+    assert _in_store(first.works[rival].kernel) in compiled
+
+
+def _in_store(kernel: Any) -> tuple[Any, ...]:
+    return kernel.subject, kernel.key, kernel.symbol
