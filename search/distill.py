@@ -22,6 +22,7 @@ from .distill_recipe import Recipe as Recipe
 from .distill_recipe import build_optimiser, learning_rate
 from .distill_state import CheckpointError, capture, load_checkpoint, restore, save_checkpoint, trainable
 from .distill_teacher import Teacher
+from .heap import kept_memory
 from .score import device_of, recalibrate
 
 _log = logging.getLogger(__name__)
@@ -119,15 +120,16 @@ def distill(
     done = training.resume(checkpoint, from_epoch, to_epoch)
     channels_last(student, training.example())
     try:
-        for epoch in range(done, to_epoch):
-            record = training.run(epoch)
-            if epoch + 1 in training.ends:
-                training.settle()
-            if checkpoint is not None:
-                training.save(checkpoint)
-            _log.debug("epoch %d of %d: loss %.4f", record.number, total_epochs, record.loss)
-            if on_epoch is not None:
-                on_epoch(record)
+        with kept_memory():
+            for epoch in range(done, to_epoch):
+                record = training.run(epoch)
+                if epoch + 1 in training.ends:
+                    training.settle()
+                if checkpoint is not None:
+                    training.save(checkpoint)
+                _log.debug("epoch %d of %d: loss %.4f", record.number, total_epochs, record.loss)
+                if on_epoch is not None:
+                    on_epoch(record)
     finally:
         contiguous(student)
         student.eval()
