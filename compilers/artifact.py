@@ -76,10 +76,9 @@ def write_artifact(
 
 
 def _instructions(device: Device) -> Mapping[str, str]:
-    """What the code may hold: known of this machine and of a device that is described, not of one behind RPC."""
-    if device.rpc:
-        return device.instructions
-    return device.instructions or (instruction_set() if device.here else described_instructions(device))
+    """What the code may hold: all that this machine has, of any other what its description says."""
+    here = device.here and not device.rpc
+    return device.instructions or (instruction_set() if here else described_instructions(device))
 
 
 def _port(program: ExportedProgram, label: str) -> Port:

@@ -100,6 +100,8 @@ def _values(shape: tuple[int, ...], dtype: str, rng: Any) -> Any:
         return rng.uniform(0.25, 1.0, shape).astype(np.float32)
     if dtype == "uint16":
         return bfloat16(rng.uniform(0.25, 1.0, shape))
+    if dtype in ("int32", "int64"):  # may be places in another argument
+        return np.zeros(shape, dtype)
     low, high = (0, 255) if dtype == "uint8" else (-90, 90)
     return rng.integers(low, high, shape).astype(dtype)
 

@@ -164,6 +164,8 @@ def _round(
 ) -> dict[str, Samples]:
     """One child's samples; a kernel that ends the child is named in `failed` and the others run again without it.
 
+    Where they do not end in time together, they run in two children, and so on: a kernel is to blame only alone.
+
     Raises:
         DeviceLost: the device is behind RPC and does not answer.
     """
@@ -196,6 +198,11 @@ def _round(
                 code, errors = 1, f"it did not end within {protocol.time_limit_s:.0f} s"
                 if away := gone(device):
                     raise DeviceLost(f"device {device.name} is lost: {away}") from None
+                if len(left) > 1:
+                    half = len(left) // 2
+                    parts = (left[:half], left[half:])
+                    first, second = (_round(group, p, works, reference, device, protocol, failed) for p in parts)
+                    return first | second
         lines = [json.loads(line) for line in output.splitlines() if line.startswith("{") and line.endswith("}")]
         if code == 0:
             return {

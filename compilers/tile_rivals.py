@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from math import prod
 from typing import TYPE_CHECKING
 
@@ -12,10 +13,9 @@ from .cpu.convspec import ConvSpec
 from .cpu.kernels import conv_arguments, conv_kernel
 from .cpu.machine import Machine
 from .cpu.tiles import Choice, WinogradTile, choices
-from .kernel_store import kernel_key
 from .tvm_build import cpu_machine, fused
 from .tvm_lower_conv import conv_name
-from .tvm_values import Kernel
+from .tvm_values import named_kernel
 from .tvm_workloads import KernelWork, workload_of
 
 if TYPE_CHECKING:
@@ -60,10 +60,9 @@ def _form(tile: Choice) -> int:
 def _work(spec: ConvSpec, tile: Choice, machine: Machine, context: object) -> KernelWork:
     if spec.int8 and isinstance(tile, WinogradTile):  # as in lower_convolution
         spec = replace(spec, dot=machine.dot)
-    key = kernel_key(context, (spec, tile))
-    # As the lowering names it: the store gives whoever asks for the key this object, with this symbol.
-    symbol = f"{conv_name(spec, tile)}_{key[:10]}"
-    kernel = Kernel(symbol, (spec, tile), key, lambda: conv_kernel(spec, tile, machine))
+    # As the lowering names it, so that a model finds in the store what was compiled here.
+    made = partial(conv_kernel, spec, tile, machine)
+    kernel = named_kernel(conv_name(spec, tile), (spec, tile), (spec, tile), context, made)
     arguments = conv_arguments(spec, tile, machine)
     sizes = [prod(shape) * _BYTES[kind] for shape, kind in arguments]
     weights = sizes[2 if spec.int8 else 1]

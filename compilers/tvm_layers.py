@@ -19,7 +19,7 @@ from ..spaces.layer_shapes import LayerShape
 from .cpu.convspec import DIVIDED, ConvSpec, Step
 from .cpu.dense import DenseSpec, nibbles_pay
 from .cpu.machine import Dot, Machine
-from .cpu.tiles import PARALLEL_MACS, WinogradTile, chosen, plain_form, plain_lanes
+from .cpu.tiles import PARALLEL_MACS, Choice, WinogradTile, chosen, plain_form, plain_lanes
 from .tvm_build import cpu_machine
 from .tvm_workloads import workload_of
 
@@ -95,10 +95,25 @@ def _convolution(layer: LayerShape, machine: Machine) -> Workload:
     if dot and isinstance(choice, WinogradTile):
         spec = replace(spec, dot=machine.dot)
     size = layer.bits // 8
-    weights = layer.outputs * layer.inputs // groups * prod(layer.kernel) * size
+    weights = _constant_bytes(spec, choice)
     data = (ceil(layer.inputs / in_lanes) * in_lanes) * prod(layer.reads)
     written = spec.out_blocks * lanes * prod(layer.writes)
     return workload_of((spec, choice), machine, (data + written) * size + weights, weights)
+
+
+def _constant_bytes(spec: ConvSpec, choice: Choice) -> int:
+    """The weights as the kernel of a choice takes them, and what the epilogue has of every channel."""
+    channels = spec.out_blocks * spec.lanes
+    if isinstance(choice, WinogradTile):
+        found = (choice.m + 2) ** 2 * channels * spec.group_blocks * spec.lanes * (2 if spec.int8 else 4)
+    elif spec.neighbours and spec.dot:
+        found = channels * spec.kernel[0] * ceil(spec.kernel[1] / spec.dot.depth) * spec.dot.depth
+    elif spec.depthwise:
+        found = 4 * channels * prod(spec.kernel)
+    else:
+        found = channels * spec.group_blocks * spec.reduce_lanes * prod(spec.taps) * spec.weight_bytes
+    corrected = spec.corrected and not isinstance(choice, WinogradTile)
+    return found + 4 * channels * (sum(step.op in ("scale", "bias") for step in spec.steps) + corrected)
 
 
 def _whole_groups(layer: LayerShape, lanes: int) -> int:

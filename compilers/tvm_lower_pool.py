@@ -54,7 +54,7 @@ def lower_pooling(values: Values, node: Node) -> bool:
         node.op == "relax.nn.max_pool2d", include, values.lanes,
         values.target.threads if n * c * h * w > _PARALLEL_VALUES else 1,
     )  # fmt: skip
-    kernel = values.kernel(spec, lambda: pool(spec), f"pool_{c}x{h}x{w}")
+    kernel = values.kernel(spec, lambda: pool(spec), f"pool_{spec.blocks * values.lanes}x{h}x{w}")
     shape = relax.TensorType((n, spec.blocks, *out, values.lanes), "float32")
     values.blocked[node.var] = values.call(kernel, [values.as_blocked(node.args[0])], shape, node)
     return True

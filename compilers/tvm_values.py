@@ -35,10 +35,15 @@ def function_kernel(function: Any, symbol: str, context: object) -> Kernel:
     """A function that stands in a module as a kernel; its text is its key."""
     plain = function.without_attr("global_symbol") if function.attrs and "global_symbol" in function.attrs else function
     text = _without_names(plain.script())
-    digest = kernel_key(context, text)
     # TVM numbers what it fuses within a module; the same function has another number in the next one.
     name = re.sub(r"\d+", "", symbol)[:80]
-    return Kernel(f"{name}_{digest[:10]}", ("function", name, text), digest, lambda: plain)
+    return named_kernel(name, ("function", name, text), text, context, lambda: plain)
+
+
+def named_kernel(name: str, subject: object, key: object, context: object, build: Callable[[], Any]) -> Kernel:
+    """A kernel whose symbol begins with a name, which stands in its code: two names never share one in the store."""
+    digest = kernel_key(context, name, key)
+    return Kernel(f"{name}_{digest[:10]}", subject, digest, build)
 
 
 def _without_names(text: str) -> str:
@@ -83,8 +88,9 @@ class Values:
         """The plain form of a variable of the graph; made from the blocked one where only that exists."""
         if var in self.plain:
             return self.plain[var]
-        if var in self.graph.constants:
-            self.plain[var] = relax.const(self.graph.constants[var])
+        array = self.graph.array(var)
+        if array is not None:
+            self.plain[var] = relax.const(array)
             return self.plain[var]
         n, c, h, w = static_shape(var)
         lanes = self.lanes
@@ -161,8 +167,7 @@ class Values:
         The key's `repr` must hold everything that decides about the code.
         """
         if key not in self._kernels:
-            digest = kernel_key(self._context, key)
-            self._kernels[key] = Kernel(f"{name}_{digest[:10]}", key, digest, build)
+            self._kernels[key] = named_kernel(name, key, key, self._context, build)
         return self._kernels[key].symbol
 
     @property

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from ..compilers.compiler import RunError
@@ -20,6 +22,8 @@ _MODEL = "exported"
 _RUNS = 30
 _PROCESSES = 3
 _RETRIES = 1
+# Until a model that does not end is given up; and what a timed run may take, in times of the check.
+_CHECK_S, _RUN_CHECKS = 600.0, 16
 
 
 def bench(path: Path, runs: int | None) -> dict[str, object]:
@@ -46,6 +50,7 @@ def bench(path: Path, runs: int | None) -> dict[str, object]:
         ValueError: too few runs.
     """
     protocol = MeasureProtocol(runs=_RUNS if runs is None else runs, processes=_PROCESSES, retries=_RETRIES)
+    least_s = protocol.time_limit_s
     manifest = _read(path)
     artifacts = {_MODEL: path}
     if (path / ORIGINAL / MANIFEST).is_file():
@@ -55,7 +60,11 @@ def bench(path: Path, runs: int | None) -> dict[str, object]:
     device = device_of(manifest)
     compiler = compiler_for(device, manifest.compiler)
     try:
-        error = check(path, device)
+        start = time.monotonic()
+        error = check(path, device, time_limit_s=_CHECK_S)
+        # The check takes at least one run; a process takes some for every timed one, of the original longer ones.
+        limit_s = max(least_s, _RUN_CHECKS * protocol.runs * (time.monotonic() - start))
+        protocol = replace(protocol, time_limit_s=limit_s)
         measured = compiler.measure(artifacts, device, protocol)
     except RunError as reason:
         raise UserError(f"{path} is not usable: {reason}; export it again") from None

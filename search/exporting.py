@@ -203,8 +203,12 @@ def _write_programs(place: Path, manifest: Manifest, note: TaskNote) -> None:
 
 
 def _target(manifest: Manifest, file: str) -> Mapping[str, str]:
-    """The target with the instruction set; where none was recorded this machine's, on which `_check` then runs it."""
-    return {**instruction_set(), **manifest.target, **({BY_FILE: file} if file else {})}
+    """The target with the instruction set; where none was recorded this machine's, on which `_check` then runs it.
+
+    Code for a processor that is named is not this machine's.
+    """
+    own = {} if "mtriple" in manifest.target else instruction_set()
+    return {**own, **manifest.target, **({BY_FILE: file} if file else {})}
 
 
 def _check(place: Path, manifest: Manifest) -> dict[str, object]:

@@ -77,6 +77,7 @@ class TableMeasuring:
         timed_networks: Whole networks that were measured, by key.
         failed: Why kernels and networks could not be timed.
         notes: What went wrong and did not stop it.
+        reference: What networks are timed beside, once it is compiled.
     """
 
     device: Device
@@ -88,6 +89,7 @@ class TableMeasuring:
     timed_networks: dict[str, NetworkTime] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    reference: Artifact | None = None
 
     def asks(self, key: str) -> bool:
         """Whether a kernel is to be timed: it was not, or met no quiet machine and was not tried again by now."""
@@ -165,7 +167,9 @@ class TableMeasuring:
 
         if not networks.artifacts:
             return self.known_networks()
-        reference = compiled_reference(evaluator, label, folder / "reference")
+        if self.reference is None:
+            self.reference = compiled_reference(evaluator, label, folder / "reference")
+        reference = self.reference
         name = f"network {reference.manifest.kernels[0][0]}"
         known_s = self.database.reference_s(name) or quiet_reference_s
         self.progress.begin(f"time networks on {self.device.name}", len(networks.artifacts))

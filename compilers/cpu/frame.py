@@ -40,7 +40,7 @@ class Source:
         self.framed = self.plain or any(spec.padding) or self.dtype != dtype
         # Of what a 1x1 convolution with a stride leaves out nothing need be copied.
         self.picked = self.framed and not self.plain and spec.kernel == (1, 1) and spec.stride != (1, 1)
-        self.picked = self.picked and not any(spec.padding)
+        self.picked = self.picked and not any(spec.padding) and not spec.depthwise
         self.numbers = argument("input", (2,)) if spec.int8 else None
 
     def open(self) -> None:

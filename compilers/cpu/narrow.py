@@ -42,9 +42,10 @@ def bytes_of(values: Sequence[Any], zero_point: Any, lanes: int) -> Any:
         zero_point: float32, a whole number of 0..255.
         lanes: Of each vector.
     """
-    # Beyond 2**31 the conversion gives the least int32, which is right below and wrong above.
+    # Beyond 2**31, and of NaN, the conversion gives the least int32, which is right below and wrong above. In this
+    # order the lesser of NaN and a number is NaN, and its byte 0, as where vectors are narrowed one by one.
     top = T.broadcast(T.float32(255) - zero_point, lanes)
-    whole = [_rounded(T.min(value, top), lanes) for value in values]
+    whole = [_rounded(T.min(top, value), lanes) for value in values]
     offset = T.broadcast(T.cast(zero_point, "int16"), 2 * lanes)
     words = [_pack(_TO_16, f"int16x{2 * lanes}", lanes, whole[i], whole[i + 1]) for i in (0, 2)]
     added = [_saturating_sum(pair, offset, lanes) for pair in words]

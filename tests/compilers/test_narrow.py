@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -34,7 +35,7 @@ def test_vectors_become_bytes_as_rounding_and_clamping_say(run_kernel: Run, lane
 
     steps = np.arange(-300, 300, dtype=np.float32)
     far = [2.0**k * sign for k in (15, 16, 24, 31, 32, 100) for sign in (-1, 1)]
-    values = np.array([*steps, *(steps + 0.5), *(steps + 0.49), -0.0, *far, np.inf, -np.inf], np.float32)
+    values = np.array([*steps, *(steps + 0.5), *(steps + 0.49), -0.0, *far, np.inf, -np.inf, np.nan], np.float32)
     width = TOGETHER * lanes
     rows = -(-len(values) // width)
     data = np.zeros((rows, width), np.float32)
@@ -50,7 +51,8 @@ def test_vectors_become_bytes_as_rounding_and_clamping_say(run_kernel: Run, lane
 
         body(every_row)
     found = run_kernel(emitted.function, [data, np.array([zero_point], np.float32)], data.shape, "uint8")
-    expected = np.clip(np.rint(data.astype(np.float64)) + zero_point, 0, 255)
+    # NaN is taken for less than anything.
+    expected = np.clip(np.rint(np.nan_to_num(data.astype(np.float64), nan=-np.inf)) + zero_point, 0, 255)
     np.testing.assert_array_equal(found, expected)
 
 
@@ -104,4 +106,18 @@ def test_depthwise_convolutions_of_images_smaller_than_a_tile(
         3, lanes + 1, rows, columns, lanes + 1, (3, 5), padding=(1, 2, 1, 2), lanes=lanes, in_lanes=lanes,
         depthwise=True, dot=dot, steps=(*AFFINE, DIVIDED),
     )  # fmt: skip
+    check(spec, layout, run_kernel)
+
+
+@pytest.mark.parametrize(("dot", "lanes"), HERE, ids=lambda value: getattr(value, "name", str(value)))
+@pytest.mark.parametrize("form", ["depthwise", "blocked"])
+def test_of_steps_longer_than_the_kernel_pixels_are_left_out(
+    layout: Any, run_kernel: Run, dot: Dot, lanes: int, form: str
+) -> None:
+    spec = ConvSpec(
+        1, lanes, 9, 40, lanes, (1, 1), (3, 9), lanes=lanes, in_lanes=lanes, depthwise=form == "depthwise", dot=dot,
+        steps=(*AFFINE, DIVIDED),
+    )  # fmt: skip
+    converts = form == "blocked" or spec.neighbours
+    check(replace(spec, quantize=converts), layout, run_kernel)
     check(spec, layout, run_kernel)

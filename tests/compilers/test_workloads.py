@@ -195,7 +195,22 @@ def test_a_kernel_that_crashes_costs_its_own_time_only(planned: Plan, store: Ker
     assert "cannot be written" in timed.failed["broken"]
 
 
+def test_kernels_that_do_not_end_in_time_together_are_timed_apart(planned: Plan, store: KernelStore) -> None:
+    good = max(planned.kernels.values(), key=lambda work: work.workload.macs)
+    endless = KernelWork(replace(good.workload, form="endless"), _storing(0, 1 << 60), (((4,), "float32"),))
+    works = {**planned.kernels, "endless": endless}
+    timed = time_kernels(works, good, host(), replace(FAST, time_limit_s=5.0), store=store)
+    assert set(timed.samples) == set(planned.kernels)
+    assert timed.failed == {"endless": "it did not end within 5 s"}
+
+
 def _crashing() -> Kernel:
+    return _storing(1 << 28, 1)
+
+
+def _storing(place: int, times: int) -> Kernel:
+    """A kernel that writes to a place of its output of four numbers, so many times."""
+
     def build() -> Any:
         from tvm.tirx.script import builder as T
 
@@ -204,13 +219,15 @@ def _crashing() -> Kernel:
         with kernel() as (emitted, body):
             out = argument("out", (4,))
 
-            def far() -> None:
-                T.buffer_store(out, T.float32(1), [1 << 28])
+            def store() -> None:
+                with T.serial(0, T.int64(times)) as turn:
+                    T.buffer_store(out, T.float32(1) + out[place] * T.cast(turn, "float32"), [place])
 
-            body(far)
+            body(store)
         return emitted.function
 
-    return Kernel("crashing", "crashing", "a key of the test's own", build)
+    name = f"storing_{place}_{times}"
+    return Kernel(name, name, f"a key of the test's own, {name}", build)
 
 
 def _unbuildable() -> Any:
@@ -310,3 +327,32 @@ def test_a_chain_of_shortcuts_is_cut_before_what_they_repeat_grows_without_end(t
     longest = max(found.calls, key=lambda work: work.shapes["operands"])
     assert longest.shapes["operands"] > short.shapes["operands"]
     assert longest.cycles > short.cycles
+
+
+@pytest.mark.parametrize(
+    ("layer", "size"),
+    [
+        (nn.Conv2d(32, 32, 3, padding=1, bias=False), 16),  # Winograd's form
+        (nn.Conv2d(32, 32, 3, padding=1, groups=32, bias=False), 16),
+        (nn.Conv2d(32, 64, 1, bias=False), 8),
+        (nn.Conv2d(32, 64, 5, 2, bias=False), 20),
+    ],
+)
+@pytest.mark.parametrize("bits", [8, 32])
+def test_a_convolution_known_from_its_shape_reads_the_weights_that_its_program_reads(
+    layer: nn.Conv2d, size: int, bits: int
+) -> None:
+    torch.manual_seed(0)
+    norms = [nn.BatchNorm2d(layer.in_channels), nn.BatchNorm2d(layer.out_channels)]
+    nn.init.constant_(norms[1].bias, 0.5)
+    own = quantised(layer, bits, Range(0.0, 4.0)) if bits == 8 else layer
+    first, last = nn.Conv2d(3, layer.in_channels, 3, padding=1), nn.Conv2d(layer.out_channels, 16, 1)
+    after = quantised(last, bits, Range(0.0, 4.0)) if bits == 8 else last
+    net = nn.Sequential(first, norms[0], nn.ReLU(), own, norms[1], nn.ReLU(), after).eval()
+    calls = plan(program(deploy(net), torch.zeros(1, 3, size, size)), host()).calls
+    (call,) = [work for work in calls if work.shapes.get("o") == layer.out_channels and work.shapes["c"] != 3]
+    shape = replace(shape_of(layer, (size, size)), bits=bits, stored_bits=bits)
+    (found,) = layer_workloads(host())([shape])
+    # Beside them a call of bytes has two numbers of its input, and two of its output.
+    assert found.weight_bytes <= call.weight_bytes <= found.weight_bytes + 16
+    assert (found.op, found.macs, found.shapes) == (call.op, call.macs, call.shapes)

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from planish.compilers import cpu_features, manifest
+from planish.compilers.compiler import RunError
 from planish.compilers.cpu_features import instruction_set, lacking
 from planish.search import bench as bench_file
 from planish.search.bench import bench, bench_text
@@ -210,3 +211,26 @@ def test_the_text_gives_units_the_interval_and_the_speedup() -> None:
     ]
     found = bench_text({**result, "energy_j": 0.00123}).splitlines()
     assert found[2] == "energy    1.23 mJ a run, by the counters of the processor's packages"
+
+
+@pytest.mark.parametrize(("checked_s", "limit_s"), [(0.01, 60.0), (20.0, 16 * 30 * 20.0)])
+def test_slow_models_have_as_long_as_their_runs_take(
+    artifact: Path, monkeypatch: pytest.MonkeyPatch, checked_s: float, limit_s: float
+) -> None:
+    clock, given = [0.0], []
+
+    def check(path: Path, device: object, *, time_limit_s: float) -> float:
+        assert time_limit_s >= 600
+        clock[0] += checked_s
+        return 0.0
+
+    def measure(artifacts: object, device: object, protocol: Any) -> Any:
+        given.append(protocol.time_limit_s)
+        raise RunError("seen")
+
+    monkeypatch.setattr(bench_file, "check", check)
+    monkeypatch.setattr(bench_file, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr(bench_file, "compiler_for", lambda device, name: SimpleNamespace(measure=measure))
+    with pytest.raises(UserError, match="seen"):
+        bench(artifact, 30)
+    assert given == [pytest.approx(limit_s)]

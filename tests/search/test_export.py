@@ -22,7 +22,7 @@ import pytest
 from numpy.typing import NDArray
 
 from planish.compilers import manifest as manifests
-from planish.compilers.cpu_features import instruction_set
+from planish.compilers.cpu_features import BY_FILE, instruction_set
 from planish.search import exporting
 from planish.search.cli import main
 from planish.search.errors import UserError
@@ -453,3 +453,9 @@ def test_the_python_program_refuses_what_is_no_sample(exported: Path, tmp_path: 
         assert done.returncode == 1
         assert message in done.stderr
         assert "Traceback" not in done.stderr
+
+
+def test_code_for_a_processor_that_is_named_has_none_of_this_machines_instructions(run: Path) -> None:
+    target = {"kind": "llvm", "mtriple": "aarch64-linux-gnu", "mcpu": "cortex-a72"}
+    found = exporting._target(replace(manifests.read(run / "trials/0001/artifact"), target=target), "board.toml")
+    assert found == {**target, BY_FILE: "board.toml"}

@@ -114,3 +114,21 @@ def test_a_board_that_is_gone_is_lost_and_one_that_is_slow_is_not(monkeypatch: p
     assert remote.gone(host()) is None
     monkeypatch.setattr(remote, "unanswered", lambda device: None)
     assert remote.gone(board) is None
+
+
+def test_what_networks_are_timed_beside_is_compiled_once(
+    measuring: TableMeasuring, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A table that is not carried over is followed by a whole one, in the same folder."""
+    made: list[Path] = []
+
+    def compiled(evaluator: object, label: str, folder: Path) -> Any:
+        folder.mkdir()  # as the compiler: not twice
+        made.append(folder)
+        return SimpleNamespace(path=folder, manifest=SimpleNamespace(kernels=[("reference", "")]))
+
+    monkeypatch.setattr(table_measuring, "compiled_reference", compiled)
+    monkeypatch.setattr(network_timer, "time_networks", lambda *given, **keys: Timed({"one": QUIET}, 3e-5, {}))
+    for _ in range(2):
+        measuring.networks(None, "cpu", planned(), tmp_path, None)  # type: ignore[arg-type]
+    assert made == [tmp_path / "reference"]
