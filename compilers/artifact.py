@@ -76,9 +76,9 @@ def write_artifact(
 
 
 def _instructions(device: Device) -> Mapping[str, str]:
-    """What the code may hold: all that this machine has, of any other what its description says."""
-    here = device.here and not device.rpc
-    return device.instructions or (instruction_set() if here else described_instructions(device))
+    """What the code may hold: all that this machine has where it is compiled for that, else what is described."""
+    own = (device.here and not device.rpc) or device.target.get("mcpu") == "host"
+    return device.instructions or (instruction_set() if own else described_instructions(device))
 
 
 def _port(program: ExportedProgram, label: str) -> Port:

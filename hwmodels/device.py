@@ -106,6 +106,8 @@ def described() -> dict[str, Device]:
 def host() -> Device:
     """This machine's CPU with one thread."""
     flags, hertz = cpu_flags(), _cpu_hertz()
+    if not {"avx512f", "avx512bw"} <= flags:  # without the latter there are no vectors of 64 bytes, only of floats
+        flags = frozenset(flag for flag in flags if not flag.startswith("avx512"))
     lanes = 16 if "avx512f" in flags else 8 if "avx2" in flags else 4
     known = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "asimd", "asimddp")
     features = tuple(f for f in known if f in flags)

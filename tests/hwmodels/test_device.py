@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from planish.hwmodels import device as device_file
 from planish.hwmodels.device import KINDS, Device, DeviceError, described, host, parse_device, server_address
 from planish.hwmodels.fingerprint import fingerprint
 
@@ -245,3 +246,18 @@ def test_the_clock_of_the_moment_is_no_part_of_a_board_s_fingerprint(monkeypatch
     assert len(prints) == 1
     assert fingerprint(parse_device("rpc://other:9090/cpu")) not in prints
     assert fingerprint(parse_device("cpu/cortex-a72")) != fingerprint(parse_device("cpu/cortex-a76"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "lanes", "features"),
+    [
+        ({"avx2", "avx512f", "avx512bw", "avx512cd"}, 16, ("avx2", "avx512f")),
+        ({"avx2", "avx512f", "avx512cd"}, 8, ("avx2",)),
+        ({"sse2"}, 4, ()),
+    ],
+)
+def test_wide_vectors_are_those_that_hold_bytes_too(
+    monkeypatch: pytest.MonkeyPatch, flags: set[str], lanes: int, features: tuple[str, ...]
+) -> None:
+    monkeypatch.setattr(device_file, "cpu_flags", lambda: frozenset(flags))
+    assert (host().lanes, host().features) == (lanes, features)
