@@ -28,6 +28,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -170,6 +171,16 @@ def accuracy(engine: Any, split: Any) -> float:
     return right / len(split)
 
 
+def _keep_apart(folder: Path, spec: Any) -> None:
+    """Notes in the folder of which model and training what lies there is; refuses that of another."""
+    note = folder / "made-of.json"
+    own = {"model": spec.model, "data": str(spec.data), "seed": spec.seed, "distill": asdict(spec.distill)}
+    text = json.dumps(own, default=str, sort_keys=True)
+    if note.exists() and note.read_text(encoding="utf-8") != text:
+        raise SystemExit(f"{folder} holds what was made by hand of another run or training; name another folder")
+    note.write_text(text, encoding="utf-8")
+
+
 def compare(run: Path, ratios: Sequence[float], turns: int, folder: Path) -> tuple[list[Row], dict[str, Any]]:
     """A row a model, and the summary; what is made by hand is kept in the folder."""
     from compiled_speed import _times
@@ -184,6 +195,7 @@ def compare(run: Path, ratios: Sequence[float], turns: int, folder: Path) -> tup
         label = f"trial {number}" if number else "original"
         engines[label] = Artifact(run / "trials" / f"{number:04d}" / "artifact", x)
         sizes[label] = int(entry["metrics"]["size_bytes"])
+    _keep_apart(folder, spec)
     files = {ratio: folder.resolve() / f"pruned-{ratio}.onnx" for ratio in ratios}
     # In processes of their own, one a core: each trains on one thread.
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -252,12 +264,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     from fine_tuned import search_digits
 
+    from planish.search.errors import UserError
+
     with tempfile.TemporaryDirectory() as folder:
         run = args.run or search_digits(Path(folder))
         ratios = tuple(dict.fromkeys([0.0, *(args.ratios or (RATIOS[:3] if args.quick else RATIOS))]))
         kept = args.keep or Path(folder, "by-hand")
         kept.mkdir(parents=True, exist_ok=True)
-        rows, summary = compare(run, ratios, args.turns, kept)
+        try:
+            rows, summary = compare(run, ratios, args.turns, kept)
+        except UserError as error:
+            raise SystemExit(str(error)) from None
     if args.json:
         from compiled_speed import machine
 

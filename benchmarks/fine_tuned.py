@@ -11,6 +11,9 @@ from typing import Any
 # Points of accuracy below the original, and what is told there.
 DROPS = {0.5: ("speedup", "size_ratio"), 1.5: ("speedup",)}
 
+# Short names of tasks, as `real_judge.py` has them, by their models.
+TASKS = {"digits-resnet": "digits", "cifar10-resnet20": "cifar10"}
+
 Row = dict[str, Any]
 
 
@@ -64,19 +67,47 @@ def at_drops(rows: Sequence[Row], prefix: str = "") -> dict[str, float | None]:
     Beside each what the same model loses on the test split, which chose nothing; None where there is no model.
     """
     summary: dict[str, float | None] = {}
+    for (name, drop), chosen in _chosen(rows).items():
+        summary[f"{prefix}{name}_at_{drop}pp"] = chosen.get(name)
+        summary[f"{prefix}{name}_at_{drop}pp_test_drop"] = chosen.get("test_drop_pp")
+    return summary
+
+
+def _chosen(rows: Sequence[Row]) -> dict[tuple[str, float], Row]:
+    """The row of every figure and drop; empty where there is none."""
+    found: dict[tuple[str, float], Row] = {}
     for drop, names in DROPS.items():
         within = [row for row in rows if row["validation_drop_pp"] <= drop]
         for name, best in (("speedup", max), ("size_ratio", min)):
             if name in names:
-                chosen: Row = best(within, key=lambda row: row[name], default={})  # type: ignore[operator]
-                summary[f"{prefix}{name}_at_{drop}pp"] = chosen.get(name)
-                summary[f"{prefix}{name}_at_{drop}pp_test_drop"] = chosen.get("test_drop_pp")
-    return summary
+                found[name, drop] = best(within, key=lambda row: row[name], default={})  # type: ignore[operator]
+    return found
+
+
+def fronts_by_task(runs: Sequence[Path]) -> dict[str, list[Row]]:
+    """The rows of finished runs, those of one task together, by its short name.
+
+    Raises:
+        SystemExit: a folder holds no finished run.
+    """
+    from planish.search.errors import UserError
+
+    found: dict[str, list[Row]] = {}
+    for run in runs:
+        try:
+            rows = front_rows(run)
+        except UserError as error:
+            raise SystemExit(f"{run}: {error}") from None
+        except (KeyError, IndexError, TypeError) as error:
+            raise SystemExit(f"{run}: the run is not finished ({error} is missing); planish resume {run}") from None
+        found.setdefault(TASKS.get(rows[0]["task"], rows[0]["task"]), []).extend(rows)
+    return found
 
 
 def front_summary(rows: Sequence[Row]) -> dict[str, Any]:
-    """Which task it is, `at_drops`, and the epochs of training that the front's models had at most."""
-    return {"task": rows[0]["task"], **at_drops(rows), "epochs": max(row["epochs"] for row in rows)}
+    """`at_drops`, and the most epochs of training that the models had which it tells of."""
+    told = [*_chosen(rows).values()]
+    return {**at_drops(rows), "epochs": max((row["epochs"] for row in told if row), default=0)}
 
 
 def search_digits(folder: Path) -> Path:

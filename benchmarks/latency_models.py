@@ -90,7 +90,12 @@ def measure(evaluator: Any, label: str, candidates: Sequence[Any], database: Any
 
     known: dict[str, Row] = {}
     if kept.exists():
-        rows = [json.loads(line) for line in kept.read_text(encoding="utf-8").splitlines()]
+        # A kill may have cut the last line short.
+        text = kept.read_text(encoding="utf-8")
+        whole = text[: text.rfind("\n") + 1]
+        if whole != text:
+            kept.write_text(whole, encoding="utf-8")
+        rows = [json.loads(line) for line in whole.splitlines()]
         known = {row["key"]: row for row in rows if row["version"] == times_version() and row["quiet"]}
     found = []
     for start in range(0, len(candidates), TOGETHER):
@@ -201,7 +206,9 @@ def table_of(evaluator: Evaluator, label: str, database: KernelDatabase, note: P
         raise SystemExit(f"{note.parent.name}: {error}") from None
     assert isinstance(table.model, TableModel)  # nothing to carry over from in this database
     took = {"profile_s": table.seconds, "kernels": table.measured}
-    note.write_text(json.dumps(took | {"version": times_version()}), encoding="utf-8")
+    partial = note.with_suffix(".partial")
+    partial.write_text(json.dumps(took | {"version": times_version()}), encoding="utf-8")
+    partial.replace(note)
     return table.model, took
 
 
@@ -247,11 +254,20 @@ def run_space(net: str, threads: int, random: int, front: int, folder: Path, sou
     fitted = database.networks()
     scale = float(np.median([n.time.median_s / sum(w.macs for w in n.workloads) for n in fitted]))
     forest = forest_of(table.times)
+
+    def kernels_sum(calls: Sequence[Any]) -> float:
+        return float(table.kernels(calls)[0].sum())
+
+    def scaled(model: Callable[[Sequence[Any]], float]) -> Callable[[Sequence[Any]], float]:
+        """By one factor to the same networks that the other models were fitted to."""
+        factor = float(np.median([n.time.median_s / model(n.workloads) for n in fitted]))
+        return lambda calls: factor * model(calls)
+
     models: dict[str, Callable[[Sequence[Any]], float]] = {
         "planish": lambda calls: table.predict(calls).latency_s,
         "macs": lambda calls: scale * sum(work.macs for work in calls),
-        "table sum": lambda calls: float(table.kernels(calls)[0].sum()),
-        "random forest": forest,
+        "table sum": scaled(kernels_sum),
+        "random forest": scaled(forest),
     }
     errors = {name: asdict(held_out([model(p.calls) for p, _ in pairs], measured)) for name, model in models.items()}
     row: Row = {

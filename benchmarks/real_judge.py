@@ -1,4 +1,8 @@
-"""Samplers on a real task: results kept by candidate on disk, hypervolume against charged evaluations."""
+"""Samplers on a real task: results kept by candidate on disk, hypervolume against charged evaluations.
+
+With predicted latencies the samplers that have a table of options know what the judge goes by, as a search knows what
+`planish profile` measured: what that took is not charged. With measured ones they know the table alone.
+"""
 
 from __future__ import annotations
 
@@ -165,7 +169,9 @@ class Judge:
         table = made()
         seconds = time.monotonic() - started
         entry = {"charge": max(1, round(seconds / each)), "library_s": seconds, "evaluation_s": each}
-        kept.write_text(json.dumps(entry), encoding="utf-8")
+        partial = kept.with_suffix(".partial")
+        partial.write_text(json.dumps(entry), encoding="utf-8")
+        partial.replace(kept)
         return int(entry["charge"]), table
 
     def row(self, task: str, name: str, sampler: str, seeds: Sequence[int], most: int, ours: int) -> Row:

@@ -42,14 +42,16 @@ import numpy as np
 
 OURS = "planish"
 # `+grid`: begun with uniform policies, as the evolutionary samplers are by themselves.
-BASELINES = ("grid", "random", "nsga2", "nsga3", "tpe", "tpe+grid", "netadapt", "dp")
+BASELINES = ("grid", "random", "nsga2", "nsga3", "tpe", "tpe+grid", "gp", "netadapt", "dp")
+# By far the slowest.
+SLOW = ("tpe", "tpe+grid", "gp")
 
 Row = dict[str, Any]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="the small space alone, 2 seeds, without tpe")
+    parser.add_argument("--quick", action="store_true", help="the small space alone, 2 seeds, without tpe and gp")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--most", type=int, default=300, help="charged evaluations of the baselines")
@@ -65,12 +67,12 @@ def main() -> None:
     args = parser.parse_args()
     if args.quick:
         args.seeds, args.task = 2, "none"
-        args.samplers = [name for name in args.samplers if "tpe" not in name]  # by far the slowest
-    if not args.samplers or args.ours > args.most:
-        parser.error("name a baseline (--quick goes without tpe), and give --most at least as many as --ours")
-    from fine_tuned import front_rows, front_summary
+        args.samplers = [name for name in args.samplers if name not in SLOW]
+    if not args.samplers or args.ours > args.most or args.seeds < 1:
+        parser.error("name a baseline (--quick goes without tpe and gp), a seed, and --most at least as many as --ours")
+    from fine_tuned import front_summary, fronts_by_task
 
-    fronts = [front_rows(run) for run in args.run]  # a run that is not finished is told at once
+    fronts = fronts_by_task(args.run)  # a run that is not finished is told at once
     seeds = list(range(args.seeds))
     rows: list[Row] = []
     summary: Row = {}
@@ -87,11 +89,11 @@ def main() -> None:
         own = real_summary(real, args.ours, args.most)
         summary = {**{name if name.startswith("regret") else f"micro_{name}": v for name, v in summary.items()}, **own}
         summary["tasks"] = {args.task: own}
-    for front in fronts:
+    for task, front in fronts.items():
         rows += front
         own = front_summary(front)
-        summary |= own
-        summary.setdefault("tasks", {}).setdefault(own["task"], {}).update(own)
+        summary |= {"task": task, **own}
+        summary.setdefault("tasks", {}).setdefault(task, {}).update(own)
     if args.json:
         from compiled_speed import machine
 

@@ -51,9 +51,10 @@ class DistillKeys:
     train_limit: int
     device: str
 
-    def images(self, count: int) -> int:
-        """What the longest training shows of so many images, each counted as often as it is seen."""
-        return self.rungs[-1] * (min(self.train_limit, count) if self.train_limit else count)
+    def passes(self, images: int) -> float:
+        """How often the longest training sees each of so many images."""
+        shown = min(self.train_limit, images) if self.train_limit else images
+        return self.rungs[-1] * shown / images
 
 
 @dataclass(frozen=True)

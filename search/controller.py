@@ -33,7 +33,6 @@ from .promotion import promoted
 from .provenance import provenance
 from .reach import check_reach, check_together
 from .reachable import check_answers
-from .refine import EPOCH_IMAGES
 from .run import Run
 from .rundir import FRONT, LESSONS, RunDirectory
 from .rungs import gpu_part, run_rung
@@ -258,7 +257,7 @@ class _Search:
             limits=ledger.limits(),
             classes=shape[1] if len(shape) == 2 else 0,
             least_accuracy=max([0.0, *(b.bound or 0.0 for b in ledger.bounds() if b.metric == "accuracy")]),
-            epochs=self.spec.distill.images(len(self.evaluator.task.data.train)) / EPOCH_IMAGES,
+            epochs=self.spec.distill.passes(len(self.evaluator.task.data.train)),
         )
         return self.asked
 

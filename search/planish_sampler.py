@@ -46,7 +46,7 @@ class SamplerTask:
         classes: Of the task; 0 where it has none.
         trained: Candidates are trained after the search: every second one is chosen by what training may make of it.
         least_accuracy: Of a result; 0 where the budget does not say.
-        epochs: Of the longest training that follows, of 50 000 images each.
+        epochs: Of the longest training that follows, over all that there is to train on.
     """
 
     table: OptionTable

@@ -31,17 +31,18 @@ _WITHIN, _INSIDE, _WITHIN_NODES, _PARTS = 4, 0.95, 100, (0.7, 0.5, 0.35, 0.25)
 # Points of the space of losses in which improvements are counted.
 _POINTS = 3000
 _TRIED_POINTS = 60000
-# What n epochs of 50 000 images leave of a summed error e: a damage of LEFT n^-FALL e^POWER, fitted to what 1 to 12
-# epochs left of sixteen of CIFAR-10's ResNet-20 (its logarithm errs by 0.23 there); of four of the digits', whose epoch
-# is a 35th of it, it erred by a factor of 1.5 to 4, to both sides. What is taken for its standard deviation, and the
-# damage from which on nothing useful is left.
+# What n epochs leave of a summed error e: a damage of LEFT n^-FALL e^POWER, fitted to what 1 to 12 epochs left of
+# sixteen of CIFAR-10's ResNet-20 (its logarithm errs by 0.23 there, by more elsewhere; an epoch of few images leaves
+# more). What is taken for its standard deviation, and the damage from which on nothing useful is left.
 _LEFT, _LEFT_FALL, _LEFT_POWER = 0.15, 0.5, 1.2
-EPOCH_IMAGES = 50_000
 # Less than that of an epoch is not told apart.
-_LEAST_EPOCHS = 0.01
+_LEAST_EPOCHS = 0.1
+# How steeply what training is not expected to bring far enough counts as worse than it is. Where a limit on a cost
+# permits nothing else, the nearest of it still goes before the rest.
+_HOPELESS = 4
 _TRAINED_STD = 0.5
 _WORST_DAMAGE = 0.43
-# Budgets on accuracy that nothing is expected to keep still leave something to be chosen by; and a harm beyond all.
+# Budgets on accuracy that nothing is expected to keep still leave something to be chosen by; and the greatest harm.
 _LEAST_ERROR, _DESTROYED = 0.3, 1e9
 
 
@@ -56,7 +57,7 @@ class Goals:
         limits: The most of a cost, relative to the original: what is beyond it gains nothing. Costs that are not
             traded off may have one, too.
         most_loss: Of a result, which is trained: what training is not expected to bring so far gains nothing.
-        epochs: Of the longest training that follows, of 50 000 images each.
+        epochs: Of the longest training that follows, over all that there is to train on.
     """
 
     costs: tuple[str, ...]
@@ -223,18 +224,18 @@ class Axis(Protocol):
 class AsTheyAre:
     """Candidates before training."""
 
-    worst_loss = 1.0
-
     def __init__(self, surrogate: Surrogate, trained: AfterTraining | None = None) -> None:
-        """With `trained`, what training is not expected to bring far enough counts as destroyed."""
+        """With `trained`, what training is not expected to bring far enough counts as worse than it is."""
         self._surrogate, self._trained = surrogate, trained
+        # What knows nothing is no result of training; of candidates that stay as they are it is one.
+        self.worst_loss = 1.0 if trained is None else surrogate.top_loss
 
     def harm(self, levels: Levels) -> Guess:
         """See `Axis`."""
         found = self._surrogate.harm(levels)
         if self._trained is None:
             return found
-        return Guess(np.where(self._trained.hopeless(levels), _DESTROYED, found.mean), found.std)
+        return Guess(found.mean * self._trained.beyond(levels), found.std)
 
     def harm_at(self, loss: Array) -> Array:
         """See `Axis`."""
@@ -274,10 +275,15 @@ class AfterTraining:
         """Of which candidates training is not expected to make a result that keeps the most loss."""
         return np.asarray(self._table.error(levels) > self._most, dtype=np.bool_)
 
+    def beyond(self, levels: Levels) -> Array:
+        """By what harms count: 1 for all but the hopeless, of these the more the further they are from hope."""
+        share = np.minimum(self._table.error(levels), _DESTROYED) / self._most
+        return np.asarray(np.minimum(np.maximum(share, 1.0) ** _HOPELESS, _DESTROYED))
+
     def harm(self, levels: Levels) -> Guess:
         """See `Axis`."""
         errors = np.maximum(self._table.error(levels), 1e-9)
-        return Guess(np.where(errors > self._most, _DESTROYED, errors), np.full(len(errors), _TRAINED_STD))
+        return Guess(errors, np.full(len(errors), _TRAINED_STD))
 
     def harm_at(self, loss: Array) -> Array:
         """See `Axis`."""

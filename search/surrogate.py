@@ -135,7 +135,11 @@ class Evaluated:
 
 
 class Surrogate:
-    """Predicts loss and costs of candidates."""
+    """Predicts loss and costs of candidates.
+
+    Attributes:
+        top_loss: Of a model that knows nothing.
+    """
 
     def __init__(
         self, table: OptionTable, seen: Evaluated, costs: Sequence[str], base_loss: float, top_loss: float, seed: int
@@ -150,7 +154,8 @@ class Surrogate:
             top_loss: Of a model that knows nothing.
             seed: Of all that is random.
         """
-        self._table, self._base, self._top = table, base_loss, max(top_loss, base_loss + 0.01)
+        self._table, self._base = table, base_loss
+        self.top_loss = self._top = max(top_loss, base_loss + 0.01)
         self._option_errors = [np.minimum(errors, _DESTROYED) for errors in table.option_errors]
         zero = np.zeros((1, seen.levels.shape[1]), dtype=np.int64)
         self._known = [name for name in costs if name in table.fixed]

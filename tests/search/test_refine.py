@@ -93,7 +93,10 @@ def test_a_most_loss_leaves_nothing_to_be_gained_beyond_it(table: OptionTable) -
     assert hopeless.any()
     model = surrogate_of(table, seen)
     as_they_are = AsTheyAre(model, bound)
-    assert (as_they_are.harm(levels).mean[hopeless] > 1e6).all()
+    worse = as_they_are.harm(levels).mean[hopeless] / model.harm(levels).mean[hopeless]
+    assert (worse > 1).all()
+    assert (np.diff(worse[np.argsort(table.error(levels)[hopeless])]) > -1e-6 * worse.max()).all()
+    assert (as_they_are.worst_loss, AsTheyAre(model).worst_loss) == (GOALS.top_loss, 1.0)
     assert as_they_are.harm(levels).mean[~hopeless] == pytest.approx(model.harm(levels).mean[~hopeless])
     # One that nothing can keep leaves something to be chosen by.
     assert AfterTraining(table, replace(GOALS, most_loss=0.0)).worst_loss > BASE
@@ -113,6 +116,26 @@ def test_more_epochs_leave_less(table: OptionTable) -> None:
     limit = replace(GOALS, most_loss=BASE + 0.01)
     hopeless = [AfterTraining(table, replace(limit, epochs=n)).hopeless(levels).sum() for n in (1, 6, 30)]
     assert sorted(hopeless, reverse=True) == hopeless
+
+
+def test_where_a_limit_permits_only_the_hopeless_the_nearest_of_them_are_chosen(table: OptionTable) -> None:
+    seen = told(table, sampled(table, 8, 2))
+    model = surrogate_of(table, seen)
+    rows = pool(table, GOALS, seen.levels, np.random.default_rng(0))
+    limit = float(np.quantile(model.cost("time", rows).mean, 0.4))
+    inside = model.cost("time", rows).mean <= limit
+    scale = 0.8 / table.error(rows[inside]).min()
+    real = cast("OptionTable", SimpleNamespace(error=lambda levels: table.error(levels) * scale))
+    goals = replace(GOALS, limits={"time": limit}, most_loss=BASE + 0.002, epochs=1)
+    axis = AfterTraining(real, goals)
+    assert axis.hopeless(rows[inside]).all()
+    for view in (axis, AsTheyAre(model, axis)):
+        chooser = Chooser(model, view, goals, seen, np.random.default_rng(1))
+        gains = chooser.gains(rows)
+        row = chooser.choose(gains, [])
+        assert row is not None
+        assert inside[row]
+        assert real.error(rows[row : row + 1])[0] < np.median(real.error(rows[inside]))
 
 
 def test_with_a_most_loss_what_is_chosen_keeps_it_as_far_as_is_expected(table: OptionTable) -> None:
