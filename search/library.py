@@ -292,7 +292,7 @@ def _vector_bytes(evaluator: Evaluator, name: str) -> int:
     if isinstance(module, nn.Conv2d | nn.Linear):
         return 0
     tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
-    return sum(tensor.element_size() for tensor in tensors if tensor.ndim == 1)
+    return sum(tensor.element_size() for tensor in tensors if tensor.ndim == 1 and len(tensor) > 1)
 
 
 def _original(evaluator: Evaluator, names: Sequence[str]) -> dict[str, float]:

@@ -76,7 +76,7 @@ def build_block(
         return _pointwise(conv, moments), ""
     if option == "identity":
         if same_channels and conv.in_channels == conv.out_channels:
-            return nn.Identity(), ""
+            return Same(), ""
         return _pointwise(conv, moments), "identity became pointwise: pruning left other channels on its two sides"
     if option != "grouped":
         raise ValueError(f"block {option!r} is not one of separable, grouped, pointwise, identity")
@@ -87,6 +87,13 @@ def build_block(
     if conv.in_channels % 2 == 0 and conv.out_channels % 2 == 0:
         return _grouped(conv, 2, moments), f"grouped has 2 groups of less than {lanes} lanes: {widths} after pruning"
     return conv, f"grouped stayed dense: {widths} after pruning do not divide"
+
+
+class Same(nn.Identity):
+    """The input, as a value of its own: what follows may write its result in the place of this one's."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.clone()
 
 
 def _separable(conv: nn.Conv2d, moments: Moments | None) -> Separable:

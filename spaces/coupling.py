@@ -157,18 +157,32 @@ def _candidates(traced: TracedModel, order: Mapping[str, int]) -> list[tuple[lis
     names.update({parameter: name for name, parameter in module.named_parameters()})
     result: list[tuple[list[str], Group | str, str]] = []
     seen: set[str] = set()
+
+    def followed(name: str) -> dict[tuple[Any, Role], tuple[tuple[int, ...], ...]] | str:
+        try:
+            return _items(graph, module.get_submodule(name))
+        except Exception as error:  # whatever Torch-Pruning's handlers raise: what it does not know it indexes wrongly
+            return f"Torch-Pruning cannot follow its channels: {reason_of(error)}"
+
     for name in sorted(producers, key=lambda producer: (_width(module.get_submodule(producer)), order[producer])):
         if name in seen:
             continue
         if module.get_submodule(name) not in graph.module2node:
             result.append(([name], "Torch-Pruning does not see where its channels go", ""))
             continue
-        items = _items(graph, module.get_submodule(name))
+        items = followed(name)
+        if isinstance(items, str):
+            result.append(([name], items, ""))
+            continue
         produced = [names[layer] for layer, role in items if role in ("out", "both") and layer in names]
         producing = [other for other in produced if other in producers] or [name]
         first = min(producing, key=lambda p: (_width(module.get_submodule(p)), order[p]))
         if first != name:
-            items = _items(graph, module.get_submodule(first))
+            items = followed(first)
+            if isinstance(items, str):
+                result.append((producing, items, ""))
+                seen.update([name, *producing])
+                continue
         seen.update([name, *producing])
         kinds = [str(layer._grad_fn) for layer, _ in items if hasattr(layer, "_grad_fn")]
         kinds += [type(layer).__name__.strip("_").removesuffix("Op") for layer, _ in items if layer not in names]

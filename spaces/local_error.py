@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .moments import Moments, batches, fit
+from .moments import Moments, batches, first_input, fit
 from .propose import Proposal, extent_of
 from .prune import Group, choose_channels, kept_channels, narrow
 from .quantize import Range, input_ranges
@@ -198,15 +198,15 @@ def _watched(
     """The input and output of every call of the named layers, with the graph from there to the output."""
     calls: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in names}
 
-    def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
-        def keep(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], dict[str, Tensor], Tensor], Tensor]:
+        def keep(_: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor], output: Tensor) -> Tensor:
             # Copies: what follows may write its result in their place (an activation, a sum).
-            calls[name].append((inputs[0].detach().clone(), output))
+            calls[name].append((first_input(inputs, named).detach().clone(), output))
             return output.clone()
 
         return keep
 
-    handles = [module.get_submodule(name).register_forward_hook(hook(name)) for name in names]
+    handles = [module.get_submodule(name).register_forward_hook(hook(name), with_kwargs=True) for name in names]
     try:
         with torch.enable_grad():
             output = module(batch.clone().requires_grad_(batch.is_floating_point()))

@@ -224,6 +224,11 @@ def run(module: nn.Module, inputs: Tensor) -> None:
             module(batch)
 
 
+def first_input(inputs: tuple[Tensor, ...], named: Mapping[str, Tensor]) -> Tensor:
+    """What a module with one input was given, by position or by name."""
+    return inputs[0] if inputs else next(iter(named.values()))
+
+
 def batches(inputs: Tensor) -> tuple[Tensor, ...]:
     size = max(1, min(BATCH, BATCH_VALUES // max(1, inputs[:1].numel())))
     return inputs.chunk(max(1, -(-len(inputs) // size)))
@@ -233,10 +238,10 @@ def batches(inputs: Tensor) -> tuple[Tensor, ...]:
 def watching(module: nn.Module, names: Iterable[str], see: Callable[[str, Tensor], None]) -> Iterator[None]:
     """Calls `see(name, input)` whenever a named submodule runs; the hooks are gone afterwards."""
 
-    def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        return lambda _, inputs: see(name, inputs[0].detach())
+    def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], dict[str, Tensor]], None]:
+        return lambda _, inputs, named: see(name, first_input(inputs, named).detach())
 
-    handles = [module.get_submodule(name).register_forward_pre_hook(hook(name)) for name in names]
+    handles = [module.get_submodule(name).register_forward_pre_hook(hook(name), with_kwargs=True) for name in names]
     try:
         yield
     finally:

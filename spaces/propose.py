@@ -7,8 +7,9 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from .aliases import put
 from .bfloat16 import pairs
 from .bit_widths import BFLOAT16, MEMORY_BOUND
 from .blocks import block_options
@@ -180,6 +181,18 @@ def _obstacle(layer: Layer, module: nn.Module) -> str:
     return ""
 
 
+class _Wrapped(nn.Module):
+    """What stands in a layer's place takes one input, by position, as all that compression puts there."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.inner(x)
+        return out
+
+
 def _entangled(traced: TracedModel, names: Collection[str]) -> dict[str, str]:
     """Layers of which the model uses more than their output, so that another module in their place breaks it."""
     with torch.no_grad():
@@ -188,7 +201,7 @@ def _entangled(traced: TracedModel, names: Collection[str]) -> dict[str, str]:
     def broken(wrapped: Collection[str]) -> str:
         module = copy.deepcopy(traced.module)
         for name in wrapped:
-            module.set_submodule(name, nn.Sequential(module.get_submodule(name)))
+            put(module, name, _Wrapped(module.get_submodule(name)))
         try:
             with torch.no_grad():
                 got = module(traced.example)
@@ -211,7 +224,9 @@ def _pixels(modules: Mapping[str, nn.Module], fixed: Mapping[str, str], groups: 
         if isinstance(module, nn.Conv2d):
             channels = module.in_channels if module.groups == 1 else WIDEST_COVARIANCE + 1
         elif isinstance(module, nn.Linear):
-            channels = module.in_features // found.get(name, 1)
+            pixels = found.get(name, 1)
+            # What it reads beside the pixels of channels is no part of them.
+            channels = module.in_features // pixels if module.in_features % pixels == 0 else WIDEST_COVARIANCE + 1
         else:
             continue
         if channels <= WIDEST_COVARIANCE:

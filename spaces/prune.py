@@ -190,7 +190,9 @@ def _group_norm(module: nn.Module, group: Group) -> Tensor:
     total = torch.zeros(group.width, dtype=torch.float64)
     for member in group.members:
         for tensor, dim in _tensors(module, member):
-            if tensor.is_floating_point() and tensor.requires_grad:
+            # A single slope, of all channels, tells none from another.
+            whole = tensor.shape[dim] > max((position for part in member.indices for position in part), default=0)
+            if whole and tensor.is_floating_point() and tensor.requires_grad:
                 flat = tensor.detach().double().movedim(dim, 0).reshape(tensor.shape[dim], -1)
                 sums = flat.square().sum(1)
                 norms = torch.stack([sums[list(positions)].sum() for positions in member.indices])

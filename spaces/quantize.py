@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .aliases import put
 from .bfloat16 import Bfloat16
 from .bfloat16_ops import Bfloat16Conv2d, Bfloat16Linear
 from .bit_widths import LEVELS, PAIRS
@@ -131,11 +132,11 @@ def deploy(module: nn.Module) -> nn.Module:
     result = copy.deepcopy(module).eval().requires_grad_(False)
     for name, layer in list(result.named_modules()):
         if isinstance(layer, Quantized | WeightQuantized):
-            result.set_submodule(name, layer.integer())
+            put(result, name, layer.integer())
         elif isinstance(layer, Bfloat16):
-            result.set_submodule(name, layer.deployed())
+            put(result, name, layer.deployed())
         elif isinstance(layer, SharedConv2d | SharedLinear) and not _inside_quantized(result, name):
-            result.set_submodule(name, materialise(layer).requires_grad_(False))
+            put(result, name, materialise(layer).requires_grad_(False))
     return result.eval()
 
 

@@ -60,12 +60,17 @@ def reference_of(traced: TracedModel, inputs: Tensor) -> Reference:
 
 def _reference(traced: TracedModel, inputs: Tensor) -> Reference:
     own = inputs[: max(1, BATCH_VALUES // max(1, inputs[:1].numel()))]
-    names = [layer.name for layer in traced.layers if layer.op in ("conv2d", "linear") and layer.calls == 1]
+    # Of layers that compute as their class says: not those that scale their weights, attention, or functions.
+    names = [
+        layer.name
+        for layer in traced.layers
+        if layer.calls == 1 and ":" not in layer.name and type(traced.module.get_submodule(layer.name)) in _PLAIN
+    ]
     found: dict[str, Tensor] = {}
 
     def keep(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-        def see(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> None:
-            rows = _rows(output)
+        def see(layer: nn.Module, _: tuple[Tensor, ...], output: Tensor) -> None:
+            rows = _rows(layer, output)
             found[name] = rows[:, places(rows.shape[1], PLACES)].clone()
 
         return see
@@ -137,8 +142,8 @@ def _refit(layer: nn.Conv2d | nn.Linear, reads: Tensor, wanted: Tensor) -> None:
         layer.bias.copy_((want - fitted @ read)[:, 0])
 
 
-def _rows(output: Tensor) -> Tensor:
+def _rows(layer: nn.Module, output: Tensor) -> Tensor:
     """A layer's outputs as (o, places), in the order of `reads_of`."""
-    if output.ndim == 4:
+    if isinstance(layer, nn.Conv2d):
         return output.transpose(0, 1).flatten(1)
     return output.reshape(-1, output.shape[-1]).T

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from .aliases import put
 from .bfloat16 import Bfloat16, pairs
 from .bit_widths import BFLOAT16, WEIGHT_ONLY
 from .blocks import Grouped, Separable, build_block
@@ -54,7 +55,7 @@ def replace_site(
     block, text = build_block(conv, option, lanes, _same_channels(site, kept), moments)
     if block is not conv and not isinstance(block, Grouped):  # which took the mean up with what it leaves out
         keep_mean(conv, block, moments)
-    module.set_submodule(site, block)
+    put(module, site, block)
     return [Remark(site, Kind.BLOCK, text, block is conv)] if text else []
 
 
@@ -74,7 +75,7 @@ def factorise_site(module: nn.Module, site: str, option: str, extent: Extent, mo
         return [Remark(site, Kind.RANK, f"rank {rank} is ignored, it would not save MACs in what is left", True)]
     factors = factorise(layer, fitted, moments)
     keep_mean(layer, factors, moments)
-    module.set_submodule(target, factors)
+    put(module, target, factors)
     if fitted == rank:
         return []
     return [Remark(site, Kind.RANK, f"rank {rank} became {fitted} in what is left", False)]
@@ -96,7 +97,7 @@ def share_site(
             known = moments if name == site else None
             shared = share(layer, entries, fitted, _importance(layer, known))
             keep_mean(layer, shared, known)
-            module.set_submodule(name, shared)
+            put(module, name, shared)
         else:
             small.append(name)
     if not names:
@@ -133,7 +134,7 @@ def quantise_sites(
         layer = module.get_submodule(name)
         assert isinstance(layer, nn.Conv2d | nn.Linear)
         known = (moments or {}).get(name)
-        module.set_submodule(name, quantised(layer, option, ranges.get(name, Range(0.0, 1.0)), known))
+        put(module, name, quantised(layer, option, ranges.get(name, Range(0.0, 1.0)), known))
     return [Remark(site, Kind.BITS, "there is no weight left to quantise", True) for site in empty]
 
 

@@ -19,6 +19,8 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.fx import Node
 
+from .aliases import first_names
+
 
 class TraceError(ValueError):
     """A model cannot be traced; the message is one line with the reason and the source line."""
@@ -73,12 +75,18 @@ def trace(model: nn.Module, example: Tensor) -> TracedModel:
         raise TraceError(f"the example has shape {tuple(example.shape)}; it needs a batch dimension of at least 1")
     module = _copy(model)
     example = example[:1].detach().cpu().clone()
+    given = example.clone()
     try:
         with torch.no_grad():
             output = module(example)
     except Exception as error:
         shape = tuple(example.shape)
         raise TraceError(f"the model does not run on an input of shape {shape}: {reason_of(error)}") from None
+    if not torch.equal(example.nan_to_num(), given.nan_to_num()):
+        raise TraceError(
+            "the model writes to its input, which others read too: it is normalised in place, say (`x -= mean`); "
+            "write `x = x - mean`"
+        )
     if not isinstance(output, Tensor):
         raise TraceError(f"the model returns a {type(output).__name__}; wrap it in a module that returns one tensor")
     if output.ndim < 1 or len(output) != 1:
@@ -143,12 +151,13 @@ def _copy(model: nn.Module) -> nn.Module:
 
 
 def _layers(program: ExportedProgram, module: nn.Module) -> tuple[Layer, ...]:
+    first = first_names(module)
     stored = {
-        spec.arg.name: str(spec.target)
+        spec.arg.name: _canonical(str(spec.target), first)
         for spec in program.graph_signature.input_specs
         if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER) and hasattr(spec.arg, "name")
     }
-    obstacles = _obstacles(program, stored)
+    obstacles = _obstacles(program, stored, first)
     names: dict[Node, tuple[str, ...]] = {}
     layers: dict[str, Layer] = {}
     for node in program.graph.nodes:
@@ -160,7 +169,7 @@ def _layers(program: ExportedProgram, module: nn.Module) -> tuple[Layer, ...]:
         if output is None or "getitem" in str(node.target):
             names[node] = inputs
             continue
-        name = _name(node, stored)
+        name = _name(node, stored, first)
         names[node] = (name,)
         shapes = [tuple(value.shape[1:]) for source in sources if (value := _tensor(source)) is not None]
         parameters = sum(p.numel() for p in module.get_submodule(name).parameters(False)) if ":" not in name else 0
@@ -182,14 +191,14 @@ def _layers(program: ExportedProgram, module: nn.Module) -> tuple[Layer, ...]:
     return tuple(layers.values())
 
 
-def _obstacles(program: ExportedProgram, stored: Mapping[str, str]) -> dict[str, str]:
+def _obstacles(program: ExportedProgram, stored: Mapping[str, str], first: Mapping[str, str]) -> dict[str, str]:
     """Modules whose parameters are read by something else than their own forward, with the reason."""
     found: dict[str, str] = {}
     for node in program.graph.nodes:
         if node.op != "placeholder" or node.name not in stored:
             continue
         module, _, parameter = stored[node.name].rpartition(".")
-        owners = sorted({_owner(user) for user in node.users} - {module})
+        owners = sorted({_owner(user, first) for user in node.users} - {module})
         if owners:
             where = owners[0] or "the model's own forward"
             found[module] = f"its {parameter} is also read by {where}"
@@ -197,9 +206,15 @@ def _obstacles(program: ExportedProgram, stored: Mapping[str, str]) -> dict[str,
     return found
 
 
-def _name(node: Node, stored: Mapping[str, str]) -> str:
+def _canonical(target: str, first: Mapping[str, str]) -> str:
+    """The name of a parameter by the first name of its module."""
+    module, dot, parameter = target.rpartition(".")
+    return f"{first.get(module, module)}{dot}{parameter}"
+
+
+def _name(node: Node, stored: Mapping[str, str], first: Mapping[str, str]) -> str:
     """The path of the module whose parameters the operation reads, or a name that only this operation has."""
-    owner = _owner(node)
+    owner = _owner(node, first)
     modules = [stored[source.name].rpartition(".")[0] for source in node.all_input_nodes if source.name in stored]
     if owner and owner in modules:
         return owner
@@ -208,10 +223,10 @@ def _name(node: Node, stored: Mapping[str, str]) -> str:
     return f"{owner}:{node.name}"
 
 
-def _owner(node: Node) -> str:
+def _owner(node: Node, first: Mapping[str, str]) -> str:
     stack = node.meta.get("nn_module_stack") or {}
     paths = [str(path) for path, _ in stack.values()]
-    return paths[-1] if paths else ""
+    return first.get(paths[-1], paths[-1]) if paths else ""
 
 
 def _op(node: Node) -> str:
