@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -125,3 +126,21 @@ def _check_fit(name: str, model: nn.Module, data: Data) -> None:
         )
     if not bool(logits.isfinite().all()):
         raise TaskError(f"model {name!r} returns NaN or infinity on training samples; give trained weights")
+    _check_training(name, model, example, logits.shape)
+
+
+def _check_training(name: str, model: nn.Module, example: Tensor, shape: torch.Size) -> None:
+    """Students are trained: some models return more then, others do not run."""
+    student = copy.deepcopy(model).train()
+    try:
+        with torch.no_grad(), torch.random.fork_rng([]):
+            found = student(example.to(device_of(model)))
+    except Exception as error:  # whatever the model's own code raises
+        reason = " ".join(str(error).split())[:300]
+        raise TaskError(f"model {name!r} does not run in training mode: {type(error).__name__}: {reason}") from error
+    if not isinstance(found, Tensor) or found.shape != shape:
+        what = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else f"a {type(found).__name__}"
+        raise TaskError(
+            f"model {name!r} returns {what} in training mode; wrap it in a module that returns the logits alone, as "
+            "it does in eval mode"
+        )

@@ -253,7 +253,15 @@ def _disturbed(traced: TracedModel) -> Probe:
         if parameter.is_floating_point():
             fan_in = max(1, parameter[0].numel()) if parameter.ndim > 1 else 4
             parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=fan_in**-0.5)
-    return Probe(module, torch.randn(traced.example.shape, generator=generator))
+    return Probe(module, _shuffled(traced.example, generator))
+
+
+def _shuffled(example: Tensor, generator: torch.Generator) -> Tensor:
+    """The example's own values at random places: what they count (tokens) or may be (above zero) they still are."""
+    values = example.flatten()
+    if bool((values == values[0]).all()):
+        return torch.randn(example.shape, generator=generator)
+    return values[torch.randint(len(values), (len(values),), generator=generator)].reshape(example.shape)
 
 
 def _half(groups: Sequence[Group]) -> list[tuple[Group, Tensor]]:

@@ -74,6 +74,27 @@ def test_a_model_that_returns_nan_is_refused() -> None:
         Task(model, tiny_data())
 
 
+class Auxiliary(nn.Module):
+    """A second classifier beside the first while it is trained."""
+
+    def __init__(self, alone: bool) -> None:
+        super().__init__()
+        self.own, self.second, self.alone = nn.Linear(4, 3), nn.Linear(4, 3), alone
+
+    def forward(self, x: torch.Tensor) -> object:
+        if not self.training:
+            return self.own(x)
+        if self.alone:
+            raise RuntimeError("only in eval mode")
+        return self.own(x), self.second(x)
+
+
+@pytest.mark.parametrize(("alone", "message"), [(False, "returns a tuple in training mode"), (True, "only in eval")])
+def test_a_model_that_cannot_be_trained_as_it_is_is_refused(alone: bool, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Task(Auxiliary(alone), tiny_data())
+
+
 def test_checking_a_task_leaves_the_model_as_it_was() -> None:
     class Grown(nn.Module):
         def __init__(self) -> None:

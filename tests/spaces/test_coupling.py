@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import pytest
@@ -167,3 +168,28 @@ def test_norms_that_start_at_zero_hide_no_group(nets: dict[str, Net]) -> None:
         if name.endswith("bn2"):
             nn.init.zeros_(module.get_parameter("weight"))
     assert couple(trace(model, nets["resnet"].example)).groups == couple(nets["resnet"].traced).groups
+
+
+@pytest.mark.parametrize(
+    ("first", "example"),
+    [
+        (lambda x: nn.functional.one_hot(x.long(), 7).float(), torch.arange(7.0).repeat(3)[None]),
+        (lambda x: torch.log(x)[..., None].expand(-1, -1, 7), torch.linspace(0.5, 3.0, 21)[None]),
+    ],
+    ids=["tokens", "above zero"],
+)
+def test_models_are_probed_with_inputs_that_they_take(
+    first: Callable[[torch.Tensor], torch.Tensor], example: torch.Tensor
+) -> None:
+    class Network(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(7, 32), nn.Linear(32, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            out: torch.Tensor = self.down(torch.relu(self.up(first(x)))).mean(1)
+            return out
+
+    torch.manual_seed(0)
+    coupling = couple(trace(Network().eval(), example))
+    assert [group.width for group in coupling.groups] == [32]
