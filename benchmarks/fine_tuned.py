@@ -11,9 +11,6 @@ from typing import Any
 # Points of accuracy below the original, and what is told there.
 DROPS = {0.5: ("speedup", "size_ratio"), 1.5: ("speedup",)}
 
-# Short names of tasks, as `real_judge.py` has them, by their models.
-TASKS = {"digits-resnet": "digits", "cifar10-resnet20": "cifar10"}
-
 Row = dict[str, Any]
 
 
@@ -90,8 +87,11 @@ def fronts_by_task(runs: Sequence[Path]) -> dict[str, list[Row]]:
     Raises:
         SystemExit: a folder holds no finished run.
     """
+    from real_judge import TASKS
+
     from planish.search.errors import UserError
 
+    names = {keys["model"]: name for name, keys in TASKS.items()}
     found: dict[str, list[Row]] = {}
     for run in runs:
         try:
@@ -100,7 +100,7 @@ def fronts_by_task(runs: Sequence[Path]) -> dict[str, list[Row]]:
             raise SystemExit(f"{run}: {error}") from None
         except (KeyError, IndexError, TypeError) as error:
             raise SystemExit(f"{run}: the run is not finished ({error} is missing); planish resume {run}") from None
-        found.setdefault(TASKS.get(rows[0]["task"], rows[0]["task"]), []).extend(rows)
+        found.setdefault(names.get(rows[0]["task"], rows[0]["task"]), []).extend(rows)
     return found
 
 

@@ -86,17 +86,12 @@ class HeldOut:
 
 def measure(evaluator: Any, label: str, candidates: Sequence[Any], database: Any, kept: Path) -> list[HeldOut]:
     """Every candidate that can be built and timed; what the file `kept` has of a quiet machine is not timed again."""
+    from real_judge import read_lines
+
     from planish.compilers.kernel_times import times_version
 
-    known: dict[str, Row] = {}
-    if kept.exists():
-        # A kill may have cut the last line short.
-        text = kept.read_text(encoding="utf-8")
-        whole = text[: text.rfind("\n") + 1]
-        if whole != text:
-            kept.write_text(whole, encoding="utf-8")
-        rows = [json.loads(line) for line in whole.splitlines()]
-        known = {row["key"]: row for row in rows if row["version"] == times_version() and row["quiet"]}
+    rows = read_lines(kept)
+    known = {row["key"]: row for row in rows if row["version"] == times_version() and row["quiet"]}
     found = []
     for start in range(0, len(candidates), TOGETHER):
         plans, new = measure_some(evaluator, label, candidates[start : start + TOGETHER], known, database)
@@ -192,6 +187,7 @@ def table_of(evaluator: Evaluator, label: str, database: KernelDatabase, note: P
     from planish.compilers.kernel_times import times_version
     from planish.hwmodels.load import BusyMachine
     from planish.hwmodels.table import TableModel
+    from planish.search.atomic import write_json
     from planish.search.fitted import fitted
     from planish.search.latency_table import build_table
     from planish.search.progress import Progress
@@ -206,9 +202,7 @@ def table_of(evaluator: Evaluator, label: str, database: KernelDatabase, note: P
         raise SystemExit(f"{note.parent.name}: {error}") from None
     assert isinstance(table.model, TableModel)  # nothing to carry over from in this database
     took = {"profile_s": table.seconds, "kernels": table.measured}
-    partial = note.with_suffix(".partial")
-    partial.write_text(json.dumps(took | {"version": times_version()}), encoding="utf-8")
-    partial.replace(note)
+    write_json(note, took | {"version": times_version()})
     return table.model, took
 
 

@@ -148,6 +148,7 @@ class Judge:
 
     def _charge(self) -> tuple[int, Any]:
         """The library, and how many evaluations making it took: timed once for a kept folder."""
+        from planish.search.atomic import write_json
         from planish.search.library_phase import LIBRARY, library
         from planish.search.progress import Progress
 
@@ -169,9 +170,7 @@ class Judge:
         table = made()
         seconds = time.monotonic() - started
         entry = {"charge": max(1, round(seconds / each)), "library_s": seconds, "evaluation_s": each}
-        partial = kept.with_suffix(".partial")
-        partial.write_text(json.dumps(entry), encoding="utf-8")
-        partial.replace(kept)
+        write_json(kept, entry)
         return int(entry["charge"]), table
 
     def row(self, task: str, name: str, sampler: str, seeds: Sequence[int], most: int, ours: int) -> Row:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..compilers.pinned import pinned
 from ..compilers.registry import compiler_for
-from ..compilers.verify import FLOAT_TOLERANCE, INT8_TOLERANCE, tolerance_of
+from ..compilers.verify import FLOAT_TOLERANCE, INT8_TOLERANCE
 from ..hwmodels.device import Device, parse_device
 from ..hwmodels.energy import energy_j
 from ..spaces.apply import apply, rebuild, simplify, skeleton, state
@@ -333,7 +333,6 @@ class Evaluator:
             if choice.endswith(f":{Kind.BITS.value}")
         )
         peak, joules = 0, 0.0
-        tolerance = tolerance_of(program, inputs, INT8_TOLERANCE) if quantised else FLOAT_TOLERANCE
         for label, device in self.devices.items():
             if self.asks_energy:
                 from ..compilers.tvm_workloads import plan
@@ -344,7 +343,9 @@ class Evaluator:
                     plans[label] = planned
             folder = self.artifact_folder(job.folder, label, name)
             shutil.rmtree(folder, ignore_errors=True)
-            artifact = self.compilers[label].compile(program, device, folder, inputs, tolerance=tolerance)
+            artifact = self.compilers[label].compile(
+                program, device, folder, inputs, tolerance=INT8_TOLERANCE if quantised else FLOAT_TOLERANCE
+            )
             peak = max(peak, artifact.manifest.working_bytes)
         return {"peak_memory_bytes": peak, **({"energy_j": joules} if self.asks_energy else {})}
 

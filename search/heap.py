@@ -1,7 +1,6 @@
 """Memory that is freed stays with the process while a network is trained: the next step asks for as much again.
 
-By default glibc returns large blocks to the kernel, which clears every page that comes back. Of a step of ResNet-20's
-training that was a tenth (two cores, other work beside it).
+By default glibc returns large blocks to the kernel, which clears every page that comes back.
 """
 
 from __future__ import annotations
