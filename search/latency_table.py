@@ -29,7 +29,6 @@ from .table_measuring import (
     by_error,
     by_weight,
     program_of,
-    quiet_s,
     reference_program,
     spread,
 )
@@ -237,7 +236,7 @@ def _built(
 
     if carries:
         measuring.kernels([key for key in reference.kernels if measuring.asks(key)], works, reference, 1.0)
-        networks = measuring.networks(evaluator, label, planned, folder, quiet_s(reference, known), left_s())
+        networks = measuring.networks(evaluator, label, planned, folder, reference, left_s())
         refuse_disturbed([network.time.quiet for network in own(networks)], device.name)
         carried, origin = carried_over(device, database, own(networks))
         if carried is not None and carried.trusted:
@@ -263,7 +262,7 @@ def _built(
     disturbed = [key for key in works if key in measuring.timed and key in known and not known[key].time.quiet]
     if disturbed and left_s() > 0:
         measuring.kernels(disturbed, works, reference, left_s() / 2)
-    networks = measuring.networks(evaluator, label, planned, folder, quiet_s(reference, known), left_s())
+    networks = measuring.networks(evaluator, label, planned, folder, reference, left_s())
     refuse_disturbed([network.time.quiet for network in own(networks)], device.name)
     model = fitted(device, known, networks, seed, {network.key() for network in own(networks)})
     return finished(model, model.corrector.held_out)

@@ -17,7 +17,7 @@ from .errors import UserError
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
-    from ..compilers.compiler import Artifact
+    from ..compilers.compiler import Artifact, RunError
     from ..compilers.kernel_timer import Timed
     from ..compilers.tvm_workloads import KernelWork, Plan
     from ..hwmodels.device import Device
@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from .evaluate import Evaluator
     from .progress import Progress
 
-# What the virtual machine adds to a call.
-_CALL_S = 1e-6
 REFERENCE_INPUT = (1, 32, 16, 16)
 _Item = TypeVar("_Item")
 
@@ -78,6 +76,7 @@ class TableMeasuring:
         failed: Why kernels and networks could not be timed.
         notes: What went wrong and did not stop it.
         reference: What networks are timed beside, once it is compiled.
+        reference_kernel: What kernels are timed beside, and its seconds on a quiet machine, once it was timed.
     """
 
     device: Device
@@ -90,6 +89,7 @@ class TableMeasuring:
     failed: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     reference: Artifact | None = None
+    reference_kernel: tuple[KernelWork, float] | None = None
 
     def asks(self, key: str) -> bool:
         """Whether a kernel is to be timed: it was not, or met no quiet machine and was not tried again by now."""
@@ -104,14 +104,15 @@ class TableMeasuring:
         if not wanted:
             return
         self.progress.begin(f"time kernels on {self.device.name}", len(wanted))
-        reference = max(reference_plan.kernels.values(), key=lambda work: work.workload.macs)
-        name = f"kernel {reference.workload.key()}"
+        reference, name = _kernel_of(reference_plan)
         with LoadWatch() as watch:
             timed = time_kernels(
                 {key: works[key] for key in wanted}, reference, self.device,
                 known_reference_s=self.database.reference_s(name), limit_s=limit_s, advance=_advancer(self.progress),
             )  # fmt: skip
         refuse_loaded(watch, self.device)
+        if timed.reference_s:
+            self.reference_kernel = reference, timed.reference_s
         new = [KernelTime(works[key].workload, settled(s, timed.reference_s)) for key, s in timed.samples.items()]
         self.known |= {time.workload.key(): time for time in new}
         self.timed |= {time.workload.key() for time in new}
@@ -159,7 +160,7 @@ class TableMeasuring:
         label: str,
         networks: Networks,
         folder: Path,
-        quiet_reference_s: float | None,
+        reference_plan: Plan,
         limit_s: float = 0.0,
     ) -> list[NetworkTime]:
         """Times the compiled candidates, for `network_s` or as long as it may take; all networks that are known."""
@@ -171,9 +172,9 @@ class TableMeasuring:
             self.reference = compiled_reference(evaluator, label, folder / "reference")
         reference = self.reference
         name = f"network {reference.manifest.kernels[0][0]}"
-        known_s = self.database.reference_s(name) or quiet_reference_s
         self.progress.begin(f"time networks on {self.device.name}", len(networks.artifacts))
         with LoadWatch() as watch:
+            known_s = self.database.reference_s(name) or self._quiet_s(reference, reference_plan)
             timed = time_networks(
                 networks.artifacts, reference.path, self.device, known_reference_s=known_s,
                 limit_s=max(limit_s, self.limits.network_s), advance=_advancer(self.progress),
@@ -186,6 +187,24 @@ class TableMeasuring:
         self._keep(new, name, timed.samples.values())
         self._go_on(timed)
         return self.known_networks()
+
+    def _quiet_s(self, reference: Artifact, reference_plan: Plan) -> float | None:
+        """What the reference takes as a network on a quiet machine; None where its kernel was never timed.
+
+        Without it a phase in which the machine is never quiet would take its own best for quiet.
+        """
+        from ..compilers.reference_timer import quiet_network_s
+        from ..compilers.remote import DeviceLost
+
+        kernel, name = _kernel_of(reference_plan)
+        if self.reference_kernel is None and (known_s := self.database.reference_s(name)):
+            self.reference_kernel = kernel, known_s
+        if self.reference_kernel is None:
+            return None
+        try:
+            return quiet_network_s(reference.path, *self.reference_kernel, self.device)
+        except DeviceLost as lost:
+            raise _given_up(lost, self.device) from None
 
     def known_networks(self) -> list[NetworkTime]:
         """Those of the database, and what was timed here, whether it could be kept or not."""
@@ -216,21 +235,21 @@ class TableMeasuring:
 
     def _go_on(self, timed: Timed) -> None:
         """Raises UserError where the device was lost or the reference does not run; what was timed before is kept."""
-        from ..compilers.remote import DeviceLost
-
         if timed.lost is not None:
-            when = f"once {self.device.name} answers, " if isinstance(timed.lost, DeviceLost) else ""
-            raise UserError(f"{timed.lost}; what was timed is kept: {when}give the same command again")
+            raise _given_up(timed.lost, self.device)
 
 
-def quiet_s(reference: Plan, known: Mapping[str, KernelTime]) -> float | None:
-    """What the reference takes as a whole network on a quiet machine, by its kernels; None where one was not timed.
+def _given_up(reason: RunError, device: Device) -> UserError:
+    from ..compilers.remote import DeviceLost
 
-    Without it a phase in which the machine is never quiet would take its own best for quiet.
-    """
-    if not all(work.key() in known for work in reference.calls):
-        return None
-    return sum(known[work.key()].time.median_s for work in reference.calls) + _CALL_S * len(reference.calls)
+    when = f"once {device.name} answers, " if isinstance(reason, DeviceLost) else ""
+    return UserError(f"{reason}; what was timed is kept: {when}give the same command again")
+
+
+def _kernel_of(reference_plan: Plan) -> tuple[KernelWork, str]:
+    """What of a reference's kernels others are timed beside, and what the database calls it."""
+    kernel = max(reference_plan.kernels.values(), key=lambda work: work.workload.macs)
+    return kernel, f"kernel {kernel.workload.key()}"
 
 
 def reference_program() -> ExportedProgram:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from planish.compilers import kernel_timer, network_timer
+from planish.compilers import kernel_timer, network_timer, reference_timer
 from planish.compilers.compiler import RunError
 from planish.compilers.kernel_timer import Timed
 from planish.compilers.network_timer import time_networks
@@ -18,7 +18,7 @@ from planish.compilers.remote import DeviceLost
 from planish.compilers.runner import ChildResult
 from planish.hwmodels.device import host, parse_device
 from planish.hwmodels.kernel_database import KernelDatabase, KernelTime
-from planish.hwmodels.quiet import Samples, Settled
+from planish.hwmodels.quiet import Samples, Settled, settled
 from planish.hwmodels.workload import Workload
 from planish.search import table_measuring
 from planish.search.errors import UserError
@@ -27,6 +27,7 @@ from planish.search.table_measuring import Networks, TableLimits, TableMeasuring
 
 LIMITS = TableLimits(candidates=1, least=1, build_s=1.0, kernels=4, kernel_s=1.0, network_s=1.0)
 WORK = Workload("", "dense", {"m": 1, "k": 4}, 16, 64, 32, 64, 1, "", 4.0)
+REFERENCE: Any = SimpleNamespace(kernels={"reference": SimpleNamespace(workload=WORK)})
 QUIET = Samples((1e-4,) * 18, (3e-5,) * 18)
 
 
@@ -47,7 +48,7 @@ def planned() -> Networks:
 
 def networks(measuring: TableMeasuring, given: Networks) -> list[Any]:
     evaluator: Any = None
-    return measuring.networks(evaluator, "cpu", given, Path("unused"), None)
+    return measuring.networks(evaluator, "cpu", given, Path("unused"), REFERENCE)
 
 
 def test_a_network_that_cannot_be_kept_is_known_for_the_rest_of_the_profile(
@@ -130,5 +131,44 @@ def test_what_networks_are_timed_beside_is_compiled_once(
     monkeypatch.setattr(table_measuring, "compiled_reference", compiled)
     monkeypatch.setattr(network_timer, "time_networks", lambda *given, **keys: Timed({"one": QUIET}, 3e-5, {}))
     for _ in range(2):
-        measuring.networks(None, "cpu", planned(), tmp_path, None)  # type: ignore[arg-type]
+        measuring.networks(None, "cpu", planned(), tmp_path, REFERENCE)  # type: ignore[arg-type]
     assert made == [tmp_path / "reference"]
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_new_device_s_quiet_networks_are_told_by_its_quiet_kernels(
+    measuring: TableMeasuring, monkeypatch: pytest.MonkeyPatch, known: bool
+) -> None:
+    """With more threads than one a network takes longer than its kernels' sum: measured, not added up."""
+    given: list[float | None] = []
+
+    def time_networks(*_: object, known_reference_s: float | None, **__: object) -> Timed:
+        given.append(known_reference_s)
+        return Timed({"one": QUIET}, 3e-5, {})
+
+    asked: list[tuple[object, ...]] = []
+
+    def quiet_network_s(*arguments: object) -> float:
+        asked.append(arguments)
+        return 2.9e-5
+
+    monkeypatch.setattr(network_timer, "time_networks", time_networks)
+    monkeypatch.setattr(reference_timer, "quiet_network_s", quiet_network_s)
+    if known:
+        measuring.database.add([KernelTime(WORK, settled(QUIET, 3e-5))], {f"kernel {WORK.key()}": 2e-5})
+    networks(measuring, planned())
+    networks(measuring, planned())  # by then the database knows what the reference takes
+    assert given == [2.9e-5 if known else None, 3e-5]
+    assert [one[2] for one in asked] == ([2e-5] if known else [])
+
+
+def test_a_device_that_is_lost_while_its_reference_is_timed_keeps_what_was_timed(
+    measuring: TableMeasuring, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lost(*_: object) -> float:
+        raise DeviceLost("device board is lost: no answer")
+
+    monkeypatch.setattr(reference_timer, "quiet_network_s", lost)
+    measuring.database.add([KernelTime(WORK, settled(QUIET, 3e-5))], {f"kernel {WORK.key()}": 2e-5})
+    with pytest.raises(UserError, match=r"board is lost: no answer; what was timed is kept: once .* give the same"):
+        networks(measuring, planned())
