@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import sys
 import tempfile
 import time
@@ -29,6 +30,7 @@ import numpy as np
 if TYPE_CHECKING:
     from planish.hwmodels.kernel_database import KernelDatabase
     from planish.hwmodels.table import TableModel
+    from planish.hwmodels.workload import Workload
     from planish.search.evaluate import Evaluator
 
 SPACES = ("resnet20", "resnet56", "mobilenetv2-32", "dscnn")
@@ -76,9 +78,9 @@ def near_front(space: Any, rng: np.random.Generator, count: int) -> list[Any]:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """A held-out network's plan and time, and by how many bytes its working memory differs from the plan's."""
+    """A held-out network's planned calls and time, and by how many bytes its working memory differs from the plan's."""
 
-    plan: Any
+    calls: tuple[Workload, ...]
     median_s: float
     quiet: bool
     memory_error: int
@@ -89,30 +91,25 @@ def measure(evaluator: Any, label: str, candidates: Sequence[Any], database: Any
     from real_judge import read_lines
 
     from planish.compilers.kernel_times import times_version
+    from planish.hwmodels.workload import Workload
 
-    rows = read_lines(kept)
-    known = {row["key"]: row for row in rows if row["version"] == times_version() and row["quiet"]}
-    found = []
-    for start in range(0, len(candidates), TOGETHER):
-        plans, new = measure_some(evaluator, label, candidates[start : start + TOGETHER], known, database)
+    version = times_version()
+    known = {row["key"]: row for row in read_lines(kept) if row["version"] == version and row["quiet"]}
+    missing = [candidate for candidate in candidates if candidate.key() not in known]
+    for start in range(0, len(missing), TOGETHER):
+        new = measure_some(evaluator, label, missing[start : start + TOGETHER], database)
         with kept.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(row | {"version": times_version()}) + "\n" for row in new.values())
-        rows_of = known | new
-        found += [
-            HeldOut(plan, rows_of[key]["median_s"], rows_of[key]["quiet"], rows_of[key]["memory_error"])
-            for key, plan in plans.items()
-            if key in rows_of
-        ]
-    return found
+            file.writelines(json.dumps(row | {"version": version}) + "\n" for row in new)
+        known |= {row["key"]: row for row in new}
+    rows = [known[key] for key in dict.fromkeys(candidate.key() for candidate in candidates) if key in known]
+    return [
+        HeldOut(tuple(Workload(**w) for w in row["calls"]), row["median_s"], row["quiet"], row["memory_error"])
+        for row in rows
+    ]
 
 
-def measure_some(
-    evaluator: Any, label: str, candidates: Sequence[Any], known: dict[str, Row], database: Any
-) -> tuple[dict[str, Any], dict[str, Row]]:
-    """The plans of some candidates, and rows of those that are not known, compiled and timed beside the reference.
-
-    A row has key, median_s, quiet and memory_error.
-    """
+def measure_some(evaluator: Any, label: str, candidates: Sequence[Any], database: Any) -> list[Row]:
+    """Plans, compiles and times candidates beside the reference; rows of key, calls, median_s, quiet, memory_error."""
     from planish.compilers.manifest import read
     from planish.compilers.network_timer import time_networks
     from planish.compilers.tvm_workloads import plan
@@ -126,13 +123,12 @@ def measure_some(
             key = candidate.key()
             try:
                 program = tables.program_of(evaluator, candidate)
+                artifacts[key] = tables.compiled(evaluator, label, program, Path(folder, key))
                 plans[key] = plan(program, evaluator.devices[label])
-                if key not in known:
-                    artifacts[key] = tables.compiled(evaluator, label, program, Path(folder, key))
             except (ValueError, RuntimeError) as error:
                 print(f"left out: {str(error).splitlines()[0]}", file=sys.stderr)
         if not artifacts:
-            return plans, {}
+            return []
         reference = tables.compiled_reference(evaluator, label, Path(folder, "reference"))
         quiet_s = database.reference_s(f"network {reference.manifest.kernels[0][0]}")
         timed = time_networks(
@@ -141,10 +137,11 @@ def measure_some(
         )  # fmt: skip
         differences = {key: abs(plans[key].working_bytes - read(path).working_bytes) for key, path in artifacts.items()}
     times = {key: settled(samples, timed.reference_s) for key, samples in timed.samples.items()}
-    return plans, {
-        key: {"key": key, "median_s": t.median_s, "quiet": t.quiet, "memory_error": differences[key]}
+    return [
+        {"key": key, "median_s": t.median_s, "quiet": t.quiet, "memory_error": differences[key]}
+        | {"calls": [asdict(work) for work in plans[key].calls]}
         for key, t in times.items()
-    }
+    ]
 
 
 def size_errors(evaluator: Any, candidates: Sequence[Any]) -> list[int]:
@@ -195,7 +192,9 @@ def table_of(evaluator: Evaluator, label: str, database: KernelDatabase, note: P
     known = json.loads(note.read_text(encoding="utf-8")) if note.exists() else {}
     if known.pop("version", None) == times_version():
         return fitted(evaluator.devices[label], database.times(), database.networks()), known
-    database.path.unlink(missing_ok=True)  # what was cut off begins anew: the seconds are those of one go
+    # What was cut off begins anew: the seconds are those of one go, every kernel compiled in it.
+    database.path.unlink(missing_ok=True)
+    shutil.rmtree(note.parent / "cache", ignore_errors=True)
     try:
         table = build_table(evaluator, label, database, Progress(None), seed=0)
     except BusyMachine as error:
@@ -239,9 +238,9 @@ def run_space(net: str, threads: int, random: int, front: int, folder: Path, sou
     found = [
         network
         for network in measure(evaluator, label, candidates, database, folder / "held_out.jsonl")
-        if network_key(network.plan.calls) not in seen
+        if network_key(network.calls) not in seen
     ]
-    pairs = [(network.plan, network.median_s) for network in found if network.quiet]
+    pairs = [(network.calls, network.median_s) for network in found if network.quiet]
     if len(pairs) < 3:
         raise SystemExit(f"{net}: only {len(pairs)} networks met a quiet machine; run it again, or let it take longer")
     measured = [seconds for _, seconds in pairs]
@@ -263,7 +262,7 @@ def run_space(net: str, threads: int, random: int, front: int, folder: Path, sou
         "table sum": scaled(kernels_sum),
         "random forest": scaled(forest),
     }
-    errors = {name: asdict(held_out([model(p.calls) for p, _ in pairs], measured)) for name, model in models.items()}
+    errors = {name: asdict(held_out([model(calls) for calls, _ in pairs], measured)) for name, model in models.items()}
     row: Row = {
         "space": net, "threads": threads, "networks": len(found), "quiet": len(pairs), **profile,
         "stated_error": table.corrector.error,
@@ -275,9 +274,9 @@ def run_space(net: str, threads: int, random: int, front: int, folder: Path, sou
     elif len(pairs) > PROBES and (source := sources.get(net) or kept_table(net, folder.parent)) is not None:
         chosen = rng.permutation(len(pairs))
         probes = [pairs[place] for place in chosen[:PROBES]]
-        model = TransferModel.fit(device, source, [p.calls for p, _ in probes], [s for _, s in probes])
+        model = TransferModel.fit(device, source, [calls for calls, _ in probes], [s for _, s in probes])
         rest = [pairs[place] for place in chosen[PROBES:]]
-        carried = held_out([model.predict(p.calls).latency_s for p, _ in rest], [s for _, s in rest])
+        carried = held_out([model.predict(calls).latency_s for calls, _ in rest], [s for _, s in rest])
         row["transfer"] = asdict(carried) | {"trusted": model.trusted}
     return row
 

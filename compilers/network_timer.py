@@ -16,7 +16,7 @@ from .remote import DeviceLost
 from .runner import device_lock, run_child
 
 # Models in one child: they share its start and the reference's runs.
-_TOGETHER = 8
+_TOGETHER = 16
 _REFERENCE = "reference"
 # How fast a model is differs from process to process, for as long as each lives (benchmarks/process_spread.py). So few
 # runs count of each process, and quiet ones of six at least settle a time.

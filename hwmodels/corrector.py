@@ -24,8 +24,9 @@ class Corrector:
     """`L = a calls + b sum of the kernels' times + c bytes of weights`, no coefficient below zero.
 
     On several threads c is for every call that is shared among them instead: while a kernel is timed alone the others
-    are awake. Three terms in either case, because a table may have few networks that met a quiet machine. Fitted to
-    relative errors, so that fast networks count as much as slow ones.
+    are awake. Three terms in either case, because a table may have few networks that met a quiet machine, and the last
+    only where networks that are left out are predicted better with it. Fitted to relative errors, so that fast networks
+    count as much as slow ones.
 
     Attributes:
         call_s: Seconds that a call adds.
@@ -79,7 +80,7 @@ class Corrector:
         shares = any(_shared(net) for net in networks)
         third = [_shared(net) * 1e-6 if shares else sum(w.weight_bytes for w in net) * 1e-10 for net in networks]
         terms = np.array([[s, len(net) * 1e-6, t] for s, net, t in zip(sums_s, networks, third, strict=True)])
-        fit = relative_fit(terms, y, _SUM)
+        fit = relative_fit(terms, y, _SUM, optional=1)
         factor, call, last = (float(value) for value in fit.coefficients)
         chosen = np.ones(len(y), dtype=bool) if judged is None else np.array(judged, dtype=bool)
         left_out, measured = fit.left_out[chosen], y[chosen]
