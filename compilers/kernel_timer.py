@@ -196,6 +196,10 @@ def _round(
                     error.stdout.decode(errors="replace") if isinstance(error.stdout, bytes) else error.stdout or ""
                 )
                 code, errors = 1, f"it did not end within {protocol.time_limit_s:.0f} s"
+                if device.rpc and not output:
+                    raise DeviceLost(
+                        f"device {device.name} gave no session within {protocol.time_limit_s:.0f} s"
+                    ) from None
                 if away := gone(device):
                     raise DeviceLost(f"device {device.name} is lost: {away}") from None
                 if len(left) > 1:

@@ -64,27 +64,43 @@ def time_networks(
         ]
         if not waiting or (number and time.monotonic() - start > limit_s):
             break
-        while waiting:
-            group = waiting[:_TOGETHER]
+        groups = [waiting[first : first + _TOGETHER] for first in range(0, len(waiting), _TOGETHER)]
+        while groups:
+            group = groups.pop(0)
             try:
                 with device_lock(device):
                     result = run_child({_REFERENCE: reference, **{n: artifacts[n] for n in group}}, device, protocol)
             except DeviceLost as lost:
                 return Timed(samples, best or 0.0, failed, lost)
             except RunError as error:
-                if error.artifact not in group:
-                    if not samples:
-                        raise
-                    return Timed(samples, best or 0.0, failed, error)
-                failed[error.artifact] = str(error)
-                waiting.remove(error.artifact)
+                named = error.artifact in group
+                if len(group) > 1 and (error.crashed or not named):
+                    # Who is named may have been in the way of the system, or of another's doing: each half by itself.
+                    groups[:0] = [group[: len(group) // 2], group[len(group) // 2 :]]
+                    continue
+                if not named and (broken := _broken(reference, device, protocol)) is not None:
+                    if not samples and not isinstance(broken, DeviceLost):
+                        raise broken from None
+                    return Timed(samples, best or 0.0, failed, broken)
+                failed[error.artifact if error.artifact in group else group[0]] = str(error)
+                rest = [name for name in group if name not in failed]
+                groups[:0] = [rest] if rest else []
                 continue
             for name in group:
                 new = Samples(tuple(result.run_s[name]), tuple(result.reference_s[name]))  # of one process
                 samples[name] = samples.get(name, Samples()) + new
                 found.append(new)
-            waiting = waiting[_TOGETHER:]
         if found:
             best = min(best_reference_s(found), known_reference_s or inf)
         advance(sum(not open_samples(value, best, enough=_ENOUGH) for value in samples.values()), len(artifacts))
     return Timed(samples, best or 0.0, failed)
+
+
+def _broken(reference: Path, device: Device, protocol: MeasureProtocol) -> RunError | None:
+    """Why the reference does not run by itself; None where it does."""
+    try:
+        with device_lock(device):
+            run_child({_REFERENCE: reference}, device, protocol)
+    except RunError as error:
+        return error
+    return None

@@ -26,11 +26,11 @@ _KERNEL = KernelProtocol(runs=6, rounds=1)
 _NETWORK = MeasureProtocol(runs=8)
 
 
-def quiet_network_s(network: Path, kernel: KernelWork, kernel_s: float, device: Device) -> float | None:
+def quiet_network_s(network: Path, kernel: KernelWork, kernel_s: float, device: Device) -> tuple[float, bool] | None:
     """Seconds of an artifact on a quiet machine: the fastest twentieth of its runs while the kernel's were quiet.
 
-    Where the machine never is, what the artifact took is scaled by how much slower the kernel was: a neighbour slows
-    both down, though not by quite the same.
+    Where the machine never is, what the artifact took is scaled by how much slower the kernel was. A neighbour slows
+    both down, but not by the same: that is a guess.
 
     Args:
         network: The artifact.
@@ -39,7 +39,7 @@ def quiet_network_s(network: Path, kernel: KernelWork, kernel_s: float, device: 
         device: Must be here.
 
     Returns:
-        None where the kernel does not run.
+        The seconds, and whether they are more than a guess; None where the kernel does not run.
 
     Raises:
         RunError: the artifact does not run.
@@ -60,7 +60,7 @@ def quiet_network_s(network: Path, kernel: KernelWork, kernel_s: float, device: 
         before = after
         if len(quiet) >= _ENOUGH * _NETWORK.runs:
             break
-    return float(np.quantile(quiet, 0.05)) if quiet else float(np.median(scaled))
+    return (float(np.quantile(quiet, 0.05)), True) if quiet else (float(np.median(scaled)), False)
 
 
 def _kernel_s(kernel: KernelWork, device: Device) -> float | None:

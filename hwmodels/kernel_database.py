@@ -276,9 +276,12 @@ class KernelDatabase:
             DatabaseError: a file cannot be read or written.
         """
         with _told(other, "read"):
-            there = other.is_file()
+            there, empty = other.is_file(), other.is_file() and not other.stat().st_size
         if not there:
             raise DatabaseError(f"{other} is no file; name a kernel database")
+        if empty:  # the first who wrote to it met a full disk
+            with self._writing():
+                return 0
         with KernelDatabase(other, "", "")._reading() as connection:
             connection.execute("BEGIN")  # all of one moment
             devices = connection.execute("SELECT device, schedules, title FROM devices").fetchall()

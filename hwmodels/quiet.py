@@ -69,6 +69,18 @@ def best_reference_s(samples: Sequence[Samples]) -> float:
     return float(np.quantile(times, 0.05))
 
 
+def steadily_slower(samples: Sequence[Samples], known_s: float, slack: float = SLACK) -> float | None:
+    """How many times as long as known the reference took, where it was slower throughout and yet steady; else None.
+
+    A neighbour comes and goes. A machine with a lower clock, on battery or under a limit of power, stays as it is.
+    """
+    times = [seconds for sample in samples for seconds in sample.reference_s]
+    if not times:
+        return None
+    fast, usual = (float(value) for value in np.quantile(times, (0.05, 0.5)))
+    return fast / known_s if fast > (1 + slack) * known_s and usual <= (1 + slack) * fast else None
+
+
 def settled(samples: Samples, best_s: float, slack: float = SLACK, enough: int = ENOUGH) -> Settled:
     """The time that samples give.
 

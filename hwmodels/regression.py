@@ -16,11 +16,14 @@ from .kernel_database import KernelTime
 from .relative_fit import log_error
 from .workload import Workload
 
-# Words of a workload's form that change what its kernel does at both ends of the sum.
+# Words of a workload's form that change how its kernel reads weights, and what it does at both ends of the sum.
 _EPILOGUES = (
     "quantize=True",
     "'quantize'",
     "op='bfloat16'",
+    "weight_bits=4",
+    "weight_bits=8",
+    "nibbles=True",
     "'add'",
     "'mul'",
     "'relu'",

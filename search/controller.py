@@ -123,14 +123,15 @@ class _Search:
 
     def run(self) -> Run:
         if self.spec.address == "local" and self.ledger.phase() != "done":
-            keep_devices(self.folder.path, self.evaluator.devices)
+            for label, device in keep_devices(self.folder.path, self.evaluator.devices).items():
+                self.evaluator.move(label, device, self.evaluator.timers[label])
         self.folder.write_space(self.space)
         write_task(self.folder.path, self.evaluator.task)
         if self.ledger.phase() == "done":
             return Run(self.folder.path) if (self.folder.path / FRONT).exists() else self._end()
         if self.spec.measure.latency == "predicted":
             scored = sum(record.score is not None for record in self.ledger.records.values())
-            self.evaluator.times = keep_times(self.evaluator, self.folder.path, scored)
+            self.evaluator.predict_by(keep_times(self.evaluator, self.folder.path, scored))
         check_answers(self.evaluator.devices.values(), predicted=self.spec.measure.latency == "predicted")
         if not self.space.choices:
             raise UserError(

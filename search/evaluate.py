@@ -7,7 +7,7 @@ import logging
 import math
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -132,6 +132,19 @@ class Evaluator:
     def move(self, label: str, device: Device, timer: Timer) -> None:
         """Lets a device be another machine's: what is compiled and timed from now on is for that one."""
         self.devices[label], self.timers[label] = device, timer
+
+    def predict_by(self, times: Path) -> None:
+        """Predicts by a database of kernel times, and plans convolutions by the tiles that it was measured with.
+
+        Raises:
+            DatabaseError: it is damaged.
+        """
+        from ..compilers.kernel_times import database_of
+
+        self.times = times
+        for label, device in list(self.devices.items()):
+            tiles = database_of(device, times).tiles()
+            self.move(label, replace(device, tiles=tiles), self.timers[label])
 
     @cached_property
     def calibration(self) -> Tensor:

@@ -21,6 +21,7 @@ from ..hwmodels.regression import LEAST as LEAST_KERNELS
 from ..hwmodels.table import TableModel
 from ..hwmodels.transfer import TransferModel
 from .fitted import fitted, regression_of
+from .model_choice import lower_error, own_table
 from .sampler import strongest, uniform_policies
 from .table_measuring import (
     Networks,
@@ -155,8 +156,13 @@ def table_candidates(space: SearchSpace, count: int, seed: int = 0, more: Sequen
     return list({candidate.key(): candidate for candidate in chosen}.values())[: max(count, len(more) + 1)]
 
 
-def refuse_disturbed(quiet: Sequence[bool], name: str) -> None:
+def refuse_disturbed(quiet: Sequence[bool], name: str, slower: str = "") -> None:
     """Refuses a table whose networks hardly ever met a quiet machine: it would be wrong by more than it states.
+
+    Args:
+        quiet: Of every network.
+        name: Of the device.
+        slower: What else to do, where the machine is slower than it was.
 
     Raises:
         BusyMachine: it is one.
@@ -165,7 +171,7 @@ def refuse_disturbed(quiet: Sequence[bool], name: str) -> None:
     if quiet and count <= LEAST_NETWORKS and 2 * count < len(quiet):
         raise BusyMachine(
             f"only {count} of {len(quiet)} networks met a quiet machine on {name}; stop what else runs, or try later: "
-            "what met one is kept, and only the rest is measured again (--no-table leaves the table out)"
+            "what met one is kept, and only the rest is measured again (--no-table leaves the table out)" + slower
         )
 
 
@@ -237,9 +243,13 @@ def _built(
     if carries:
         measuring.kernels([key for key in reference.kernels if measuring.asks(key)], works, reference, 1.0)
         networks = measuring.networks(evaluator, label, planned, folder, reference, left_s())
-        refuse_disturbed([network.time.quiet for network in own(networks)], device.name)
+        refuse_disturbed([network.time.quiet for network in own(networks)], device.name, measuring.slower)
         carried, origin = carried_over(device, database, own(networks))
         if carried is not None and carried.trusted:
+            # Few kernels of its own, of tile contests or another model, may tell more all the same.
+            better = lower_error(carried, own_table(device, database, own(networks)))
+            if isinstance(better, TableModel):
+                return finished(better, better.corrector.held_out)
             return finished(carried, carried.probes, origin)
         reached = "" if carried is None else f": {carried.probes.within_10:.0%} of the probes are within 10 %"
         notes.append(f"{origin} is not carried over{reached}; kernels are measured")
@@ -263,6 +273,6 @@ def _built(
     if disturbed and left_s() > 0:
         measuring.kernels(disturbed, works, reference, left_s() / 2)
     networks = measuring.networks(evaluator, label, planned, folder, reference, left_s())
-    refuse_disturbed([network.time.quiet for network in own(networks)], device.name)
+    refuse_disturbed([network.time.quiet for network in own(networks)], device.name, measuring.slower)
     model = fitted(device, known, networks, seed, {network.key() for network in own(networks)})
     return finished(model, model.corrector.held_out)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from typing import TYPE_CHECKING
@@ -12,8 +12,10 @@ from numpy.typing import NDArray
 from torch import nn
 
 from ..hwmodels.cycles import CountedCycles
+from ..hwmodels.device import server_address
 from ..hwmodels.latency import LatencyModel
 from ..hwmodels.roofline import Roofline
+from ..hwmodels.table import TableModel
 from ..hwmodels.workload import Workload
 from ..spaces.layer_shapes import LayerShape, layers_at, shape_of
 from ..spaces.local_error import LocalErrors
@@ -25,6 +27,7 @@ from .objective import split_metric
 from .option_table import Array, OptionTable, Site, every_level, undominated
 
 if TYPE_CHECKING:
+    from ..hwmodels.transfer import TransferModel
     from .evaluate import Evaluator
 
 
@@ -223,45 +226,55 @@ def _timed(layer: LayerShape) -> LayerShape:
 
 
 def _seconds(evaluator: Evaluator, label: str, layers: Sequence[LayerShape]) -> dict[LayerShape, float]:
-    model, works_of = latency_model(evaluator, label)
     # A site for each, so that one prediction tells the seconds of all.
-    works = [replace(work, site=str(place)) for place, work in enumerate(works_of(layers))]
-    found = model.predict(works).site_s
+    works = [replace(work, site=str(place)) for place, work in enumerate(_workloads(evaluator, label, layers))]
+    found = evaluator.predictor.model(label).predict(works).site_s
     return {layer: found[str(place)] for place, layer in enumerate(layers)}
 
 
-def latency_model(
-    evaluator: Evaluator, label: str
-) -> tuple[LatencyModel, Callable[[Sequence[LayerShape]], list[Workload]]]:
-    """The best model of a device that costs no measuring, and what turns layers into its workloads.
+def latency_model(evaluator: Evaluator, label: str) -> LatencyModel:
+    """The best model of a device that costs no measuring.
 
-    The times that `planish profile` left in the database where there are enough, of the device or, carried over, of the
-    same processor with another number of threads; the compiler's counted cycles else,
-    and for a device that is only described; the roofline where the compiler has no schedules to count.
+    By the times that `planish profile` left in the database, of the device or, carried over, of the same processor with
+    another number of threads, whichever states the lower error (`model_choice`); the compiler's counted cycles where
+    they would be better, and for a device that is only described; the roofline where the compiler has no schedules to
+    count.
     """
     device = evaluator.devices[label]
     if evaluator.compilers[label].name != "tvm":
-        return Roofline(device), _plain_workloads
+        return Roofline(device)
     from ..compilers.kernel_times import database_of
     from ..compilers.tvm_build import cpu_machine
-    from ..compilers.tvm_layers import layer_workloads
     from ..hwmodels.kernel_database import DatabaseError
-    from .fitted import fitted
-    from .transferred import ENOUGH, carried_over
+    from .model_choice import best_known
 
+    like_this = device.here or (device.rpc and server_address(device.rpc, device.name)[2] == "cpu")
+    counted = (
+        CountedCycles(device)
+        if like_this
+        else CountedCycles.described(device, cpu_machine(device).macs_per_cycle(None))
+    )
     if not device.timed:
-        return CountedCycles.described(device, cpu_machine(device).macs_per_cycle(None)), layer_workloads(device)
+        return counted
     try:
-        database = database_of(device, evaluator.times)
-        times, networks = database.times(), database.networks()
-        if len(times) >= ENOUGH:
-            model: LatencyModel = fitted(device, times, networks)
-        else:
-            carried, _ = carried_over(device, database, networks)
-            model = carried if carried is not None and carried.trusted else CountedCycles(device)
+        known = best_known(device, database_of(device, evaluator.times))
     except DatabaseError:  # `planish profile` tells; a search need not end for it
-        model = CountedCycles(device)
-    return model, layer_workloads(device)
+        return counted
+    return counted if known is None or _stated(known) > counted.error else known
+
+
+def _stated(model: TableModel | TransferModel) -> float:
+    """The relative standard deviation of networks."""
+    return model.corrector.error if isinstance(model, TableModel) else model.error
+
+
+def _workloads(evaluator: Evaluator, label: str, layers: Sequence[LayerShape]) -> list[Workload]:
+    """What a device's latency model reads of layers."""
+    if evaluator.compilers[label].name != "tvm":
+        return _plain_workloads(layers)
+    from ..compilers.tvm_layers import layer_workloads
+
+    return layer_workloads(evaluator.devices[label])(layers)
 
 
 def _plain_workloads(layers: Sequence[LayerShape]) -> list[Workload]:
@@ -308,6 +321,6 @@ def _original(evaluator: Evaluator, names: Sequence[str]) -> dict[str, float]:
                 stored_bytes(traced.module) if name == "size" else count_macs(traced.module, traced.example)
             )
         elif evaluator.compilers[label].name == "tvm":
-            model, _ = latency_model(evaluator, label)
+            model = evaluator.predictor.model(label)
             found[name] = model.predict(plan_of(evaluator, label, space.original()).calls).latency_s
     return found

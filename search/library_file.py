@@ -6,15 +6,19 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..hwmodels.fingerprint import fingerprint
 from ..spaces.space import SearchSpace
 from .atomic import write_text
 from .errors import UserError
 from .json_text import parsed
 from .option_table import Array, OptionTable, Site
+
+if TYPE_CHECKING:
+    from ..hwmodels.device import Device
 
 _ADVICE = "delete it, and the run makes it again"
 
@@ -75,9 +79,15 @@ def read_library(path: Path, space: SearchSpace, key: str) -> OptionTable | None
         ) from error
 
 
-def library_key(space: SearchSpace, costs: Sequence[str], devices: Sequence[object], inputs: Sequence[Any]) -> str:
-    """A digest of what a table is made from: space, costs, devices, and the tensors of weights and calibration."""
-    digest = hashlib.sha256(json.dumps([space.to_json(), list(costs), [repr(d) for d in devices]]).encode())
+def library_key(space: SearchSpace, costs: Sequence[str], devices: Sequence[Device], inputs: Sequence[Any]) -> str:
+    """A digest of what a table is made from: space, costs, devices, and the tensors of weights and calibration.
+
+    Of a device that can be timed its peaks are left out: they go by the clock of the moment.
+    """
+    about = [
+        [fingerprint(d), sorted(d.tiles.items()), None if d.timed else sorted(d.macs_per_s.items())] for d in devices
+    ]
+    digest = hashlib.sha256(json.dumps([space.to_json(), list(costs), about]).encode())
     for tensor in inputs:
         digest.update(tensor.detach().contiguous().cpu().numpy().tobytes())
     return digest.hexdigest()[:32]

@@ -38,12 +38,12 @@ class Predictor:
         from .library import latency_model
 
         if label not in self._models:
-            self._models[label] = latency_model(self._evaluator, label)[0]
+            self._models[label] = latency_model(self._evaluator, label)
         return self._models[label]
 
-    def forget(self, label: str) -> None:
-        """Takes the device's model anew the next time: there are other times of it now."""
-        self._models.pop(label, None)
+    def use(self, label: str, model: LatencyModel) -> None:
+        """Predicts a device by this model, such as the one that was just measured."""
+        self._models[label] = model
 
     def metrics(self, program: ExportedProgram, energy: bool) -> Metrics:
         """Latency with its 95 % interval by device, the highest working memory, and if asked for the highest energy."""

@@ -63,6 +63,8 @@ def profile(
     """
     import torch
 
+    from ..compilers.compiler import RunError
+    from ..compilers.remote import DeviceLost
     from ..compilers.runner import site_times
     from ..hwmodels.measurement import MeasureProtocol
     from .evaluate import Evaluator, Job
@@ -113,11 +115,17 @@ def profile(
                 )
                 for job in jobs
             }
-            tables[label] = build_table(
-                evaluator, label, database_of(evaluator.devices[label]), progress,
-                seed=spec.seed, limits=limits, more=[job.candidate for job in jobs], made=made,
-            )  # fmt: skip
-            evaluator.predictor.forget(label)
+            try:
+                tables[label] = build_table(
+                    evaluator, label, database_of(evaluator.devices[label]), progress,
+                    seed=spec.seed, limits=limits, more=[job.candidate for job in jobs], made=made,
+                )  # fmt: skip
+            except DeviceLost:
+                raise
+            except RunError as error:
+                raise UserError(f"nothing can be timed on {label}: {error}") from error
+            if tables[label].kernel_error is not None:  # it can tell of kernels that were not measured
+                evaluator.predictor.use(label, tables[label].model)
             _add_latencies(jobs, label, tables[label], metrics)
         # A table does not tell what a run uses.
         counted = here and EnergyCounters.here() is not None
@@ -130,9 +138,13 @@ def profile(
             if device.here:
                 artifact = evaluator.artifact_folder(jobs[0].folder, label, "artifact")
                 protocol = MeasureProtocol(time_limit_s=spec.measure.time_limit_s)
-                with LoadWatch() as watch:
-                    calls = site_times({"original": artifact}, device, protocol)["original"]
-                refuse_loaded(watch, device)
+                try:
+                    with LoadWatch() as watch:
+                        calls = site_times({"original": artifact}, device, protocol)["original"]
+                    refuse_loaded(watch, device)
+                except RunError as error:  # as of a model that takes seconds, of which each kernel would run often
+                    _log.warning("the layers' times on %s are predicted: %s", label, error)
+                    calls = evaluator.predictor.calls(space.original(), label)
             else:  # its kernels cannot be told from each other from here
                 calls = evaluator.predictor.calls(space.original(), label)
             peaks = with_measured_peaks(device, evaluator.compilers[label]) if device.timed else device
@@ -215,6 +227,9 @@ def _device(
     metrics: Mapping[int, Mapping[str, object]],
 ) -> dict[str, object]:
     total = sum(seconds for _, _, seconds in calls)
+    # Where one was not timed its joules are modelled: no range of both kinds.
+    measured = bool(metrics[0].get("energy_measured"))
+    alike = [m for m in metrics.values() if bool(m.get("energy_measured")) == measured]
     latencies = [value for m in metrics.values() if not isnan(value := _value(m, label))]
     return {
         "title": device.title,
@@ -245,13 +260,16 @@ def _device(
             for name, values in {
                 "latency_s": latencies,
                 **{
-                    key: [float(str(m[key])) for m in metrics.values()]
-                    for key in ("size_bytes", "macs", "peak_memory_bytes", "energy_j")
-                    if all(key in m for m in metrics.values())
+                    key: [float(str(m[key])) for m in among]
+                    for key, among in {
+                        **{key: list(metrics.values()) for key in ("size_bytes", "macs", "peak_memory_bytes")},
+                        "energy_j": alike,
+                    }.items()
+                    if all(key in m for m in among)
                 },
             }.items()
         },
-        "energy_measured": all(bool(m.get("energy_measured")) for m in metrics.values()),
+        "energy_measured": measured,
     }
 
 

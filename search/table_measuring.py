@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from ..hwmodels.kernel_database import DatabaseError, KernelDatabase, KernelTime, NetworkTime, network_key
 from ..hwmodels.load import BusyMachine, LoadWatch
-from ..hwmodels.quiet import Samples, best_reference_s, settled
+from ..hwmodels.quiet import Samples, best_reference_s, settled, steadily_slower
 from ..spaces.quantize import deploy
 from .errors import UserError
 
@@ -76,6 +76,7 @@ class TableMeasuring:
         failed: Why kernels and networks could not be timed.
         notes: What went wrong and did not stop it.
         reference: What networks are timed beside, once it is compiled.
+        slower: That the machine is slower than it was, and what to do; "" where it is not.
         reference_kernel: What kernels are timed beside, and its seconds on a quiet machine, once it was timed.
     """
 
@@ -89,6 +90,7 @@ class TableMeasuring:
     failed: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     reference: Artifact | None = None
+    slower: str = ""
     reference_kernel: tuple[KernelWork, float] | None = None
 
     def asks(self, key: str) -> bool:
@@ -174,24 +176,37 @@ class TableMeasuring:
         name = f"network {reference.manifest.kernels[0][0]}"
         self.progress.begin(f"time networks on {self.device.name}", len(networks.artifacts))
         with LoadWatch() as watch:
-            known_s = self.database.reference_s(name) or self._quiet_s(reference, reference_plan)
+            seen_s = self.database.reference_s(name)
+            known_s, sure = (seen_s, True) if seen_s else self._quiet_s(reference, reference_plan)
             timed = time_networks(
                 networks.artifacts, reference.path, self.device, known_reference_s=known_s,
                 limit_s=max(limit_s, self.limits.network_s), advance=_advancer(self.progress),
             )  # fmt: skip
+            quiet_s = timed.reference_s
+            if not sure and timed.samples and timed.lost is None:  # by now the machine may be quiet for a moment
+                known_s, sure = self._quiet_s(reference, reference_plan)
+                seen_s = best_reference_s(list(timed.samples.values()))
+                quiet_s = min(known_s or seen_s, seen_s) if sure else quiet_s
         refuse_loaded(watch, self.device)
+        ratio = known_s and steadily_slower(list(timed.samples.values()), known_s)
+        if ratio:
+            self.slower = (
+                f"; {self.device.name} takes {ratio:.2f} times as long as when its times were first measured: if it is "
+                f"to stay so (battery, a limit of power), move {self.database.path} away"
+            )
         self.failed |= {f"network {key}": reason for key, reason in timed.failed.items()}
         plans = networks.plans
-        new = [NetworkTime(plans[key].calls, settled(s, timed.reference_s)) for key, s in timed.samples.items()]
+        new = [NetworkTime(plans[key].calls, settled(s, quiet_s)) for key, s in timed.samples.items()]
         self.timed_networks |= {network.key(): network for network in new}
         self._keep(new, name, timed.samples.values())
         self._go_on(timed)
         return self.known_networks()
 
-    def _quiet_s(self, reference: Artifact, reference_plan: Plan) -> float | None:
-        """What the reference takes as a network on a quiet machine; None where its kernel was never timed.
+    def _quiet_s(self, reference: Artifact, reference_plan: Plan) -> tuple[float | None, bool]:
+        """What the reference takes as a network on a quiet machine, and whether that is more than a guess.
 
-        Without it a phase in which the machine is never quiet would take its own best for quiet.
+        None where its kernel was never timed. Without it a phase in which the machine is never quiet would take its own
+        best for quiet.
         """
         from ..compilers.reference_timer import quiet_network_s
         from ..compilers.remote import DeviceLost
@@ -200,9 +215,9 @@ class TableMeasuring:
         if self.reference_kernel is None and (known_s := self.database.reference_s(name)):
             self.reference_kernel = kernel, known_s
         if self.reference_kernel is None:
-            return None
+            return None, True
         try:
-            return quiet_network_s(reference.path, *self.reference_kernel, self.device)
+            return quiet_network_s(reference.path, *self.reference_kernel, self.device) or (None, True)
         except DeviceLost as lost:
             raise _given_up(lost, self.device) from None
 

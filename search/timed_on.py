@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from ..hwmodels.device import Device
@@ -14,10 +15,11 @@ from .json_text import parsed
 NAME = "devices.json"
 
 
-def keep_devices(run: Path, devices: Mapping[str, Device]) -> None:
-    """Writes what the devices are, or compares them with what the run began on.
+def keep_devices(run: Path, devices: Mapping[str, Device]) -> dict[str, Device]:
+    """Writes what the devices are, or compares them with what the run began on; the devices as it began with them.
 
-    A latency is a ratio to the original's, measured on the same processor; so is a prediction.
+    A latency is a ratio to the original's, measured on the same processor; so is a prediction. Tiles that were measured
+    since would make the candidates of today faster than those of yesterday.
 
     Args:
         run: The run's folder.
@@ -28,13 +30,19 @@ def keep_devices(run: Path, devices: Mapping[str, Device]) -> None:
     """
     path = run / NAME
     now = {
-        label: {"device": fingerprint(device), "processor": _processor(device), "lanes": device.lanes}
+        label: {
+            "device": fingerprint(device),
+            "processor": _processor(device),
+            "lanes": device.lanes,
+            "tiles": dict(sorted(device.tiles.items())),
+        }
         for label, device in devices.items()
     }
     if not path.exists():
         write_json(path, now)
-        return
-    for label, (identity, processor, _) in _read(path).items():
+        return dict(devices)
+    began = _read(path)
+    for label, (identity, processor, _, _) in began.items():
         if label in now and now[label]["device"] != identity:
             raise UserError(
                 f"the latencies of the run in {run} are of another {label} ({processor}) than this one "
@@ -42,6 +50,8 @@ def keep_devices(run: Path, devices: Mapping[str, Device]) -> None:
                 f"device:{label} (docs/distributed.md); here only train (planish resume --train-only), or start anew "
                 f"with another --out; where it is the same processor, and only says otherwise of itself, delete {path}"
             )
+    tiles = {label: known[3] for label, known in began.items() if known[3] is not None}
+    return {label: replace(device, tiles=tiles.get(label, device.tiles)) for label, device in devices.items()}
 
 
 def lanes_of(run: Path) -> int:
@@ -53,14 +63,14 @@ def lanes_of(run: Path) -> int:
     path = run / NAME
     if not path.exists():
         raise UserError(f"{path} is missing; carry on with the run where it began, once, with this version of planish")
-    return max(lanes for _, _, lanes in _read(path).values())
+    return max(lanes for _, _, lanes, _ in _read(path).values())
 
 
-def _read(path: Path) -> dict[str, tuple[str, str, int]]:
-    """(fingerprint, processor, lanes) by label."""
+def _read(path: Path) -> dict[str, tuple[str, str, int, dict[str, str] | None]]:
+    """(fingerprint, processor, lanes, tiles) by label; no tiles of runs that were begun before they were kept."""
     try:
         found = {
-            str(label): (str(d["device"]), str(d["processor"]), int(d["lanes"]))
+            str(label): (str(d["device"]), str(d["processor"]), int(d["lanes"]), _tiles(d.get("tiles")))
             for label, d in parsed(path.read_bytes()).items()
         }
         if not found:
@@ -69,6 +79,14 @@ def _read(path: Path) -> dict[str, tuple[str, str, int]]:
         raise UserError(
             f"{path} does not say what the run was timed on: {error}; on the machine where it began, delete the file"
         ) from None
+    return found
+
+
+def _tiles(found: object) -> dict[str, str] | None:
+    if found is None:
+        return None
+    if not isinstance(found, dict) or not all(isinstance(tile, str) for tile in found.values()):
+        raise ValueError(f"its tiles are {found!r}")
     return found
 
 

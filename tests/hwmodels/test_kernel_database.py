@@ -295,3 +295,12 @@ def test_a_name_that_the_system_does_not_take_is_told(database: KernelDatabase, 
     for call in (database.export, database.merge):
         with pytest.raises(DatabaseError, match="cannot be"):
             call(tmp_path / ("x" * 300))
+
+
+def test_an_empty_file_is_imported_and_exported_as_what_it_holds(database: KernelDatabase, tmp_path: Path) -> None:
+    """The first who wrote to it met a full disk."""
+    (tmp_path / "empty.sqlite").touch()
+    assert database.merge(tmp_path / "empty.sqlite") == 0
+    empty = KernelDatabase(tmp_path / "empty.sqlite", database.device, database.schedules)
+    assert empty.export(tmp_path / "copy.sqlite") == 0
+    assert KernelDatabase(tmp_path / "copy.sqlite", database.device, database.schedules).times() == {}

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from planish.hwmodels.quiet import ENOUGH, Samples, best_reference_s, open_samples, settled
+from planish.hwmodels.quiet import ENOUGH, Samples, best_reference_s, open_samples, settled, steadily_slower
 
 
 def test_only_quiet_samples_count_and_they_count_as_they_are() -> None:
@@ -65,3 +65,20 @@ def test_a_process_that_was_hardly_ever_quiet_does_not_widen_the_interval() -> N
     usual = Samples((1.0,) * 12, (1.0,) * 12)
     disturbed = Samples((1.4, 1.4, *(9.0,) * 10), (1.0, 1.0, *(3.0,) * 10))
     assert settled(usual + disturbed, best_s=1.0).high_s == 1.0
+
+
+@pytest.mark.parametrize(
+    ("reference_s", "ratio"),
+    [
+        ((1.3, 1.31, 1.32, 1.35, 1.33), 1.3),  # another clock
+        ((1.0, 1.31, 1.32, 1.35, 1.33), None),  # once as fast as known: a neighbour
+        ((1.3, 1.6, 1.9, 1.35, 1.7), None),  # not steady: a neighbour, too
+        ((1.0, 1.01, 1.05, 1.1, 1.02), None),
+        ((), None),
+    ],
+)
+def test_a_machine_that_is_slower_for_good_is_told_from_one_that_others_use(
+    reference_s: tuple[float, ...], ratio: float | None
+) -> None:
+    found = steadily_slower([Samples((1.0,) * len(reference_s), reference_s)], 1.0)
+    assert found == (None if ratio is None else pytest.approx(ratio, rel=0.01))

@@ -303,3 +303,27 @@ def test_what_a_carried_over_call_takes_does_not_go_by_what_else_is_called() -> 
     together = model.predict([small, large])
     assert together.site_s["small"] == pytest.approx(model.predict([small]).latency_s)
     assert together.latency_s == pytest.approx(sum(together.site_s.values()))
+
+
+def _stored(k: int, o: int, bits: int) -> Workload:
+    """A dense layer of float32 inputs whose weights are stored with fewer bits; the compiler counts the same cycles."""
+    size = k * o * bits // 8
+    form = f"DenseSpec(m=1, k={k}, o={o}, steps=(), nibbles=False, weight_bits={bits})"
+    return Workload("", "linear", {"m": 1, "k": k, "o": o}, k * o, size + 4 * (k + o), 32, size, 1, form, k * o / 16)
+
+
+def test_what_reading_few_bits_costs_is_learned_apart_from_other_widths() -> None:
+    """Unpacking 4 bits takes longer than reading 8: no count of bytes says so, and no size."""
+    each = {32: 1.0e-11, 8: 1.1e-11, 4: 2.0e-11}
+    measured = [
+        (_stored(k, o, bits), each[bits] * k * o + 2e-7)
+        for k in (64, 144, 288, 320, 640)
+        for o in (144, 288, 1000)
+        for bits in each
+        if bits == 32 or k < 400
+    ]
+    times = [KernelTime(work, Settled(s, s, s, 12, True)) for work, s in measured]
+    regression = KernelRegression.fit(times)
+    for bits in (4, 8):
+        [found] = regression.predict([_stored(640, 1000, bits)])
+        assert found == pytest.approx(each[bits] * 640_000 + 2e-7, rel=0.15)

@@ -59,7 +59,7 @@ SMALL = TableLimits(candidates=11, least=9, build_s=60.0, kernels=26, kernel_s=0
 def machine_that_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
     """Who else uses the machine that the tests run on is not what they are about."""
     monkeypatch.setattr(latency_table, "wait_for_quiet", lambda threads: None)
-    monkeypatch.setattr(latency_table, "refuse_disturbed", lambda quiet, name: None)
+    monkeypatch.setattr(latency_table, "refuse_disturbed", lambda quiet, name, slower: None)
     monkeypatch.setattr(table_measuring, "refuse_loaded", lambda watch, device: None)
 
 
@@ -84,7 +84,7 @@ def database(evaluator: Evaluator, tmp_path_factory: pytest.TempPathFactory) -> 
 def table(evaluator: Evaluator, database: KernelDatabase) -> LatencyTable:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(latency_table, "wait_for_quiet", lambda threads: None)
-        patch.setattr(latency_table, "refuse_disturbed", lambda quiet, name: None)
+        patch.setattr(latency_table, "refuse_disturbed", lambda quiet, name, slower: None)
         patch.setattr(table_measuring, "refuse_loaded", lambda watch, device: None)
         return build_table(evaluator, "cpu", database, Progress(None), limits=SMALL)
 
@@ -202,7 +202,7 @@ def test_the_error_is_stated_of_this_space_s_networks(
         others.append(NetworkTime(works, Settled(s, 0.99 * s, 1.01 * s, 20, True)))
     own.add(others, {})
     seen: list[list[bool]] = []
-    monkeypatch.setattr(latency_table, "refuse_disturbed", lambda quiet, name: seen.append(list(quiet)))
+    monkeypatch.setattr(latency_table, "refuse_disturbed", lambda quiet, name, slower: seen.append(list(quiet)))
     monkeypatch.setattr(TableMeasuring, "kernels", lambda self, *rest: None)
     monkeypatch.setattr(TableMeasuring, "networks", lambda self, *rest: self.database.networks())
     found = build_table(evaluator, "cpu", own, Progress(None), limits=SMALL)
@@ -272,9 +272,9 @@ def test_a_search_predicts_two_threads_from_what_is_known_of_one(
     two_threads.times = tmp_path / "times.sqlite"
     own = database_of(two_threads.devices[label], two_threads.times)
     own.merge(database.path)
-    assert isinstance(latency_model(two_threads, label)[0], CountedCycles)
+    assert isinstance(latency_model(two_threads, label), CountedCycles)
     monkeypatch.setattr(transferred, "ENOUGH", 15)
-    assert isinstance(latency_model(two_threads, label)[0], CountedCycles)  # no network of two threads was measured
+    assert isinstance(latency_model(two_threads, label), CountedCycles)  # no network of two threads was measured
     space, rng = two_threads.proposal.space, np.random.default_rng(3)
     source = fitted(table.model.device, database.times(), database.networks())
     networks = []
@@ -283,7 +283,7 @@ def test_a_search_predicts_two_threads_from_what_is_known_of_one(
         s = 0.7 * source.predict([replace(work, threads=1) for work in calls]).latency_s
         networks.append(NetworkTime(calls, Settled(s, 0.99 * s, 1.01 * s, 20, True)))
     own.add(networks, {})
-    model = latency_model(two_threads, label)[0]
+    model = latency_model(two_threads, label)
     assert isinstance(model, TransferModel)
     assert model.trusted
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,12 @@ import torch
 
 from planish.hwmodels.cycles import CountedCycles
 from planish.hwmodels.device import parse_device
-from planish.search import transferred
 from planish.search.config import load_spec
 from planish.search.data import Data, Split
 from planish.search.errors import UserError
 from planish.search.evaluate import Evaluator, Job
 from planish.search.latency_table import plan_of
-from planish.search.library import option_table
+from planish.search.library import latency_model, option_table
 from planish.search.library_file import library_key, read_library, write_library
 from planish.search.option_gains import gains_in_short, option_gains
 from planish.search.option_table import OptionTable, levels_of
@@ -33,23 +33,21 @@ pytestmark = pytest.mark.tvm
 
 
 @pytest.fixture(scope="module")
-def evaluator() -> Evaluator:
+def evaluator(tmp_path_factory: pytest.TempPathFactory) -> Evaluator:
     torch.manual_seed(0)
     split = Split(torch.randn(8, 1, 16, 16), torch.arange(8) % 4)
     data = Data(split, split, split, ("a", "b", "c", "d"))
     task = Task(SmallResNet(widths=(16, 32), blocks=1, classes=4).eval(), data)
-    return Evaluator(load_spec(None, {"model": "own", "data": "own", "space.lanes": 8}), task)
+    found = Evaluator(load_spec(None, {"model": "own", "data": "own", "space.lanes": 8}), task)
+    # What the machine's database knows of kernels is not what this is about.
+    found.times = tmp_path_factory.mktemp("times") / "none.sqlite"
+    return found
 
 
 @pytest.fixture(scope="module")
 def table(evaluator: Evaluator) -> OptionTable:
-    # What the machine's database knows of kernels is not what this is about.
-    patch = pytest.MonkeyPatch()
-    patch.setattr(transferred, "ENOUGH", 10**9)
     rising = {c.name: tuple(0.01 * level for level in range(len(c.options))) for c in evaluator.proposal.space.choices}
-    found = option_table(evaluator, LocalErrors(rising, {}), ["latency[cpu]", "size", "macs"])
-    patch.undo()
-    return found
+    return option_table(evaluator, LocalErrors(rising, {}), ["latency[cpu]", "size", "macs"])
 
 
 def in_table(table: OptionTable, rng: np.random.Generator) -> Candidate:
@@ -133,9 +131,8 @@ def test_options_that_are_never_worth_it_are_named_with_what_beats_them(evaluato
 
 @pytest.mark.parametrize("costs", [["energy"], ["memory"], ["latency[cpu]", "memory"]])
 def test_where_a_cost_does_not_add_up_over_sites_what_is_near_it_keeps_options(
-    evaluator: Evaluator, costs: list[str], monkeypatch: pytest.MonkeyPatch
+    evaluator: Evaluator, costs: list[str]
 ) -> None:
-    monkeypatch.setattr(transferred, "ENOUGH", 10**9)
     rising = {c.name: tuple(0.01 * level for level in range(len(c.options))) for c in evaluator.proposal.space.choices}
     found = option_table(evaluator, LocalErrors(rising, {}), costs)
     assert set(found.fixed) == {"latency[cpu]", "macs"}
@@ -180,14 +177,19 @@ def test_a_damaged_file_is_refused_in_one_line(table: OptionTable, tmp_path: Pat
 
 def test_the_key_follows_weights_and_costs(table: OptionTable) -> None:
     one, two = torch.zeros(3), torch.ones(3)
+    cpu, other = parse_device("cpu"), parse_device("cpu/cortex-a72")
     keys = {
-        library_key(table.space, ["size"], ["cpu"], [one]),
-        library_key(table.space, ["size"], ["cpu"], [two]),
-        library_key(table.space, ["macs"], ["cpu"], [one]),
-        library_key(table.space, ["size"], ["other"], [one]),
+        library_key(table.space, ["size"], [cpu], [one]),
+        library_key(table.space, ["size"], [cpu], [two]),
+        library_key(table.space, ["macs"], [cpu], [one]),
+        library_key(table.space, ["size"], [other], [one]),
+        library_key(table.space, ["size"], [replace(cpu, tiles={"conv": "direct"})], [one]),
+        library_key(table.space, ["size"], [replace(other, macs_per_s={32: 1e9})], [one]),
     }
-    assert len(keys) == 4
-    assert library_key(table.space, ["size"], ["cpu"], [one]) in keys
+    assert len(keys) == 6
+    # The clock of this moment is another one than when the run was stopped.
+    clocked = replace(cpu, macs_per_s={bits: 1.07 * rate for bits, rate in cpu.macs_per_s.items()})
+    assert library_key(table.space, ["size"], [clocked], [one]) in keys
 
 
 def test_choices_are_named_in_the_order_of_the_space(table: OptionTable) -> None:
@@ -223,3 +225,15 @@ def test_a_terminal_is_shown_the_best_gains_and_a_count_for_every_reason(evaluat
     assert shown == sorted(float(str(row["latency_ratio"])) for row in rows)[: len(shown)]
     assert sum(devices["cpu"]["gain_nothing"].values()) == sum(not row["pays"] for row in rows)
     assert devices["none"] == {}
+
+
+def test_a_board_that_was_never_profiled_is_predicted_as_it_is_described(evaluator: Evaluator) -> None:
+    """An address makes nothing known of it."""
+    for name, like in (("rpc://127.0.0.1:9/cpu/x86-64-v3", "cpu/x86-64-v3"), ("rpc://127.0.0.1:9/cpu", "cpu")):
+        spec = {"model": "own", "data": "own", "measure.latency": "predicted"}
+        board, described = (Evaluator(load_spec(None, spec | {"device": d}), evaluator.task) for d in (name, like))
+        board.times = described.times = evaluator.times
+        found, wanted = latency_model(board, name), latency_model(described, like)
+        assert isinstance(found, CountedCycles)
+        assert isinstance(wanted, CountedCycles)
+        assert (found.clock_hz, found.error) == (wanted.clock_hz, wanted.error)

@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import nn
 
-from planish.search import transferred
 from planish.search.config import load_spec
 from planish.search.data import Data, Split
 from planish.search.evaluate import Evaluator, Job
@@ -50,7 +49,7 @@ def evaluator() -> Evaluator:
 def test_a_part_that_failed_is_dear_and_looked_at_again_the_next_time(
     evaluator: Evaluator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(transferred, "ENOUGH", 10**9)
+    evaluator.times = tmp_path / "no times.sqlite"
     pool = Here(evaluator, [1])
     first = library(evaluator, tmp_path, cast("Pool", pool), 1, ["latency[cpu]"], Progress(None))
     assert not (tmp_path / LIBRARY).exists()

@@ -50,6 +50,16 @@ def test_what_is_measured_later_changes_no_run(evaluator: Evaluator, cache: Path
     assert database_of(device, kept).times()[WORK.key()].time == TIME
 
 
+def test_tiles_that_are_measured_later_change_no_prediction(evaluator: Evaluator, cache: Path, tmp_path: Path) -> None:
+    device = evaluator.devices["cpu"]
+    database_of(device).add_tiles({"conv": "direct"})
+    evaluator.predict_by(keep_times(evaluator, tmp_path))
+    assert evaluator.devices["cpu"].tiles == {"conv": "direct"}
+    database_of(device).add_tiles({"conv": "winograd"})
+    evaluator.predict_by(keep_times(evaluator, tmp_path))
+    assert evaluator.devices["cpu"].tiles == {"conv": "direct"}
+
+
 def test_a_run_that_began_with_no_times_goes_on_with_none(evaluator: Evaluator, cache: Path, tmp_path: Path) -> None:
     device = evaluator.devices["cpu"]
     kept = keep_times(evaluator, tmp_path)

@@ -45,7 +45,7 @@ def spec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Spec:
         monkeypatch.setattr(module, "wait_for_quiet", lambda threads: None)
     for module in (table_measuring, profile):
         monkeypatch.setattr(module, "refuse_loaded", lambda watch, device: None)
-    monkeypatch.setattr(latency_table, "refuse_disturbed", lambda quiet, name: None)
+    monkeypatch.setattr(latency_table, "refuse_disturbed", lambda quiet, name, slower: None)
     own = tmp_path / "own.py"
     return load_spec(None, {"model": f"{own}:model", "data": f"{own}:data", "measure.runs": 3})
 

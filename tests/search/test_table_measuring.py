@@ -17,11 +17,13 @@ from planish.compilers.network_timer import time_networks
 from planish.compilers.remote import DeviceLost
 from planish.compilers.runner import ChildResult
 from planish.hwmodels.device import host, parse_device
-from planish.hwmodels.kernel_database import KernelDatabase, KernelTime
+from planish.hwmodels.kernel_database import KernelDatabase, KernelTime, NetworkTime
+from planish.hwmodels.load import BusyMachine
 from planish.hwmodels.quiet import Samples, Settled, settled
 from planish.hwmodels.workload import Workload
 from planish.search import table_measuring
 from planish.search.errors import UserError
+from planish.search.latency_table import refuse_disturbed
 from planish.search.progress import Progress
 from planish.search.table_measuring import Networks, TableLimits, TableMeasuring
 
@@ -148,9 +150,9 @@ def test_a_new_device_s_quiet_networks_are_told_by_its_quiet_kernels(
 
     asked: list[tuple[object, ...]] = []
 
-    def quiet_network_s(*arguments: object) -> float:
+    def quiet_network_s(*arguments: object) -> tuple[float, bool]:
         asked.append(arguments)
-        return 2.9e-5
+        return 2.9e-5, True
 
     monkeypatch.setattr(network_timer, "time_networks", time_networks)
     monkeypatch.setattr(reference_timer, "quiet_network_s", quiet_network_s)
@@ -172,3 +174,76 @@ def test_a_device_that_is_lost_while_its_reference_is_timed_keeps_what_was_timed
     measuring.database.add([KernelTime(WORK, settled(QUIET, 3e-5))], {f"kernel {WORK.key()}": 2e-5})
     with pytest.raises(UserError, match=r"board is lost: no answer; what was timed is kept: once .* give the same"):
         networks(measuring, planned())
+
+
+def test_a_machine_that_is_slower_for_good_is_told_what_to_move(
+    measuring: TableMeasuring, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow = Samples((1.3e-4,) * 18, (3.9e-5,) * 18)
+    monkeypatch.setattr(network_timer, "time_networks", lambda *given, **keys: Timed({"one": slow}, 3e-5, {}))
+    measuring.database.add([NetworkTime((WORK,), settled(QUIET, 3e-5))], {"network reference": 3e-5})
+    networks(measuring, planned())
+    assert "takes 1.30 times as long as when its times were first measured" in measuring.slower
+    assert f"move {measuring.database.path} away" in measuring.slower
+    with pytest.raises(BusyMachine, match=r"0 of 9 networks .* 1\.30 times as long .* move .*times\.sqlite away$"):
+        refuse_disturbed([False] * 9, "cpu", measuring.slower)
+
+
+NAMES = tuple("abcdefgh")
+
+
+def test_who_is_named_in_a_crash_fails_only_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine with little memory: five in one process are too many, and whoever runs then is named."""
+    sizes: list[int] = []
+
+    def child(artifacts: Mapping[str, Path], *given: Any, **keys: Any) -> ChildResult:
+        sizes.append(len(artifacts))
+        if len(artifacts) > 5:
+            raise RunError(
+                "artifact 'a' crashed with signal 9", "a" if len(artifacts) > 8 else "reference", crashed=True
+            )
+        if "c" in artifacts:
+            raise RunError("artifact 'c' crashed with signal 11", "c", crashed=True)
+        return ChildResult({name: [1.0] * 3 for name in artifacts}, {}, {}, {name: [1.0] * 3 for name in artifacts})
+
+    monkeypatch.setattr(network_timer, "run_child", child)
+    found = time_networks({name: Path(name) for name in NAMES}, Path("reference"), host(), rounds=1)
+    assert set(found.samples) == set(NAMES) - {"c"}
+    assert found.failed == {"c": "artifact 'c' crashed with signal 11"}
+    assert found.lost is None
+    assert max(sizes) == 9
+    assert min(sizes) == 2
+
+
+def test_a_network_that_spoils_the_reference_beside_it_is_left_out_and_a_broken_reference_is_told(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    broken = False
+
+    def child(artifacts: Mapping[str, Path], *given: Any, **keys: Any) -> ChildResult:
+        if broken or "c" in artifacts:
+            raise RunError("artifact 'reference': outputs differ", "reference")
+        return ChildResult({name: [1.0] * 3 for name in artifacts}, {}, {}, {name: [1.0] * 3 for name in artifacts})
+
+    monkeypatch.setattr(network_timer, "run_child", child)
+    artifacts = {name: Path(name) for name in NAMES}
+    found = time_networks(artifacts, Path("reference"), host(), rounds=1)
+    assert set(found.samples) == set(NAMES) - {"c"}
+    assert found.failed == {"c": "artifact 'reference': outputs differ"}
+    broken = True
+    with pytest.raises(RunError, match="outputs differ"):
+        time_networks(artifacts, Path("reference"), host(), rounds=1)
+
+
+@pytest.mark.parametrize("later", [True, False])
+def test_a_guess_of_what_is_quiet_is_put_right_by_a_quiet_moment_after_the_networks(
+    measuring: TableMeasuring, monkeypatch: pytest.MonkeyPatch, later: bool
+) -> None:
+    """A neighbour that slowed the kernel and not the network had made nothing quiet."""
+    told = iter([(2e-5, False), (2.9e-5, True) if later else (2.1e-5, False)])
+    monkeypatch.setattr(network_timer, "time_networks", lambda *given, **keys: Timed({"one": QUIET}, 2e-5, {}))
+    monkeypatch.setattr(reference_timer, "quiet_network_s", lambda *given: next(told))
+    measuring.database.add([KernelTime(WORK, settled(QUIET, 3e-5))], {f"kernel {WORK.key()}": 2e-5})
+    [found] = networks(measuring, planned())
+    assert found.time.quiet == later
+    assert next(told, None) is None

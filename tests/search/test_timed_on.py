@@ -41,7 +41,7 @@ def test_a_damaged_file_is_a_line(tmp_path: Path, text: str) -> None:
 def test_the_file_names_no_host(tmp_path: Path) -> None:
     keep_devices(tmp_path, {"cpu": parse_device("cpu")})
     found = json.loads((tmp_path / NAME).read_text())
-    assert found["cpu"].keys() == {"device", "processor", "lanes"}
+    assert found["cpu"].keys() == {"device", "processor", "lanes", "tiles"}
 
 
 def test_the_lanes_are_those_of_the_widest_device_that_the_run_began_on(tmp_path: Path) -> None:
@@ -50,3 +50,23 @@ def test_the_lanes_are_those_of_the_widest_device_that_the_run_began_on(tmp_path
     devices = {"a": replace(parse_device("cpu"), lanes=4), "b": replace(parse_device("cpu"), lanes=16)}
     keep_devices(tmp_path, devices)
     assert lanes_of(tmp_path) == 16
+
+
+def test_tiles_that_are_measured_later_change_no_run(tmp_path: Path) -> None:
+    cpu = replace(parse_device("cpu"), tiles={"conv": "direct 4x2"})
+    keep_devices(tmp_path, {"cpu": cpu})
+    [found] = keep_devices(tmp_path, {"cpu": replace(cpu, tiles={"conv": "winograd", "other": "direct"})}).values()
+    assert found == cpu
+
+
+def test_a_run_of_before_tiles_were_kept_goes_on_with_those_that_are_there(tmp_path: Path) -> None:
+    cpu = replace(parse_device("cpu"), tiles={"conv": "direct 4x2"})
+    keep_devices(tmp_path, {"cpu": cpu})
+    document = json.loads((tmp_path / NAME).read_text())
+    del document["cpu"]["tiles"]
+    (tmp_path / NAME).write_text(json.dumps(document))
+    assert keep_devices(tmp_path, {"cpu": cpu}) == {"cpu": cpu}
+    document["cpu"]["tiles"] = {"conv": 3}
+    (tmp_path / NAME).write_text(json.dumps(document))
+    with pytest.raises(UserError, match="its tiles are"):
+        keep_devices(tmp_path, {"cpu": cpu})
