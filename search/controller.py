@@ -40,8 +40,8 @@ from .sampler import OPENS, WITH_TABLE, Proposer, opening, strongest
 from .shipping import stored
 from .spec_values import check_value
 from .steps import Steps
-from .task_note import write_task
-from .timed_on import keep_devices, lanes_of
+from .task_note import builtin, write_task
+from .timed_on import keep_devices, vectors_of
 from .trial import State
 from .workers import Failure, Pool, Shared, cluster
 
@@ -79,8 +79,8 @@ def search_run(
         )
     RunDirectory.examine(out, spec)  # also before the model is loaded, which may take a minute
     # The space is that of the device on which the run began, whose vectors may be others than this machine's.
-    lanes = spec.space.lanes or (lanes_of(out) if train_only else 0)
-    evaluator = Evaluator(replace(spec, space=replace(spec.space, lanes=lanes)), task)
+    vectors = vectors_of(out, spec.space.lanes) if train_only else None
+    evaluator = Evaluator(spec, task, vectors=vectors)
     described = [{"name": label, "title": d.title, "threads": d.threads} for label, d in evaluator.devices.items()]
     known = out.joinpath("spec.toml").exists()
     origin = provenance(spec, command, described)
@@ -123,10 +123,9 @@ class _Search:
 
     def run(self) -> Run:
         if self.spec.address == "local" and self.ledger.phase() != "done":
-            for label, device in keep_devices(self.folder.path, self.evaluator.devices).items():
-                self.evaluator.move(label, device, self.evaluator.timers[label])
+            self._begun_with()
         self.folder.write_space(self.space)
-        write_task(self.folder.path, self.evaluator.task)
+        self._same_task()
         if self.ledger.phase() == "done":
             return Run(self.folder.path) if (self.folder.path / FRONT).exists() else self._end()
         if self.spec.measure.latency == "predicted":
@@ -155,6 +154,13 @@ class _Search:
             self._finalists(self._rungs())
         return self._end()
 
+    def _same_task(self) -> None:
+        """Notes what the run is about, or refuses other weights or data than it began with.
+
+        A built-in model is trained by every user for himself, and differs in its last digits.
+        """
+        write_task(self.folder.path, self.evaluator.task, weights=self.task is not None or not builtin(self.spec))
+
     def train(self) -> Run:
         """The distillation rungs that are left, of candidates that are all scored; nothing is timed or compiled.
 
@@ -162,6 +168,7 @@ class _Search:
             UserError: the run is not that far, or its space is another.
         """
         self.folder.write_space(self.space)
+        self._same_task()
         phase = self.ledger.phase() or "nothing"
         if phase in ("finalists", "done"):
             self.progress.note("all of it is trained; carry on where the run began with: planish resume")
@@ -190,6 +197,11 @@ class _Search:
         with cluster(self.spec.address, self.spec.workers, gpus) as self.workers:
             yield gpu_part(self.spec, 1) > 0
 
+    def _begun_with(self) -> None:
+        """The devices are as the run began with them."""
+        for label, device in keep_devices(self.folder.path, self.evaluator.devices).items():
+            self.evaluator.move(label, device, self.evaluator.timers[label])
+
     def _shared(self, *, timed: bool = True) -> Shared:
         """What the workers get; on a cluster the task goes into the object store, and a device may be a node's."""
         evaluator = self.evaluator
@@ -200,9 +212,15 @@ class _Search:
                 if evaluator.devices[label].here and offered(name):
                     worker = DeviceWorker(name)
                     evaluator.move(label, waiting_for(label, worker.device), worker)
-            keep_devices(self.folder.path, evaluator.devices)
+            self._begun_with()
         by_name = self.task is None and self.spec.address == "local"
-        return Shared(self.spec, evaluator.devices, None if by_name else stored(evaluator.task), evaluator.times)
+        return Shared(
+            self.spec,
+            evaluator.devices,
+            None if by_name else stored(evaluator.task),
+            evaluator.times,
+            evaluator.vectors,
+        )
 
     def _original(self, pool: Pool) -> None:
         """Trial 0: the original as it is, on the whole validation split, compiled and timed."""
@@ -411,14 +429,15 @@ class _Search:
 
     def _train_again(self, numbers: Sequence[int]) -> None:
         """Those whose checkpoint is lost: the same seed gives the same student, and what it was is recorded."""
-        from .distill_state import readable
+        from .distill_state import epoch_of
         from .evaluate import CHECKPOINT
 
-        lost = [n for n in numbers if not readable(self.folder.trial_folder(n) / CHECKPOINT)]
+        epochs = self.spec.distill.rungs[-1]
+        # One of an earlier epoch was written by a training that was ended, or is from before a copy: it goes on.
+        lost = [n for n in numbers if epoch_of(self.folder.trial_folder(n) / CHECKPOINT) != epochs]
         if not lost:
             return
         self.progress.note(f"the checkpoints of trials {', '.join(map(str, lost))} are lost; they are trained again")
-        epochs = self.spec.distill.rungs[-1]
 
         def done(number: int, result: Metrics | Failure) -> None:
             if isinstance(result, Failure):

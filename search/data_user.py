@@ -51,8 +51,8 @@ def user_data(name: str, made: object) -> Data:
             f"data {name!r} returned {what}; it needs to return a planish.search.data.Data, "
             "(train, validation, test) or (train, validation, test, metric)"
         )
-    metric: Metric = made[3] if len(made) == 4 else accuracy
-    if not callable(metric):
+    metric: Metric | None = made[3] if len(made) == 4 else None
+    if len(made) == 4 and not callable(metric):
         raise TaskError(f"data {name!r} returned the metric {metric!r}; it needs to be callable")
     names = ("train", "validation", "test")
     train, validation, test = (_split(f"{name} {part}", made[i], metric) for i, part in enumerate(names))
@@ -60,9 +60,11 @@ def user_data(name: str, made: object) -> Data:
     return Data(train, validation, test, tuple(str(label) for label in range(count)))
 
 
-def _split(name: str, given: Any, metric: Metric) -> Split:
+def _split(name: str, given: Any, metric: Metric | None) -> Split:
+    """With a metric of None a Split keeps its own."""
     if isinstance(given, Split):
-        return replace(given, metric=metric)
+        return given if metric is None else replace(given, metric=metric)
+    metric = metric or accuracy
     labelled = not (isinstance(given, tuple) and len(given) == 2 and given[1] is None)
     if not labelled:
         inputs = _tensor(name, "inputs", given[0])

@@ -18,6 +18,10 @@ class CheckpointError(ValueError):
     """A checkpoint that is damaged or belongs to another training; one line says why and what to do."""
 
 
+class OtherVersion(CheckpointError):
+    """A checkpoint that another version of planish wrote: hours of training, which that version can carry on with."""
+
+
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
     """A training after `epoch` epochs.
@@ -57,15 +61,18 @@ def load_checkpoint(path: Path) -> Checkpoint:
 
     Raises:
         FileNotFoundError: there is no such file.
-        CheckpointError: it is damaged, or of another version of planish.
+        CheckpointError: it is damaged.
+        OtherVersion: it is of another version of planish.
     """
     try:
         tensors, note = read_tensors(path)
     except TensorFileError as error:
         raise CheckpointError(f"checkpoint {error}") from None
     epoch = note.get("epoch")
+    if note.get("format") == _FORMAT and not isinstance(epoch, int):
+        raise CheckpointError(f"checkpoint {path} is of epoch {epoch!r}; delete it to start afresh")
     if note.get("format") != _FORMAT or not isinstance(epoch, int):
-        raise CheckpointError(
+        raise OtherVersion(
             f"checkpoint {path} has the format {note.get('format')!r}, this planish reads {_FORMAT}; "
             "delete it to start afresh"
         )
@@ -81,13 +88,18 @@ def load_checkpoint(path: Path) -> Checkpoint:
     return Checkpoint(epoch, student, optimiser, {k: v for k, v in note.items() if k not in ("format", "epoch")})
 
 
-def readable(path: Path) -> bool:
-    """Whether there is a checkpoint of this version, undamaged."""
+def epoch_of(path: Path) -> int | None:
+    """The epochs that an undamaged checkpoint has; None where there is none.
+
+    Raises:
+        OtherVersion: it is of another version of planish.
+    """
     try:
-        load_checkpoint(path)
+        return load_checkpoint(path).epoch
+    except OtherVersion:
+        raise
     except (FileNotFoundError, CheckpointError):
-        return False
-    return True
+        return None
 
 
 def capture(student: nn.Module, optimiser: torch.optim.Optimizer, epoch: int, note: Mapping[str, object]) -> Checkpoint:

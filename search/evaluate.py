@@ -33,7 +33,7 @@ from .config import DistillKeys, Spec
 from .device_worker import LocalTimer
 from .distill import distill
 from .distill_recipe import Recipe
-from .distill_state import CheckpointError, load_checkpoint
+from .distill_state import CheckpointError, OtherVersion, load_checkpoint
 from .errors import UserError
 from .predicting import Predictor
 from .rundir import LESSONS
@@ -42,6 +42,7 @@ from .task_error import TaskError
 from .tasks import Task, load_task
 from .tensor_file import TensorFileError, read_tensors, write_tensors
 from .training_device import device_for
+from .vectors import Vectors
 
 if TYPE_CHECKING:
     from ..compilers.compiler import Compiler
@@ -91,13 +92,20 @@ def recipe_of(keys: DistillKeys) -> Recipe:
 class Evaluator:
     """A task with its space on its devices, kept warm for many candidates."""
 
-    def __init__(self, spec: Spec, task: Task | None = None, devices: Mapping[str, Device] | None = None) -> None:
+    def __init__(
+        self,
+        spec: Spec,
+        task: Task | None = None,
+        devices: Mapping[str, Device] | None = None,
+        vectors: Vectors | None = None,
+    ) -> None:
         """Loads the task (unless it is given), traces the model and proposes its space.
 
         Args:
             spec: The search as resolved.
             task: If it has no name to load it by, or was loaded before.
             devices: By label; None: as the specification names them, on this machine.
+            vectors: That the space is made for; None: those of the devices.
 
         Raises:
             ValueError: the task, the model or a device is not usable; one line says which and why.
@@ -121,12 +129,12 @@ class Evaluator:
         self._teacher_copy: nn.Module | None = None
         # The database that latency models come from, where it is not the user's.
         self.times: Path | None = None
-        lanes = spec.space.lanes or max(device.lanes for device in self.devices.values())
+        self.vectors = vectors or Vectors.of(self.devices.values(), spec.space.lanes)
         self.proposal: Proposal = propose(
             self.traced,
-            lanes=lanes,
+            lanes=self.vectors.lanes,
             families=tuple(Kind(family) for family in spec.space.families),
-            bfloat16=any("avx512_bf16" in device.features for device in self.devices.values()),
+            bfloat16=self.vectors.bfloat16,
         )
 
     def move(self, label: str, device: Device, timer: Timer) -> None:
@@ -274,6 +282,8 @@ class Evaluator:
         if checkpoint.exists():
             try:
                 return self.trained(job)
+            except OtherVersion as error:
+                raise UserError(f"{error}, or carry on with the version of planish that it began with") from None
             except CheckpointError as error:
                 logging.getLogger(__name__).warning("%s; trial %d is trained from the start", error, job.number)
                 checkpoint.unlink()

@@ -18,6 +18,8 @@ from .replay import Metrics
 _BINS = 4
 # As much more than expected may be lost by those who get the last places: there is no later choice.
 _MARGIN = 1.5
+# A cost that was measured may turn out to be so much less: no training makes it less.
+_NEARLY = 1.05
 
 
 def promoted(
@@ -42,8 +44,9 @@ def promoted(
         alive: Trials that got so far.
         count: How many, at most.
         rung: 0 is the first.
-        guess: The accuracy of always naming the most frequent class. What was trained and cannot be told from that is
-            left behind, small and fast as it may be, unless there is nothing else.
+        guess: The accuracy of always naming the most frequent class. What was trained, cannot be told from that, and is
+            nearer to it than to the original is left behind, small and fast as it may be, unless it keeps a budget on
+            accuracy or there is nothing else.
         last: Whether what enters is trained to the end.
         hopeless: The trials that training is not expected to bring to the budget on accuracy.
     """
@@ -72,15 +75,22 @@ def promoted(
     # What can never be offered does not take a place.
     losses[np.array([not cheaper(objectives, row, base) for row in rows], dtype=bool)] = np.nan
     cheap = keeping("minimize")
+    limits = [b for b in ledger.bounds() if b.goal == "minimize"]
+    nearly = np.array([all(b.allows(b.value(row) / _NEARLY) for b in limits) for row in rows], dtype=bool)
     accurate = keeping("maximize")
     if not rung:
         # What keeps it as it is has nothing to hope for.
         accurate |= np.array([number not in hopeless for number in alive], dtype=bool)
     if rung:
-        guessing = np.array([_lowest(row) <= guess for row in rows], dtype=bool)
+        bounds = [b for b in ledger.bounds() if b.goal == "maximize"]
+        kept = np.array([bool(bounds) and all(b.allows(b.value(row)) for b in bounds) for row in rows], dtype=bool)
+        guessing = np.array([_guesses(row, base, guess) for row in rows], dtype=bool) & ~kept
         losses[guessing] = losses[guessing] if guessing.all() else np.nan
     chosen: list[int] = []
-    for group in (cheap & accurate, cheap & ~accurate, ~cheap):
+    # What is far above a budget on cost can never be offered: it is trained only where there is nothing else.
+    for group in (cheap & accurate, cheap & ~accurate, ~cheap & nearly, ~cheap & ~nearly):
+        if chosen and not (group & (cheap | nearly)).any():
+            continue
         # Below a budget on accuracy only accuracy counts.
         below = bool((group & ~accurate).any())
         own = losses[:, [o.goal == "maximize" for o in objectives]] if below else losses
@@ -89,10 +99,12 @@ def promoted(
     return sorted(alive[row] for row in chosen)
 
 
-def _lowest(metrics: Metrics) -> float:
-    """The lower end of the accuracy's 95 % interval; 1 where there is none."""
+def _guesses(metrics: Metrics, original: Metrics, guess: float) -> bool:
+    """Whether an accuracy may be that of guessing, by its 95 % interval, and is nearer to it than to the original's."""
     interval = metrics.get("accuracy_ci95")
-    return number(interval[0]) if isinstance(interval, (list, tuple)) and interval else 1.0
+    lowest = number(interval[0]) if isinstance(interval, (list, tuple)) and interval else 1.0
+    value = number(metrics.get("accuracy"))
+    return lowest <= guess and not value - guess >= number(original.get("accuracy")) - value
 
 
 def promote(losses: Array, cost: Array, count: int, bins: int = _BINS) -> list[int]:

@@ -17,6 +17,8 @@ from .data import Split
 from .data import accuracy as class_accuracy
 
 _Z95 = 1.959963984540054
+# Numbers that the bootstrap draws at a time.
+_DRAWN = 10**7
 
 
 @dataclass(frozen=True)
@@ -117,8 +119,13 @@ def paired_bootstrap(correct_a: Tensor, correct_b: Tensor, seed: int, resamples:
         )
     difference = (correct_a.to(torch.float64) - correct_b.to(torch.float64)).numpy()
     values, counts = np.unique(difference, return_counts=True)
-    drawn = np.random.default_rng(seed).multinomial(len(difference), counts / len(difference), size=resamples)
-    low, high = np.quantile(drawn @ values / len(difference), (0.025, 0.975))
+    rng, shares, means = np.random.default_rng(seed), counts / len(difference), np.empty(resamples)
+    # In parts, which draw what one draw would: a metric with as many values as samples would need gigabytes.
+    part = max(1, _DRAWN // len(values))
+    for start in range(0, resamples, part):
+        drawn = rng.multinomial(len(difference), shares, size=min(part, resamples - start))
+        means[start : start + part] = drawn @ values / len(difference)
+    low, high = np.quantile(means, (0.025, 0.975))
     return float(low), float(high)
 
 

@@ -63,7 +63,7 @@ KEYS: Mapping[str, Key] = {
     "distill.alpha": Key("number", "share of the teacher's loss, the rest is the labels'", 0.8, high=1),
     "distill.attention": Key("number", "weight of the attention maps' distance; 0: off", 0.0, high=1e6),
     "distill.hints": Key("number", "weight of the distance of features at the ends of stages; 0: off", 0.0, high=1e6),
-    "distill.batch_size": Key("integer", "images per step", 128, low=1, high=10**5),
+    "distill.batch_size": Key("integer", "images per step", 128, low=2, high=10**5),
     "distill.train_limit": Key(
         "integer", "training images per epoch, every epoch others until all were shown; 0: all", 0, high=10**9
     ),

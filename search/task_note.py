@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,11 +13,15 @@ from .errors import UserError
 from .json_text import parsed
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from .config import Spec
     from .data import Data
     from .tasks import Task
 
 NAME = "task.json"
+# Values that are digested at a time.
+_PART = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -29,10 +34,65 @@ class TaskNote:
     classes: tuple[str, ...]
 
 
-def write_task(run: Path, task: Task) -> None:
-    """Writes `task.json`, unless it is there."""
-    if not (run / NAME).exists():
-        write_json(run / NAME, {"name": task.name, "metric": task.metric, **_data_note(task.data)})
+def builtin(spec: Spec) -> bool:
+    """Whether the model is one that planish trains itself, for every user anew."""
+    from .models import BUILTIN
+
+    return spec.model in BUILTIN and not spec.weights
+
+
+def write_task(run: Path, task: Task, *, weights: bool = True) -> None:
+    """Writes `task.json`; where it is there, compares what it says of the weights and the data.
+
+    Args:
+        run: The run's folder.
+        task: Of the run.
+        weights: Whether those of the model have to stay as they are.
+
+    Raises:
+        UserError: the run began with others, or the file is damaged.
+    """
+    path = run / NAME
+    digests = {"data": _digest_of_data(task.data), **({"weights": _digest_of_model(task)} if weights else {})}
+    if not path.exists():
+        write_json(path, {"name": task.name, "metric": task.metric, **_data_note(task.data), "digests": digests})
+        return
+    try:
+        found = parsed(path.read_bytes())
+        began = found.get("digests", {})  # a run of before they were kept has none
+        other = [what for what, digest in digests.items() if what in began and began[what] != digest]
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{path} is no task's note: {error}; delete it to have it made again") from None
+    if other:
+        raise UserError(
+            f"the {' and the '.join(other)} of this search are not those that the run in {run} began with: its scores "
+            "would be of two models; give it what it began with, or start anew with another --out"
+        )
+
+
+def _digest_of_model(task: Task) -> str:
+    tensors = task.model.state_dict()
+    return _digest([(name, tensors[name]) for name in sorted(tensors)])
+
+
+def _digest_of_data(data: Data) -> str:
+    splits = {"train": data.train, "validation": data.validation, "test": data.test}
+    return _digest(
+        [(f"{name} {kind}", getattr(s, kind)) for name, s in splits.items() for kind in ("inputs", "targets")]
+    )
+
+
+def _digest(tensors: Sequence[tuple[str, Tensor]]) -> str:
+    """Of names, shapes, types and values; a part at a time, because images may be many."""
+    import torch
+
+    found = hashlib.sha256()
+    for name, tensor in tensors:
+        found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        for start in range(0, len(flat), _PART):
+            found.update(flat[start : start + _PART].view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()[:32]
 
 
 def read_task(run: Path, spec: Spec) -> TaskNote:

@@ -8,9 +8,12 @@ from pathlib import Path
 
 from ..hwmodels.device import Device
 from ..hwmodels.fingerprint import fingerprint, processor_name
+from ..spaces.space import Kind
 from .atomic import write_json
 from .errors import UserError
 from .json_text import parsed
+from .rundir import RunDirectory
+from .vectors import Vectors
 
 NAME = "devices.json"
 
@@ -54,8 +57,12 @@ def keep_devices(run: Path, devices: Mapping[str, Device]) -> dict[str, Device]:
     return {label: replace(device, tiles=tiles.get(label, device.tiles)) for label, device in devices.items()}
 
 
-def lanes_of(run: Path) -> int:
-    """Channels to a vector of the devices that a run began on: its space was made for them.
+def vectors_of(run: Path, lanes: int = 0) -> Vectors:
+    """The vectors of the devices that a run began on: its space was made for them.
+
+    Args:
+        run: The run's folder.
+        lanes: As the specification says; 0: the devices'.
 
     Raises:
         UserError: the run does not say it.
@@ -63,7 +70,9 @@ def lanes_of(run: Path) -> int:
     path = run / NAME
     if not path.exists():
         raise UserError(f"{path} is missing; carry on with the run where it began, once, with this version of planish")
-    return max(lanes for _, _, lanes, _ in _read(path).values())
+    space = RunDirectory.open(run).space()
+    bfloat16 = any(choice.kind is Kind.BITS and "bf16" in choice.options for choice in space.choices)
+    return Vectors(lanes or max(lanes for _, _, lanes, _ in _read(path).values()), bfloat16)
 
 
 def _read(path: Path) -> dict[str, tuple[str, str, int, dict[str, str] | None]]:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from ..hwmodels.device import Device
     from .config import Spec
     from .evaluate import Job, Metrics
+    from .vectors import Vectors
 
 # A worker that dies (killed, out of memory) is started again; a candidate that kills it so often has failed.
 _RETRIES = 2
@@ -101,12 +102,14 @@ class Shared:
         times: The database of kernel times that latency is predicted from; None: the user's.
         place: The folder that the search was launched from: a cluster's workers start in another, and whatever a
             user's factory opens by a relative path is found from there.
+        vectors: That the space was made for: of a device that turned out to be a node's it would be another one.
     """
 
     spec: Spec
     devices: Mapping[str, Device] | None = None
     task: Any = None
     times: Path | None = None
+    vectors: Vectors | None = None
     place: Path = field(default_factory=Path.cwd)
 
 
@@ -262,7 +265,7 @@ def evaluator_in_worker(shared: Shared) -> Any:
     limit_cores(1)
     keep_freed_memory()
     task = None if shared.task is None else fetched(shared.task)
-    evaluator = Evaluator(shared.spec, task, shared.devices)
+    evaluator = Evaluator(shared.spec, task, shared.devices, shared.vectors)
     evaluator.times = shared.times
     return evaluator
 

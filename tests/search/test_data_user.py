@@ -93,6 +93,22 @@ def test_the_metric_of_the_user_is_what_is_scored(tmp_path: Path) -> None:
     assert accuracy(torch.nn.Identity(), data.test).value == 0.25
 
 
+def test_a_metric_that_splits_bring_along_is_kept(tmp_path: Path) -> None:
+    file = write(
+        tmp_path,
+        """
+        from planish.search.data import Split
+        def quarter(outputs, targets):
+            return torch.full((len(targets),), 0.25)
+        def make():
+            part = Split(torch.zeros(4, 2), torch.tensor([0, 1, 0, 1]), metric=quarter)
+            return part, part, part
+        """,
+    )
+    data = load_data(f"{file}:make")
+    assert accuracy(torch.nn.Identity(), data.test).value == 0.25
+
+
 def test_a_whole_data_object_is_taken_as_it_is(tmp_path: Path) -> None:
     file = write(
         tmp_path,

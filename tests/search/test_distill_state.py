@@ -9,7 +9,16 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from planish.search.distill_state import Checkpoint, CheckpointError, capture, load_checkpoint, restore, save_checkpoint
+from planish.search.distill_state import (
+    Checkpoint,
+    CheckpointError,
+    OtherVersion,
+    capture,
+    epoch_of,
+    load_checkpoint,
+    restore,
+    save_checkpoint,
+)
 
 
 def checkpoint() -> Checkpoint:
@@ -107,3 +116,16 @@ def test_shared_parameters_are_saved_and_stay_shared(tmp_path: Path) -> None:
     for a, b in zip(student.parameters(), other.parameters(), strict=True):
         assert torch.equal(a, b)
         assert torch.equal(optimiser.state[a]["momentum_buffer"], again.state[b]["momentum_buffer"])
+
+
+def test_a_checkpoint_of_another_version_is_not_taken_for_a_damaged_one(tmp_path: Path) -> None:
+    """It is hours of training, which that version can carry on with."""
+    path = tmp_path / "c.safetensors"
+    assert epoch_of(path) is None
+    save_checkpoint(path, checkpoint())
+    assert epoch_of(path) == checkpoint().epoch
+    path.write_bytes(path.read_bytes()[:100])
+    assert epoch_of(path) is None
+    save_file({"x": torch.ones(1)}, path, {"planish": '{"format": 99, "epoch": 1}'})
+    with pytest.raises(OtherVersion, match="has the format 99"):
+        epoch_of(path)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from planish.search import score
 from planish.search.data import Split
 from planish.search.score import accuracy, agreement, kl_to_teacher, paired_bootstrap, recalibrate, wilson
 
@@ -84,6 +85,26 @@ def test_the_bootstrap_interval_agrees_with_resampling_pairs() -> None:
     assert low == pytest.approx(np.quantile(means, 0.025), abs=0.004)
     assert high == pytest.approx(np.quantile(means, 0.975), abs=0.004)
     assert (low, high) == paired_bootstrap(a, b, seed=0)
+
+
+def test_the_bootstrap_of_a_metric_with_many_values_needs_no_more_memory_than_one_with_two(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rng = np.random.default_rng(4)
+    a, b = torch.from_numpy(rng.random(500)), torch.from_numpy(rng.random(500))
+    whole = paired_bootstrap(a, b, seed=0)
+    drawn: list[int] = []
+    generator = np.random.default_rng(0)
+
+    class Counting:
+        def multinomial(self, count: int, shares: object, size: int) -> object:
+            drawn.append(size * 500)
+            return generator.multinomial(count, shares, size=size)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(score, "_DRAWN", 7 * 500)
+    monkeypatch.setattr("numpy.random.default_rng", lambda seed: Counting())
+    assert paired_bootstrap(a, b, seed=0) == pytest.approx(whole, abs=1e-12)
+    assert max(drawn) == 7 * 500
 
 
 def test_swapping_the_models_turns_the_bootstrap_interval_around() -> None:

@@ -9,8 +9,12 @@ from pathlib import Path
 import pytest
 
 from planish.hwmodels.device import parse_device
+from planish.search.config import load_spec
 from planish.search.errors import UserError
-from planish.search.timed_on import NAME, keep_devices, lanes_of
+from planish.search.rundir import RunDirectory
+from planish.search.timed_on import NAME, keep_devices, vectors_of
+from planish.search.vectors import Vectors
+from planish.spaces.space import Choice, Kind, SearchSpace
 
 
 def test_the_same_processor_carries_on_and_another_is_refused(tmp_path: Path) -> None:
@@ -44,12 +48,17 @@ def test_the_file_names_no_host(tmp_path: Path) -> None:
     assert found["cpu"].keys() == {"device", "processor", "lanes", "tiles"}
 
 
-def test_the_lanes_are_those_of_the_widest_device_that_the_run_began_on(tmp_path: Path) -> None:
+@pytest.mark.parametrize("bfloat16", [True, False])
+def test_the_vectors_are_those_of_the_devices_that_the_run_began_on(tmp_path: Path, bfloat16: bool) -> None:
+    """Whoever trains elsewhere has to find the run's own space, whatever his processor can."""
     with pytest.raises(UserError, match=rf"{NAME} is missing"):
-        lanes_of(tmp_path)
+        vectors_of(tmp_path)
     devices = {"a": replace(parse_device("cpu"), lanes=4), "b": replace(parse_device("cpu"), lanes=16)}
-    keep_devices(tmp_path, devices)
-    assert lanes_of(tmp_path) == 16
+    with RunDirectory.create(tmp_path / "run", load_spec(None, {"model": "m", "data": "d"}), {}) as run:
+        keep_devices(run.path, devices)
+        run.write_space(SearchSpace((Choice("conv", Kind.BITS, (32, *(["bf16"] if bfloat16 else []), 8)),), {}))
+    assert vectors_of(tmp_path / "run") == Vectors(16, bfloat16)
+    assert vectors_of(tmp_path / "run", lanes=2) == Vectors(2, bfloat16)
 
 
 def test_tiles_that_are_measured_later_change_no_run(tmp_path: Path) -> None:
