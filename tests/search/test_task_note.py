@@ -50,11 +50,12 @@ def test_other_weights_or_data_are_refused_and_named(tmp_path: Path, other: Task
 
 def test_a_model_that_planish_trains_for_every_user_may_differ_and_its_data_may_not(tmp_path: Path) -> None:
     (tmp_path / "w.safetensors").touch()
+    (tmp_path / "mine.py").touch()
     assert builtin(load_spec(None, {"model": "digits-resnet", "data": "digits32"}))
     assert not builtin(
         load_spec(None, {"model": "digits-resnet", "data": "digits32", "weights": str(tmp_path / "w.safetensors")})
     )
-    assert not builtin(load_spec(None, {"model": "python:mine.py:make", "data": "digits32"}))
+    assert not builtin(load_spec(None, {"model": f"{tmp_path / 'mine.py'}:make", "data": "digits32"}))
     write_task(tmp_path, task(), weights=False)
     write_task(tmp_path, task(weight=0.25), weights=False)
     with pytest.raises(UserError, match="the data of this search"):
