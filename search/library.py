@@ -31,6 +31,11 @@ if TYPE_CHECKING:
     from .evaluate import Evaluator
 
 
+# States of the shared choices of a layer that are looked at together. A layer behind a concatenation of many others
+# (DenseNet) has thousands of them; beyond this its narrowest inputs are looked at by themselves.
+_MOST_STATES = 1024
+
+
 def option_table(
     evaluator: Evaluator, errors: LocalErrors, costs: Sequence[str], *, every: bool = False
 ) -> OptionTable:
@@ -49,8 +54,11 @@ def option_table(
         # What saves only memory or energy has to be worth something: these are near what they hang on.
         names += [name for name in (*(f"latency[{label}]" for label in evaluator.devices), "macs") if name not in names]
     option_errors = tuple(np.array(errors.errors[choice.name]) for choice in space.choices)
-    drafts = [_combinations(evaluator, layer, option_errors) for layer in _layers(evaluator)]
+    layers = _layers(evaluator)
+    drafts = [_combinations(evaluator, layer, option_errors) for layer in layers]
+    apart = [_alone(evaluator, layer) for layer in layers]
     known = {_timed(part) for draft in drafts for parts in draft.standing.values() for part in parts}
+    known |= {_timed(part) for one in apart for parts in one.values() for part in parts}
     seconds = {
         name: _seconds(evaluator, label, sorted(known, key=repr))
         for name in names
@@ -66,7 +74,7 @@ def option_table(
     table = OptionTable(
         space=space,
         shared_errors={p: option_errors[p] for p, c in enumerate(space.choices) if c.kind is Kind.PRUNE},
-        shared_costs={"size": _norm_bytes(evaluator)} if "size" in names else {},
+        shared_costs=_shared_costs(evaluator, names, layers, apart, seconds),
         sites=tuple(sites),
         fixed=dict.fromkeys(names, 0.0),
         option_errors=option_errors,
@@ -83,7 +91,7 @@ class _Layer:
     """A convolution or linear layer whose costs hang on choices.
 
     `inside` and `outside` give, for its input and its output, the pruning choices and the positions that one channel of
-    the group takes there.
+    the group takes there; `apart` those of its input that are looked at by themselves.
     """
 
     name: str
@@ -92,6 +100,7 @@ class _Layer:
     inside: Mapping[int, int]
     outside: Mapping[int, int]
     own: tuple[int, ...]
+    apart: Mapping[int, int]
 
     @property
     def shared(self) -> tuple[int, ...]:
@@ -130,10 +139,83 @@ def _layers(evaluator: Evaluator) -> list[_Layer]:
         own = tuple(places[name] for name in names if name in places)
         if own or sides["in"] or sides["out"]:
             extent = extent_of(layer)
-            found.append(
-                _Layer(layer.name, shape_of(module, extent.reads), layer.calls, sides["in"], sides["out"], own)
-            )
+            inside, apart = _coupled(evaluator, sides["in"], sides["out"])
+            shape = shape_of(module, extent.reads)
+            found.append(_Layer(layer.name, shape, layer.calls, inside, sides["out"], own, apart))
     return found
+
+
+def _coupled(
+    evaluator: Evaluator, inside: Mapping[int, int], outside: Mapping[int, int]
+) -> tuple[dict[int, int], dict[int, int]]:
+    """The pruning choices of a layer's input that are looked at with its output's, the widest first, and the rest."""
+    choices, groups = evaluator.proposal.space.choices, evaluator.proposal.groups
+    states = prod(len(choices[place].options) for place in outside)
+    coupled: dict[int, int] = {}
+    for place in sorted(inside, key=lambda place: (-inside[place] * groups[choices[place].site].width, place)):
+        if place not in outside:
+            states *= len(choices[place].options)
+        if states > _MOST_STATES:
+            break
+        coupled[place] = inside[place]
+    return coupled, {place: size for place, size in inside.items() if place not in coupled}
+
+
+def _alone(evaluator: Evaluator, layer: _Layer) -> dict[tuple[int, int], tuple[LayerShape, ...]]:
+    """What stands where a layer loses channels of one of the inputs that are looked at by themselves, by place, level.
+
+    Output, other inputs and numbers are as narrow as they can be, so that what one choice saves there it saves in wider
+    layers, too. Where another form of the layer leaves less than that, `OptionTable.cost` has a floor.
+    """
+    space, lanes = evaluator.proposal.space, evaluator.proposal.lanes
+    found = {}
+    narrowest = {
+        place: _lost(evaluator.proposal.groups[space.choices[place].site], space.choices[place].options[-1])
+        for place in layer.shared
+    }
+    narrow = replace(
+        layer.shape,
+        inputs=layer.shape.inputs - sum(narrowest[place] * size for place, size in layer.inside.items()),
+        outputs=layer.shape.outputs - sum(narrowest[place] * size for place, size in layer.outside.items()),
+    )
+    options = {
+        space.choices[p].kind: space.choices[p].options[-1] for p in layer.own if space.choices[p].kind is Kind.BITS
+    }
+    for place, size in layer.apart.items():
+        group = evaluator.proposal.groups[space.choices[place].site]
+        for level, option in enumerate(space.choices[place].options):
+            lost = _lost(group, option)
+            shape = replace(narrow, inputs=narrow.inputs - size * lost)
+            found[place, level] = layers_at(shape, options, lanes, same_channels=False)
+    return found
+
+
+def _shared_costs(
+    evaluator: Evaluator,
+    names: Sequence[str],
+    layers: Sequence[_Layer],
+    apart: Sequence[Mapping[tuple[int, int], tuple[LayerShape, ...]]],
+    seconds: Mapping[str, Mapping[LayerShape, float]],
+) -> dict[str, dict[int, Array]]:
+    """What pruning saves outside of all sites: batch norms, and layers that look at a choice by itself."""
+    found: dict[str, dict[int, Array]] = {"size": _norm_bytes(evaluator)} if "size" in names else {}
+    for layer, one in zip(layers, apart, strict=True):
+        for name in names if one else ():
+            own = found.setdefault(name, {})
+            for (place, level), parts in one.items():
+                costs = own.setdefault(place, np.zeros(len(evaluator.proposal.space.choices[place].options)))
+                costs[level] += _cost(name, layer, parts, seconds) - _cost(name, layer, one[place, 0], seconds)
+    return found
+
+
+def _cost(
+    name: str, layer: _Layer, parts: Sequence[LayerShape], seconds: Mapping[str, Mapping[LayerShape, float]]
+) -> float:
+    if name in seconds:
+        return layer.calls * sum(seconds[name][_timed(part)] for part in parts)
+    if name == "macs":
+        return float(layer.calls * sum(part.macs for part in parts))
+    return float(sum(part.stored_bytes for part in parts))
 
 
 def _combinations(evaluator: Evaluator, layer: _Layer, errors: Sequence[Array]) -> _Draft:
@@ -188,12 +270,7 @@ def _site(
     costs = {name: np.zeros((*sizes, len(draft.combinations))) for name in names}
     for (state, row), parts in draft.standing.items():
         for name in names:
-            if name in seconds:
-                costs[name][state][row] = layer.calls * sum(seconds[name][_timed(part)] for part in parts)
-            elif name == "macs":
-                costs[name][state][row] = layer.calls * sum(part.macs for part in parts)
-            else:
-                costs[name][state][row] = sum(part.stored_bytes for part in parts)
+            costs[name][state][row] = _cost(name, layer, parts, seconds)
     return Site(layer.name, layer.shared, layer.own, draft.combinations, draft.errors, costs)
 
 

@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 from ..spaces.space import Candidate, SearchSpace
 
 Array = NDArray[np.float64]
+# No candidate costs less than this share of the original.
+_LEAST = 1e-3
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,7 +86,13 @@ class OptionTable:
             own = levels[:, list(site.own)]
             rows = self._rows(site, own, name)
             total += site.costs[name][(*shared, rows)]
-        return total
+        # What a choice saves in layers that look at it by itself may be more than other choices leave there.
+        return np.maximum(total, _LEAST * self._whole(name)) if len(levels) else total
+
+    def _whole(self, name: str) -> float:
+        """The cost of the original."""
+        shared = sum(float(costs[0]) for costs in self.shared_costs.get(name, {}).values())
+        return self.fixed[name] + shared + sum(float(s.costs[name].reshape(-1)[0]) for s in self.sites)
 
     def _rows(self, site: Site, own: NDArray[np.int64], name: str) -> NDArray[np.int64]:
         if not site.own:

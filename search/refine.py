@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Protocol
 
 import numpy as np
@@ -16,6 +18,7 @@ from .option_table import Array, OptionTable, levels_of
 from .pareto import non_dominated
 from .surrogate import Evaluated, Guess, Levels, Surrogate
 
+_log = logging.getLogger(__name__)
 # Perturbed tables whose fronts enter a pool, budgets taken from each, and buckets of their dynamic programs.
 _FRONTS = 6
 _BUDGETS = 40
@@ -152,6 +155,12 @@ def _bisected(count: int) -> list[int]:
     return order
 
 
+@cache
+def _tell(reason: str) -> None:
+    """Once in a search."""
+    _log.warning("candidates are proposed without the dynamic program: %s", reason)
+
+
 def _front(
     table: OptionTable, goals: Goals, rng: np.random.Generator, perturbed: bool, budgets: int = _BUDGETS
 ) -> Levels:
@@ -169,7 +178,8 @@ def _front(
     penalties = {name: 10 ** rng.uniform(-2, 1.5) / whole[name] for name in additive if name != cost and perturbed}
     try:
         solved = solve(table, cost, buckets=_BUCKETS, penalties=penalties, factors=factors)
-    except TooDense:
+    except TooDense as error:
+        _tell(str(error))
         return np.zeros((0, len(table.space.choices)), dtype=np.int64)
     low = max(solved.least(), 1e-6 * whole[cost])
     asked = np.exp(np.linspace(np.log(low), np.log(max(low, whole[cost])), budgets))

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor, nn
 
 from planish.hwmodels.cycles import CountedCycles
 from planish.hwmodels.device import parse_device
 from planish.search.config import load_spec
 from planish.search.data import Data, Split
+from planish.search.dynamic_program import solve
 from planish.search.errors import UserError
 from planish.search.evaluate import Evaluator, Job
 from planish.search.latency_table import plan_of
@@ -237,3 +240,50 @@ def test_a_board_that_was_never_profiled_is_predicted_as_it_is_described(evaluat
         assert isinstance(found, CountedCycles)
         assert isinstance(wanted, CountedCycles)
         assert (found.clock_hz, found.error) == (wanted.clock_hz, wanted.error)
+
+
+class Concatenated(nn.Module):
+    """As DenseNet: every layer reads what all before it have made."""
+
+    def __init__(self, layers: int, growth: int = 16) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 32, 3, padding=1)
+        self.layers = nn.ModuleList(nn.Conv2d(32 + growth * n, growth, 3, padding=1) for n in range(layers))
+        self.head = nn.Linear(32 + growth * layers, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for layer in self.layers:
+            x = torch.cat([x, layer(x)], 1)
+        out: Tensor = self.head(x.mean((2, 3)))
+        return out
+
+
+def test_layers_behind_many_concatenations_have_a_table_that_can_be_held() -> None:
+    """Fourteen groups of channels enter the last layers: all their states together would be millions."""
+    torch.manual_seed(0)
+    split = Split(torch.randn(8, 3, 6, 6), torch.arange(8) % 4)
+    task = Task(Concatenated(14).eval(), Data(split, split, split, ("a", "b", "c", "d")))
+    keys = {"model": "own", "data": "own", "space.lanes": 4, "space.families": ["prune"]}
+    evaluator = Evaluator(load_spec(None, keys), task)
+    space = evaluator.proposal.space
+    errors = LocalErrors({c.name: tuple(0.01 * n for n in range(len(c.options))) for c in space.choices}, {})
+    found = option_table(evaluator, errors, ["macs", "size"])
+    assert prod(len(c.options) for c in space.choices) > 10**7
+    assert max(costs.size for site in found.sites for costs in site.costs.values()) <= 1024
+    rng = np.random.default_rng(0)
+    for candidate in [space.original(), *(space.sample(rng) for _ in range(10))]:
+        built = evaluator.skeleton(candidate)
+        macs = count_macs(built, evaluator.traced.example)
+        told = float(found.cost("macs", levels_of(space, [candidate]))[0])
+        # What the narrow inputs save is counted at least, of layers as narrow as they can be.
+        assert macs * (1 - 1e-9) <= told <= 1.5 * macs
+        assert found.cost("size", levels_of(space, [candidate]))[0] >= stored_bytes(built) * (1 - 1e-9)
+    solved = solve(found, "macs")
+    least = solved.best(solved.least() * (1 + 1e-9))
+    assert least is not None
+    assert count_macs(evaluator.skeleton(least), evaluator.traced.example) < 0.2 * macs_of(evaluator)
+
+
+def macs_of(evaluator: Evaluator) -> float:
+    return count_macs(evaluator.traced.module, evaluator.traced.example)
