@@ -94,7 +94,9 @@ def measure(evaluator: Any, label: str, candidates: Sequence[Any], database: Any
     from planish.hwmodels.workload import Workload
 
     version = times_version()
-    known = {row["key"]: row for row in read_lines(kept) if row["version"] == version and row["quiet"]}
+    # Rows of before calls were kept are of no use here.
+    rows = [row for row in read_lines(kept) if row["version"] == version and row["quiet"] and "calls" in row]
+    known = {row["key"]: row for row in rows}
     missing = [candidate for candidate in candidates if candidate.key() not in known]
     for start in range(0, len(missing), TOGETHER):
         new = measure_some(evaluator, label, missing[start : start + TOGETHER], database)

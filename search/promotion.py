@@ -88,8 +88,8 @@ def promoted(
         losses[guessing] = losses[guessing] if guessing.all() else np.nan
     chosen: list[int] = []
     # What is far above a budget on cost can never be offered: it is trained only where there is nothing else.
-    for group in (cheap & accurate, cheap & ~accurate, ~cheap & nearly, ~cheap & ~nearly):
-        if chosen and not (group & (cheap | nearly)).any():
+    for group in (cheap & accurate, cheap & ~accurate, nearly & ~cheap, ~nearly):
+        if chosen and not (group & nearly).any():
             continue
         # Below a budget on accuracy only accuracy counts.
         below = bool((group & ~accurate).any())

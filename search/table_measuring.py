@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -176,8 +177,8 @@ class TableMeasuring:
         name = f"network {reference.manifest.kernels[0][0]}"
         self.progress.begin(f"time networks on {self.device.name}", len(networks.artifacts))
         with LoadWatch() as watch:
-            seen_s = self.database.reference_s(name)
-            known_s, sure = (seen_s, True) if seen_s else self._quiet_s(reference, reference_plan)
+            kept_s = self.database.reference_s(name)
+            known_s, sure = (kept_s, True) if kept_s else self._quiet_s(reference, reference_plan)
             timed = time_networks(
                 networks.artifacts, reference.path, self.device, known_reference_s=known_s,
                 limit_s=max(limit_s, self.limits.network_s), advance=_advancer(self.progress),
@@ -185,10 +186,10 @@ class TableMeasuring:
             quiet_s = timed.reference_s
             if not sure and timed.samples and timed.lost is None:  # by now the machine may be quiet for a moment
                 known_s, sure = self._quiet_s(reference, reference_plan)
-                seen_s = best_reference_s(list(timed.samples.values()))
-                quiet_s = min(known_s or seen_s, seen_s) if sure else quiet_s
+                if sure:
+                    quiet_s = min(known_s or inf, best_reference_s(list(timed.samples.values())))
         refuse_loaded(watch, self.device)
-        ratio = known_s and steadily_slower(list(timed.samples.values()), known_s)
+        ratio = kept_s and steadily_slower(list(timed.samples.values()), kept_s)
         if ratio:
             self.slower = (
                 f"; {self.device.name} takes {ratio:.2f} times as long as when its times were first measured: if it is "

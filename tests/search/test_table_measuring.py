@@ -246,4 +246,5 @@ def test_a_guess_of_what_is_quiet_is_put_right_by_a_quiet_moment_after_the_netwo
     measuring.database.add([KernelTime(WORK, settled(QUIET, 3e-5))], {f"kernel {WORK.key()}": 2e-5})
     [found] = networks(measuring, planned())
     assert found.time.quiet == later
+    assert not measuring.slower  # than a guess: that says nothing of the machine
     assert next(told, None) is None
