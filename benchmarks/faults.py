@@ -3,6 +3,7 @@
     python benchmarks/faults.py                  # 100 kills; 10 000 trials on 1 to 1000 simulated workers
     python benchmarks/faults.py --quick          # 1 kill; 10 000 trials of fewer choices on 1000 workers
     python benchmarks/faults.py --kills 100 --kills-each 1 --beside 2 --no-nodes --workers   # 100 disturbed searches
+    python benchmarks/faults.py --trace RUN      # takes the seconds of evaluations from a run, for later calls
 
 **Kills** (`--kills`): a short search (predicted latency, so that its front is a function of the seed) runs once
 undisturbed, then again and again while one of its processes is killed with SIGKILL at a random moment: the controller,
@@ -72,7 +73,13 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=60.0, help="the mean of a simulated evaluation")
     parser.add_argument("--sampler", default="random", help="of the simulated searches")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--trace", type=Path, metavar="RUN", help="store how long this run's evaluations took, and end")
     args = parser.parse_args()
+    if args.trace:
+        from simulated_search import store_trace
+
+        store_trace(args.trace)
+        return
     if args.quick:
         args.kills, args.sites, args.workers, args.nodes = min(args.kills, 1), min(args.sites, 4), [1000], False
     rows: list[Row] = []

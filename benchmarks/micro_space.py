@@ -1,6 +1,7 @@
 """Evaluates every network of a small space once and stores the result: 6 blocks with 6 options each, 46 656 networks.
 
-    python benchmarks/micro_space.py    # about three quarters of an hour: writes benchmarks/data/micro_space.npz
+    python benchmarks/micro_space.py            # three quarters of an hour: writes benchmarks/data/micro_space.npz
+    python benchmarks/micro_space.py --quick    # the first two forms, 64 networks: writes nothing
 
 The network is the built-in one for scikit-learn's digits. Each of its six blocks can be put in one of six forms, with
 the product's own closed forms fitted on the original's inputs; the networks of all combinations are run on the
@@ -16,9 +17,14 @@ error seen on the original's inputs and the counted time.
 from __future__ import annotations
 
 import argparse
+import json
+import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import numpy as np
 
@@ -84,7 +90,7 @@ def evaluate_all(evaluator: Any, blocks: list[list[Any]]) -> tuple[np.ndarray, n
             for block in blocks[level]:
                 visit(level + 1, block(value))
             if level == 2:
-                print(f"{len(correct)} networks", flush=True)
+                print(f"{len(correct)} networks", file=sys.stderr, flush=True)
 
         visit(0, functional.relu(model.bn(model.stem(x))))
     return np.array(correct, dtype=np.uint16), np.maximum(np.array(divergence), 0).astype(np.float16)
@@ -128,38 +134,62 @@ def guesses(evaluator: Any, candidates: dict[tuple[int, int], Any]) -> tuple[np.
     return found[0], found[1], found[2]
 
 
-def main() -> None:
-    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Evaluates the space, and prints what every form of every block costs, or one JSON object."""
     import torch
+    from compiled_speed import machine
 
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="the first two forms of every block; nothing is stored")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of lines")
+    args = parser.parse_args(arguments)
     torch.set_num_threads(1)
+    forms = FORMS[:2] if args.quick else FORMS
     evaluator = evaluator_of()
     space = evaluator.proposal.space
     candidates = {
         (b, f): candidate_of(space, block, form)
         for b, block in enumerate(BLOCKS)
-        for f, form in enumerate(FORMS)
+        for f, form in enumerate(forms)
         if form
     }
     base, added = latencies(evaluator, candidates)
-    print("original", base, "added", np.round(added / base, 3), sep="\n", flush=True)
     errors, counted, bytes_added = guesses(evaluator, candidates)
-    print("errors", np.round(errors, 5), "counted", np.round(counted / base, 3), sep="\n", flush=True)
     blocks = [
         [
             (evaluator.build(candidates[b, f]) if (b, f) in candidates else evaluator.teacher).get_submodule(block)
-            for f in range(len(FORMS))
+            for f in range(len(forms))
         ]
         for b, block in enumerate(BLOCKS)
     ]
     correct, divergence = evaluate_all(evaluator, blocks)
-    FILE.parent.mkdir(exist_ok=True)
-    np.savez_compressed(
-        FILE, correct=correct, divergence=divergence, samples=len(evaluator.task.data.validation), base_s=base,
-        added_s=added, errors=errors, counted_s=counted, bytes_added=bytes_added,
-        bytes=float(option_bytes(evaluator)),
-    )  # fmt: skip
-    print(f"{len(correct)} networks in {FILE}, {FILE.stat().st_size} bytes")
+    samples = len(evaluator.task.data.validation)
+    if not args.quick:
+        FILE.parent.mkdir(exist_ok=True)
+        np.savez_compressed(
+            FILE, correct=correct, divergence=divergence, samples=samples, base_s=base, added_s=added, errors=errors,
+            counted_s=counted, bytes_added=bytes_added, bytes=float(option_bytes(evaluator)),
+        )  # fmt: skip
+    rows = [
+        {"block": BLOCKS[b], "form": FORMS[f], "latency_added": round(float(added[b, f]) / base, 4),
+         "counted": round(float(counted[b, f]) / base, 4), "error": round(float(errors[b, f]), 6),
+         "bytes_added": int(bytes_added[b, f])}
+        for b, f in candidates
+    ]  # fmt: skip
+    summary = {
+        "networks": len(correct), "original_us": round(1e6 * base, 2), "original_accuracy": float(correct[0]) / samples,
+        "stored_bytes": None if args.quick else FILE.stat().st_size,
+    }  # fmt: skip
+    if args.json:
+        print(json.dumps({"rows": rows, "summary": summary, "machine": machine()}, indent=1))
+        return 0
+    for row in rows:
+        print(
+            f"{row['block']} as {row['form']}: latency {row['latency_added']:+.3f} (counted {row['counted']:+.3f}) of "
+            f"the original's, error {row['error']:.5f}, {row['bytes_added']:+d} bytes"
+        )
+    print(", ".join(f"{name} {value}" for name, value in summary.items()))
+    return 0
 
 
 def option_bytes(evaluator: Any) -> int:
@@ -169,4 +199,4 @@ def option_bytes(evaluator: Any) -> int:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,12 +1,9 @@
 """A search whose evaluations only take time: the product's controller, journal and sampler on simulated workers.
 
-    python benchmarks/simulated_search.py RUN    # writes the trace: how long a run's evaluations took
-
-The trace there is of `planish search runs/digits.toml` on 2 cores: 32 evaluations.
-
 Nothing is built or trained: a worker is busy for a time from a real trace (`data/evaluation_seconds.json`, scaled),
-and its metrics follow from the candidate's options. Time is simulated; what the controller itself needs is real time
-and is added to it, because no worker gets its next candidate before the controller has come to it.
+and its metrics follow from the candidate's options. The trace there is of `planish search runs/digits.toml` on 2 cores:
+32 evaluations (`faults.py --trace RUN` stores another). Time is simulated; what the controller itself needs is real
+time and is added to it, because no worker gets its next candidate before the controller has come to it.
 """
 
 from __future__ import annotations
@@ -14,7 +11,6 @@ from __future__ import annotations
 import heapq
 import json
 import os
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -219,5 +215,6 @@ def seconds_of(run: Path) -> list[float]:
     return [seconds for seconds in found if seconds > 0]
 
 
-if __name__ == "__main__":
-    TRACE.write_text(json.dumps({"seconds": seconds_of(Path(sys.argv[1]))}) + "\n", encoding="utf-8")
+def store_trace(run: Path) -> None:
+    """Makes a run's evaluations those that later simulations draw from."""
+    TRACE.write_text(json.dumps({"seconds": seconds_of(run)}) + "\n", encoding="utf-8")

@@ -2,10 +2,11 @@
 
 It imports the runtime that the artifacts need and little else of Planish's, so that a crash or a hang costs one
 request and the timings are those of a user's process. The request is
-`{"artifacts": {name: folder}, "runs": n, "warmup_s": s, "kernels": bool, "rpc": address, "threads": t,
-"time_limit_s": s}`; with 0 runs it only checks; an empty address stands for this machine. Each line of standard output
-names the artifact it is about to touch, so that the parent knows whose crash it was; what compiled code prints goes
-nowhere.
+`{"artifacts": {name: folder}, "runs": n, "quiet_s": s, "warmup_s": s, "kernels": bool, "rpc": address, "threads": t,
+"time_limit_s": s}`; with 0 runs it only checks; an empty address stands for this machine. Where `quiet_s` is not 0
+every artifact gets more runs, up to a limit, until beside `runs` of them the first took at most so many seconds. Each
+line of standard output names the artifact it is about to touch, so that the parent knows whose crash it was; what
+compiled code prints goes nowhere.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..hwmodels.quiet import lacking
 from ..hwmodels.rapl import EnergyCounters, PowerMeter
 from . import manifest as manifests
 from .loader import LOADERS, REMOTE_LOADERS, Loaded, answers, remote_session
@@ -80,10 +82,11 @@ def _timed(
         for name, model in loaded.items():
             announce(name)
             numbers[name] = _warm_up(model, request["warmup_s"])
-        reference = next(iter(loaded))
-        for _ in range(request["runs"]):
+        reference, runs, quiet_s = next(iter(loaded)), request["runs"], request["quiet_s"]
+        while waiting := [name for name in loaded if lacking(beside[name], runs, quiet_s if name != reference else 0)]:
             before = None
-            for name, model in loaded.items():
+            for name in dict.fromkeys((reference, *waiting)):
+                model = loaded[name]
                 announce(name)
                 times[name].append(_sample(model, numbers[name], meters[name]))
                 # The first is the reference: timed between every two others, so that each has it on both sides.

@@ -1,11 +1,13 @@
 """The child process that times kernels alone: `python -m planish.compilers.kernel_child REQUEST.json`.
 
 The request is `{"library": file, "kernels": [{"key": k, "symbol": s, "arguments": [[shape, dtype], ...]}, ...],
-"runs": n, "sample_s": s, "before_s": s, "threads": t, "rpc": address, "time_limit_s": s}`; an empty address stands for
-this machine. The first kernel is the reference: it is timed before and after every sample of another, so that a change
-of the machine's speed meets both, and a sample is given beside the reference's. Every other kernel runs for `before_s`
-untimed first: its weights have to come back to the caches where they lie while a network runs, which takes more than
-one run.
+"runs": n, "quiet_s": s, "sample_s": s, "before_s": s, "threads": t, "rpc": address, "time_limit_s": s}`; an empty
+address stands for this machine. Where `quiet_s` is not 0 every kernel gets more runs, up to a limit, until beside
+`runs` of them the reference took at most so many seconds.
+
+The first kernel is the reference: it is timed before and after every sample of another, so that a change of the
+machine's speed meets both, and a sample is given beside the reference's. Every other kernel runs for `before_s` untimed
+first: its weights have to come back to the caches where they lie while a network runs, which takes more than one run.
 
 Standard output is one JSON line `{"touch": key}` before a kernel is touched and `{"key": key, "run_s": [...],
 "reference_s": [...]}` for each at the end. The exit status says whether the device is lost; what else a kernel does
@@ -21,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from ..hwmodels.quiet import lacking
 from .child import EXIT_FAILED, EXIT_LOST
 from .cpu.packing import bfloat16
 from .loader import answers, pin_caller, remote_session, torch_hidden, uploaded
@@ -56,9 +59,10 @@ def _run(request: dict[str, Any], session: Any) -> int:
     reference, *others = timed
     run_s: dict[str, list[float]] = {kernel.key: [] for kernel in others}
     reference_s: dict[str, list[float]] = {kernel.key: [] for kernel in others}
-    for _ in range(request["runs"]):
+    runs, quiet_s = request["runs"], request["quiet_s"]
+    while waiting := [kernel for kernel in others if lacking(reference_s[kernel.key], runs, quiet_s)]:
         before = reference.sample()
-        for kernel in others:
+        for kernel in waiting:
             _say({"touch": kernel.key})
             kernel.warm_up()
             seconds, after = kernel.sample(), reference.sample()

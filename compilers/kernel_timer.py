@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..hwmodels.device import Device
-from ..hwmodels.quiet import Samples, best_reference_s, open_samples
+from ..hwmodels.quiet import Samples, best_reference_s, open_samples, quiet_limit_s
 from .child import EXIT_LOST
 from .compiler import CompileError, RunError
 from .kernel_store import KernelStore
@@ -102,7 +102,7 @@ def time_kernels(
                 keys = [key for key in group.keys if key not in failed and open_samples(samples.get(key), best)]
                 try:
                     with device_lock(device):
-                        timed = _round(group, keys, works, reference, device, protocol, failed)
+                        timed = _round(group, keys, works, reference, device, protocol, failed, quiet_limit_s(best))
                 except DeviceLost as lost:
                     return Timed(samples, best or 0.0, failed, lost)
                 for key, new in timed.items():
@@ -161,6 +161,7 @@ def _round(
     device: Device,
     protocol: KernelProtocol,
     failed: dict[str, str],
+    quiet_s: float,
 ) -> dict[str, Samples]:
     """One child's samples; a kernel that ends the child is named in `failed` and the others run again without it.
 
@@ -174,6 +175,7 @@ def _round(
         request = {
             "library": str(group.library),
             "runs": protocol.runs,
+            "quiet_s": quiet_s,
             "sample_s": protocol.sample_s,
             "before_s": protocol.before_s,
             "threads": device.threads,
@@ -205,7 +207,9 @@ def _round(
                 if len(left) > 1:
                     half = len(left) // 2
                     parts = (left[:half], left[half:])
-                    first, second = (_round(group, p, works, reference, device, protocol, failed) for p in parts)
+                    first, second = (
+                        _round(group, p, works, reference, device, protocol, failed, quiet_s) for p in parts
+                    )
                     return first | second
         lines = [json.loads(line) for line in output.splitlines() if line.startswith("{") and line.endswith("}")]
         if code == 0:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..hwmodels.device import Device
 from ..hwmodels.measurement import MeasureProtocol
-from ..hwmodels.quiet import Samples, best_reference_s, open_samples
+from ..hwmodels.quiet import Samples, best_reference_s, open_samples, quiet_limit_s
 from .compiler import RunError
 from .kernel_timer import Timed
 from .remote import DeviceLost
@@ -69,7 +69,10 @@ def time_networks(
             group = groups.pop(0)
             try:
                 with device_lock(device):
-                    result = run_child({_REFERENCE: reference, **{n: artifacts[n] for n in group}}, device, protocol)
+                    result = run_child(
+                        {_REFERENCE: reference, **{n: artifacts[n] for n in group}}, device, protocol,
+                        quiet_s=quiet_limit_s(best),
+                    )  # fmt: skip
             except DeviceLost as lost:
                 return Timed(samples, best or 0.0, failed, lost)
             except RunError as error:

@@ -115,8 +115,18 @@ def run_child(
     protocol: MeasureProtocol,
     runs: int | None = None,
     kernels: bool = False,
+    quiet_s: float = 0.0,
 ) -> ChildResult:
     """Checks, times and profiles artifacts in one child process.
+
+    Args:
+        artifacts: By name; the first is the reference, timed beside every sample of another.
+        device: Must be here.
+        protocol: How often, and its limits.
+        runs: Instead of the protocol's.
+        kernels: Whether the kernels in them are timed, too.
+        quiet_s: Where it is not 0 the others get more runs, up to a limit, until so many were beside a reference that
+            took at most so long.
 
     Raises:
         RunError: an artifact crashed, failed, took too long or gave other outputs; it is named.
@@ -130,6 +140,7 @@ def run_child(
                 {
                     "artifacts": {name: str(path) for name, path in artifacts.items()},
                     "runs": protocol.runs if runs is None else runs,
+                    "quiet_s": quiet_s,
                     "warmup_s": protocol.warmup_s,
                     "kernels": kernels,
                     "rpc": device.rpc,

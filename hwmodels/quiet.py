@@ -20,6 +20,9 @@ SLACK = 0.12
 ENOUGH = 12
 # Fewer of a process say little of how fast that process is.
 _OF_PROCESS = 3
+# A process takes up to so many times as many samples as are wanted, until so many of them are quiet: starting another
+# one takes longer than a few more samples.
+_PATIENCE = 4
 
 
 @dataclass(frozen=True)
@@ -105,6 +108,23 @@ def settled(samples: Samples, best_s: float, slack: float = SLACK, enough: int =
     medians = [float(np.median(part)) for part in parts if len(part) >= _OF_PROCESS]
     low, high = median_interval([float(value) for value in scaled])
     return Settled(float(np.median(scaled)), min([low, *medians]), max([high, *medians]), len(scaled), quiet)
+
+
+def quiet_limit_s(best_s: float | None, slack: float = SLACK) -> float:
+    """What the reference may take beside a sample that counts as quiet; 0 where its best is not known."""
+    return 0.0 if best_s is None else (1 + slack) * best_s
+
+
+def lacking(reference_s: Sequence[float], runs: int, quiet_s: float) -> bool:
+    """Whether a process takes one more sample of something: too few were taken, or too few of them were quiet.
+
+    Args:
+        reference_s: What the reference took beside those that it has.
+        runs: How many are wanted.
+        quiet_s: What the reference may take beside a quiet one; 0 where that is not known, then any count.
+    """
+    taken = len(reference_s)
+    return taken < runs or (taken < _PATIENCE * runs and sum(s <= quiet_s for s in reference_s) < runs and quiet_s > 0)
 
 
 def open_samples(samples: Samples | None, best_s: float | None, slack: float = SLACK, enough: int = ENOUGH) -> bool:

@@ -44,6 +44,16 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return TvmCompiler().compile(program, host(), folder, examples, tolerance=1e-5).path
 
 
+@pytest.mark.parametrize(("quiet_s", "runs"), [(0.0, 3), (60.0, 3), (1e-12, 12)])
+def test_what_meets_no_quiet_machine_is_run_more_often_and_the_reference_beside_it(
+    quiet_s: float, runs: int, good: Path
+) -> None:
+    found = runner.run_child({"reference": good, "other": good}, host(), QUICK, quiet_s=quiet_s)
+    assert [len(found.run_s["other"]), len(found.reference_s["other"])] == [runs, runs]
+    assert len(found.run_s["reference"]) >= 3
+    assert len(runner.run_child({"reference": good}, host(), QUICK, quiet_s=quiet_s).run_s["reference"]) == 3
+
+
 # -- faults -----------------------------------------------------------------------------------------------------------
 
 FAULTS = {
@@ -102,7 +112,7 @@ sys.exit(child.main(*sys.argv[1:]))
 """
     request = tmp_path / "request.json"
     request.write_text(
-        json.dumps({"artifacts": {"a": str(good)}, "runs": 0, "warmup_s": 0, "kernels": False, "rpc": ""})
+        json.dumps({"artifacts": {"a": str(good)}, "runs": 0, "quiet_s": 0, "warmup_s": 0, "kernels": False, "rpc": ""})
     )
     command = [sys.executable, "-c", code, str(request), str(tmp_path / "result.json")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -6,7 +6,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from planish.hwmodels.quiet import ENOUGH, Samples, best_reference_s, open_samples, settled, steadily_slower
+from planish.hwmodels.quiet import (
+    ENOUGH,
+    Samples,
+    best_reference_s,
+    lacking,
+    open_samples,
+    quiet_limit_s,
+    settled,
+    steadily_slower,
+)
 
 
 def test_only_quiet_samples_count_and_they_count_as_they_are() -> None:
@@ -82,3 +91,20 @@ def test_a_machine_that_is_slower_for_good_is_told_from_one_that_others_use(
 ) -> None:
     found = steadily_slower([Samples((1.0,) * len(reference_s), reference_s)], 1.0)
     assert found == (None if ratio is None else pytest.approx(ratio, rel=0.01))
+
+
+@pytest.mark.parametrize(
+    ("beside", "taken"),
+    [([1.0], 3), ([2.0], 12), ([2.0, 1.0], 6), ([2.0, 2.0, 2.0, 1.0], 12), ([1.0, 1.0, 2.0, 1.0], 4)],
+)
+def test_a_process_goes_on_until_enough_was_quiet_or_patience_ends(beside: list[float], taken: int) -> None:
+    found: list[float] = []
+    while lacking(found, 3, quiet_limit_s(1.0)):
+        found.append(beside[len(found) % len(beside)])
+    assert len(found) == taken
+
+
+def test_where_no_best_is_known_any_sample_counts() -> None:
+    assert quiet_limit_s(None) == 0
+    assert lacking([9.0] * 2, 3, 0)
+    assert not lacking([9.0] * 3, 3, 0)
