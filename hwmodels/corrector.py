@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from math import inf, sqrt
 
 import numpy as np
+from numpy.typing import NDArray
 
 from .held_out import HeldOut, held_out
-from .relative_fit import log_error, relative_fit
+from .relative_fit import WORTH, log_error, relative_fit
 from .workload import Workload
 
 # Fewer networks than this cannot tell the terms apart.
@@ -16,23 +19,32 @@ LEAST = 6
 # What a plain sum of kernels is wrong by, where no network says (docs/latency-models.md, "plain sum of the table").
 _UNFITTED = 0.25
 # Expected: a network is the sum of its kernels.
-_SUM = (1.0, 0.0, 0.0)
+_SUM = (1.0, 0.0, 0.0, 0.0)
+# Weights are read in a circle, run after run: where they are this much more than a cache holds, each goes before it is
+# read again (least recently used goes first).
+_CIRCLE = 0.25
+# Caches below this hold one kernel's weights, whose own time tells of that; and how many sizes are tried.
+_LEAST_CACHE, _SIZES = 2 * 2**20, 6
 
 
 @dataclass(frozen=True)
 class Corrector:
-    """`L = a calls + b sum of the kernels' times + c bytes of weights`, no coefficient below zero.
+    """`L = a calls + b sum of the kernels' times + c bytes of weights + d bytes that the cache does not keep`, no
+    coefficient below zero.
 
     On several threads c is for every call that is shared among them instead: while a kernel is timed alone the others
-    are awake. Three terms in either case, because a table may have few networks that met a quiet machine, and the last
-    only where networks that are left out are predicted better with it. Fitted to relative errors, so that fast networks
-    count as much as slow ones.
+    are awake. Of the weights of a network that has more of them than a cache holds (see `spilled`) none waits there for
+    the next run, while a kernel's that is timed alone do. A table may have few networks that met a quiet machine: the
+    last two count only where networks that are left out are predicted better with them. Fitted to relative errors, so
+    that fast networks count as much as slow ones.
 
     Attributes:
         call_s: Seconds that a call adds.
         factor: Of the kernels' times: below 1 where a kernel finds its input still near from the one before.
         byte_s: Seconds a byte of weights.
         shared_s: Seconds that a shared call adds.
+        spill_s: Seconds that a byte of weights adds where the cache does not keep it.
+        cache_bytes: Of the cache, as the measured networks tell it; infinite where none is too large for it.
         error: The standard deviation of log(predicted / measured), each network predicted from the others: of those
             that are judged, and not below that of all where fewer than `LEAST` are.
         networks: That it was fitted to.
@@ -46,12 +58,21 @@ class Corrector:
     error: float = _UNFITTED
     networks: int = 0
     held_out: HeldOut | None = None
+    spill_s: float = 0.0
+    cache_bytes: float = inf
 
-    def apply(self, sum_s: float, workloads: Sequence[Workload]) -> float:
-        """Seconds of a network of these workloads whose kernels take `sum_s` alone."""
-        weights = sum(work.weight_bytes for work in workloads)
+    def apply(self, sum_s: float, workloads: Sequence[Workload], beside: float | None = None) -> float:
+        """Seconds of a network of these workloads whose kernels take `sum_s` alone.
+
+        Args:
+            sum_s: Of the workloads.
+            workloads: A network, or a part of one.
+            beside: The bytes of weights of the whole network; by default the workloads are the whole.
+        """
+        weights = weights_of(workloads)
+        byte_s = self.byte_s + self.spill_s * spilled(weights if beside is None else beside, self.cache_bytes)
         called = self.call_s * len(workloads) + self.shared_s * _shared(workloads)
-        return self.factor * sum_s + called + self.byte_s * weights
+        return self.factor * sum_s + called + byte_s * weights
 
     @staticmethod
     def fit(
@@ -78,10 +99,17 @@ class Corrector:
             )
         y = np.array(measured_s)
         shares = any(_shared(net) for net in networks)
-        third = [_shared(net) * 1e-6 if shares else sum(w.weight_bytes for w in net) * 1e-10 for net in networks]
+        weights = np.array([weights_of(net) for net in networks], np.float64)
+        third = [_shared(net) * 1e-6 for net in networks] if shares else weights * 1e-10
         terms = np.array([[s, len(net) * 1e-6, t] for s, net, t in zip(sums_s, networks, third, strict=True)])
-        fit = relative_fit(terms, y, _SUM, optional=1)
-        factor, call, last = (float(value) for value in fit.coefficients)
+        fit, cache = relative_fit(terms, y, _SUM[:3], optional=1), inf
+        plain = log_error(fit.left_out, y)
+        for size in _caches(weights):
+            bytes_s = weights * [1e-10 * spilled(own, size) for own in weights]
+            more = relative_fit(np.concatenate([terms, bytes_s[:, None]], 1), y, _SUM, optional=2)
+            if log_error(more.left_out, y) < min(WORTH * plain, log_error(fit.left_out, y)):
+                fit, cache = more, size
+        factor, call, last, *rest = (float(value) for value in fit.coefficients)
         chosen = np.ones(len(y), dtype=bool) if judged is None else np.array(judged, dtype=bool)
         left_out, measured = fit.left_out[chosen], y[chosen]
         found = held_out(list(left_out), list(measured)) if chosen.any() else None
@@ -89,7 +117,25 @@ class Corrector:
         if chosen.sum() < LEAST:  # so few may be right by chance
             error = max(error, log_error(fit.left_out, y))
         byte, shared = (0.0, last * 1e-6) if shares else (last * 1e-10, 0.0)
-        return Corrector(call * 1e-6, factor, byte, shared, error, len(y), found)
+        spill = sum(rest) * 1e-10
+        return Corrector(call * 1e-6, factor, byte, shared, error, len(y), found, spill, cache if spill else inf)
+
+
+def weights_of(workloads: Sequence[Workload]) -> int:
+    """The bytes of weights that one run reads."""
+    return sum(work.weight_bytes for work in workloads)
+
+
+def spilled(weight_bytes: float, cache_bytes: float) -> float:
+    """The share of a network's weights that a cache does not keep from run to run."""
+    return min(1.0, max(0.0, (weight_bytes / cache_bytes - 1) / _CIRCLE))
+
+
+def _caches(weights: NDArray[np.float64]) -> Iterator[float]:
+    """Sizes between those of measured networks, the largest first: what is between two of them, none tells."""
+    sizes = sorted({float(size) for size in weights if size > 0}, reverse=True)
+    between = [sqrt(above * below) for above, below in pairwise(sizes) if above > (1 + _CIRCLE) * below]
+    yield from [size for size in between if size >= _LEAST_CACHE][:_SIZES]
 
 
 def _shared(workloads: Sequence[Workload]) -> int:

@@ -20,7 +20,7 @@ _PRIOR = 0.05
 _HUBER, _LEAST_SPREAD = 1.345, 0.005
 _STEPS = 20
 # A term that improves the error on what is left out by less than this is not worth having.
-_WORTH = 0.9
+WORTH = 0.9
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ def relative_fit(
     best = _fit(terms[:, : terms.shape[1] - optional], measured, expected)
     for count in range(terms.shape[1] - optional + 1, terms.shape[1] + 1):
         more = _fit(terms[:, :count], measured, expected[:count])
-        if log_error(more.left_out, measured) < _WORTH * log_error(best.left_out, measured):
+        if log_error(more.left_out, measured) < WORTH * log_error(best.left_out, measured):
             best = more
     coefficients = np.zeros(terms.shape[1])
     coefficients[: len(best.coefficients)] = best.coefficients

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from .corrector import Corrector
+from .corrector import Corrector, weights_of
 from .device import Device
 from .kernel_database import KernelTime
 from .latency import Prediction
@@ -54,10 +54,11 @@ class TableModel:
         seconds, variances = self.kernels(workloads)
         whole = self.corrector.apply(float(seconds.sum()), workloads)
         sites: dict[str, float] = {}
+        weights = weights_of(workloads)
         # A kernel that is called often is wrong by the same every time: its errors add up before they are squared.
         deviations: dict[str, float] = {}
         for work, own, variance in zip(workloads, seconds, variances, strict=True):
-            sites[work.site] = sites.get(work.site, 0.0) + self.corrector.apply(float(own), [work])
+            sites[work.site] = sites.get(work.site, 0.0) + self.corrector.apply(float(own), [work], weights)
             key = work.key()
             deviations[key] = deviations.get(key, 0.0) + self.corrector.factor * float(np.sqrt(variance))
         spread = sum(deviation**2 for deviation in deviations.values())

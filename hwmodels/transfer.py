@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from .corrector import weights_of
 from .device import Device
 from .held_out import HeldOut, held_out
 from .latency import Prediction
@@ -96,7 +97,9 @@ def _terms(
     threads = source.device.threads
     alone = [replace(work, threads=min(work.threads, threads)) for work in workloads]
     kernels, _ = source.kernels(alone)
-    # Each call by itself: what it takes is not to go by what else is called.
-    seconds = np.array([source.corrector.apply(float(own), [work]) for own, work in zip(kernels, alone, strict=True)])
+    weights = weights_of(alone)
+    seconds = np.array(
+        [source.corrector.apply(float(own), [work], weights) for own, work in zip(kernels, alone, strict=True)]
+    )
     terms = np.array([seconds[~shared].sum(), seconds[shared].sum(), 1e-6 * shared.sum()])
     return terms, seconds, shared

@@ -45,6 +45,8 @@ if TYPE_CHECKING:
 # A device that was never seen, and one whose kernels of another model are known: under five minutes, and under one.
 FIRST = TableLimits(candidates=32, least=12, build_s=170.0, kernels=400, kernel_s=50.0, network_s=60.0, total_s=230.0)
 AGAIN = TableLimits(candidates=8, least=4, build_s=8.0, kernels=40, kernel_s=5.0, network_s=6.0, total_s=20.0)
+# Shares of the choices that candidates near the original have made.
+_NEAR = (1 / 12, 1 / 4, 1 / 24)
 # Kernels of other models from which on few of a further one have to be measured.
 _KNOWN = 150
 # One of whose processor another number of threads has a table: networks alone, and the kernels where that fails.
@@ -150,10 +152,23 @@ def table_candidates(space: SearchSpace, count: int, seed: int = 0, more: Sequen
     rng = np.random.default_rng(seed)
     uniform = spread(uniform_policies(space), count // 3)
     chosen = [space.original(), *more, *strongest(space)]
-    for policy in [*uniform[::2], *uniform[1::2]]:
-        chosen += [policy, space.sample(rng)]
+    near = iter([near_original(space, share, rng) for share in _NEAR])
+    for number, policy in enumerate([*uniform[::2], *uniform[1::2]]):
+        light = next(near, None) if number % 2 == 0 else None
+        chosen += [policy, light or space.sample(rng)]
     chosen += [space.sample(rng) for _ in range(count)]
     return list({candidate.key(): candidate for candidate in chosen}.values())[: max(count, len(more) + 1)]
+
+
+def near_original(space: SearchSpace, share: float, rng: np.random.Generator) -> Candidate:
+    """The original with about such a share of its choices made at random.
+
+    Random candidates are all far from it, with a fraction of its weights, and what large weights cost none of them
+    tells; who asks for little loss of accuracy searches near it.
+    """
+    return space.decode(
+        [int(rng.integers(len(choice.options))) if rng.random() < share else 0 for choice in space.choices]
+    )
 
 
 def refuse_disturbed(quiet: Sequence[bool], name: str, slower: str = "") -> None:

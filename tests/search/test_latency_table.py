@@ -48,7 +48,6 @@ from planish.search.library import latency_model
 from planish.search.progress import Progress
 from planish.search.table_measuring import Networks, TableLimits, TableMeasuring, by_error
 from planish.search.tasks import Task
-from planish.spaces import Kind
 
 pytestmark = pytest.mark.tvm
 
@@ -286,19 +285,6 @@ def test_a_search_predicts_two_threads_from_what_is_known_of_one(
     model = latency_model(two_threads, label)
     assert isinstance(model, TransferModel)
     assert model.trusted
-
-
-def test_any_beginning_of_the_candidates_covers_the_space(evaluator: Evaluator) -> None:
-    space = evaluator.proposal.space
-    found = table_candidates(space, 20, seed=1)
-    assert len({candidate.key() for candidate in found}) == len(found) == 20
-    assert found[0] == space.original()
-    assert table_candidates(space, 20, seed=1) == found != table_candidates(space, 20, seed=2)
-    chosen = [space.encode(candidate) for candidate in found[:12]]
-    constant = [choice for place, choice in enumerate(space.choices) if len({int(c[place]) for c in chosen}) == 1]
-    assert all(choice.kind is Kind.CLUSTER for choice in constant)  # codebooks change no latency
-    more = [space.sample(np.random.default_rng(n)) for n in range(30)]
-    assert table_candidates(space, 20, more=more)[: len(more) + 1] == [space.original(), *more]
 
 
 def test_no_candidate_is_begun_when_time_is_up_but_the_least(
