@@ -23,6 +23,8 @@ _SUM = (1.0, 0.0, 0.0, 0.0)
 # Weights are read in a circle, run after run: where they are this much more than a cache holds, each goes before it is
 # read again (least recently used goes first).
 _CIRCLE = 0.25
+# What a call reads that the one before has written on several threads, too, is for the most part where it is needed.
+_FAR = 0.25
 # Caches below this hold one kernel's weights, whose own time tells of that; and how many sizes are tried.
 _LEAST_CACHE, _SIZES = 2 * 2**20, 6
 
@@ -32,17 +34,17 @@ class Corrector:
     """`L = a calls + b sum of the kernels' times + c bytes of weights + d bytes that the cache does not keep`, no
     coefficient below zero.
 
-    On several threads c is for every call that is shared among them instead: while a kernel is timed alone the others
-    are awake. Of the weights of a network that has more of them than a cache holds (see `spilled`) none waits there for
-    the next run, while a kernel's that is timed alone do. A table may have few networks that met a quiet machine: the
-    last two count only where networks that are left out are predicted better with them. Fitted to relative errors, so
-    that fast networks count as much as slow ones.
+    On several threads c is of the bytes that cores fetch from each other instead (see `fetched`): while a kernel is
+    timed alone every core has its part from the run before. Of the weights of a network that has more of them than a
+    cache holds (see `spilled`) none waits there for the next run, while a kernel's that is timed alone do. A table may
+    have few networks that met a quiet machine: the last two count only where networks that are left out are predicted
+    better with them. Fitted to relative errors, so that fast networks count as much as slow ones.
 
     Attributes:
         call_s: Seconds that a call adds.
         factor: Of the kernels' times: below 1 where a kernel finds its input still near from the one before.
         byte_s: Seconds a byte of weights.
-        shared_s: Seconds that a shared call adds.
+        fetch_s: Seconds a byte that a core fetches from another.
         spill_s: Seconds that a byte of weights adds where the cache does not keep it.
         cache_bytes: Of the cache, as the measured networks tell it; infinite where none is too large for it.
         error: The standard deviation of log(predicted / measured), each network predicted from the others: of those
@@ -54,25 +56,26 @@ class Corrector:
     call_s: float = 0.0
     factor: float = 1.0
     byte_s: float = 0.0
-    shared_s: float = 0.0
+    fetch_s: float = 0.0
     error: float = _UNFITTED
     networks: int = 0
     held_out: HeldOut | None = None
     spill_s: float = 0.0
     cache_bytes: float = inf
 
-    def apply(self, sum_s: float, workloads: Sequence[Workload], beside: float | None = None) -> float:
-        """Seconds of a network of these workloads whose kernels take `sum_s` alone.
+    def apply(self, sum_s: float, workloads: Sequence[Workload]) -> float:
+        """Seconds of a network of these workloads whose kernels take `sum_s` alone."""
+        return self.factor * sum_s + float(self._added(workloads).sum())
 
-        Args:
-            sum_s: Of the workloads.
-            workloads: A network, or a part of one.
-            beside: The bytes of weights of the whole network; by default the workloads are the whole.
-        """
-        weights = weights_of(workloads)
-        byte_s = self.byte_s + self.spill_s * spilled(weights if beside is None else beside, self.cache_bytes)
-        called = self.call_s * len(workloads) + self.shared_s * _shared(workloads)
-        return self.factor * sum_s + called + byte_s * weights
+    def calls_s(self, alone_s: NDArray[np.float64], workloads: Sequence[Workload]) -> NDArray[np.float64]:
+        """Seconds of every call of a network, shape (n,), each of which takes `alone_s`, of the same shape, alone."""
+        return self.factor * alone_s + self._added(workloads)
+
+    def _added(self, workloads: Sequence[Workload]) -> NDArray[np.float64]:
+        """What calling kernels in a row adds to each."""
+        weights = np.array([work.weight_bytes for work in workloads], np.float64)
+        byte_s = self.byte_s + self.spill_s * spilled(float(weights.sum()), self.cache_bytes)
+        return self.call_s + self.fetch_s * fetched(workloads) + byte_s * weights
 
     @staticmethod
     def fit(
@@ -98,10 +101,10 @@ class Corrector:
                 f"one of each is needed for at least {LEAST} networks"
             )
         y = np.array(measured_s)
-        shares = any(_shared(net) for net in networks)
+        shares = any(work.threads > 1 for net in networks for work in net)
         weights = np.array([weights_of(net) for net in networks], np.float64)
-        third = [_shared(net) * 1e-6 for net in networks] if shares else weights * 1e-10
-        terms = np.array([[s, len(net) * 1e-6, t] for s, net, t in zip(sums_s, networks, third, strict=True)])
+        third = np.array([fetched(net).sum() for net in networks]) if shares else weights
+        terms = np.array([[s, len(net) * 1e-6, 1e-10 * t] for s, net, t in zip(sums_s, networks, third, strict=True)])
         fit, cache = relative_fit(terms, y, _SUM[:3], optional=1), inf
         plain = log_error(fit.left_out, y)
         for size in _caches(weights):
@@ -116,14 +119,28 @@ class Corrector:
         error = log_error(left_out, measured) if chosen.any() else 0.0
         if chosen.sum() < LEAST:  # so few may be right by chance
             error = max(error, log_error(fit.left_out, y))
-        byte, shared = (0.0, last * 1e-6) if shares else (last * 1e-10, 0.0)
+        byte, fetch = (0.0, last * 1e-10) if shares else (last * 1e-10, 0.0)
         spill = sum(rest) * 1e-10
-        return Corrector(call * 1e-6, factor, byte, shared, error, len(y), found, spill, cache if spill else inf)
+        return Corrector(call * 1e-6, factor, byte, fetch, error, len(y), found, spill, cache if spill else inf)
 
 
 def weights_of(workloads: Sequence[Workload]) -> int:
     """The bytes of weights that one run reads."""
     return sum(work.weight_bytes for work in workloads)
+
+
+def fetched(workloads: Sequence[Workload]) -> NDArray[np.float64]:
+    """The bytes of inputs and outputs of every call, shape (n,), that a core has to fetch from another one.
+
+    Of a call that is shared among threads all where the call before was not, because one core wrote what they read;
+    of a call on one thread none, which costs too little to tell.
+    """
+    found, before = np.zeros(len(workloads)), 1
+    for place, work in enumerate(workloads):
+        if work.threads > 1:
+            found[place] = max(0, work.moved_bytes - work.weight_bytes) * (_FAR if before > 1 else 1.0)
+        before = work.threads
+    return found
 
 
 def spilled(weight_bytes: float, cache_bytes: float) -> float:
@@ -136,8 +153,3 @@ def _caches(weights: NDArray[np.float64]) -> Iterator[float]:
     sizes = sorted({float(size) for size in weights if size > 0}, reverse=True)
     between = [sqrt(above * below) for above, below in pairwise(sizes) if above > (1 + _CIRCLE) * below]
     yield from [size for size in between if size >= _LEAST_CACHE][:_SIZES]
-
-
-def _shared(workloads: Sequence[Workload]) -> int:
-    """How many calls are shared among threads."""
-    return sum(work.threads > 1 for work in workloads)

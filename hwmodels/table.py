@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from .corrector import Corrector, weights_of
+from .corrector import Corrector
 from .device import Device
 from .kernel_database import KernelTime
 from .latency import Prediction
@@ -52,13 +52,13 @@ class TableModel:
         if not workloads:
             return Prediction(0.0, 0.0, {})
         seconds, variances = self.kernels(workloads)
-        whole = self.corrector.apply(float(seconds.sum()), workloads)
+        called = self.corrector.calls_s(seconds, workloads)
+        whole = float(called.sum())
         sites: dict[str, float] = {}
-        weights = weights_of(workloads)
         # A kernel that is called often is wrong by the same every time: its errors add up before they are squared.
         deviations: dict[str, float] = {}
-        for work, own, variance in zip(workloads, seconds, variances, strict=True):
-            sites[work.site] = sites.get(work.site, 0.0) + self.corrector.apply(float(own), [work], weights)
+        for work, own, variance in zip(workloads, called, variances, strict=True):
+            sites[work.site] = sites.get(work.site, 0.0) + float(own)
             key = work.key()
             deviations[key] = deviations.get(key, 0.0) + self.corrector.factor * float(np.sqrt(variance))
         spread = sum(deviation**2 for deviation in deviations.values())

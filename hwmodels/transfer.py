@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from .corrector import weights_of
+from .corrector import fetched
 from .device import Device
 from .held_out import HeldOut, held_out
 from .latency import Prediction
@@ -24,14 +24,14 @@ TRUSTED = 0.9
 
 @dataclass(frozen=True)
 class TransferModel:
-    """`L = a S + b P + c n`: S and P are what the source says of the calls that stay on one thread and of those that
-    are shared among several, n counts the latter. A kernel for several threads is another one than that for one: the
-    source's regression says what it takes.
+    """`L = a S + b P + c F`: S and P are what the source says of the calls that stay on one thread and of those that
+    are shared among several, F the bytes that cores then fetch from each other. A kernel for several threads is another
+    one than that for one: the source's regression says what it takes.
 
     Attributes:
         device: What is predicted.
         source: The table of another device or number of threads.
-        coefficients: (a, b, c), none below zero; c in seconds.
+        coefficients: (a, b, c), none below zero; c in seconds a byte.
         error: The standard deviation of log(predicted / measured), each probe predicted from the others.
         probes: The errors on the probes, each predicted from the others.
     """
@@ -62,10 +62,11 @@ class TransferModel:
             )
         y = np.array(measured_s)
         terms = np.array([_terms(source, network)[0] for network in networks])
+        terms[:, 2] *= 1e-10
         fit = relative_fit(terms, y, _EXPECTED)
         a, b, c = (float(value) for value in fit.coefficients)
         found = held_out(list(fit.left_out), list(y))
-        return TransferModel(device, source, (a, b, c * 1e-6), log_error(fit.left_out, y), found)
+        return TransferModel(device, source, (a, b, c * 1e-10), log_error(fit.left_out, y), found)
 
     @property
     def basis(self) -> str:
@@ -78,7 +79,7 @@ class TransferModel:
             return Prediction(0.0, 0.0, {})
         a, b, c = self.coefficients
         _, seconds, shared = _terms(self.source, workloads)
-        own = np.where(shared, b * seconds + c, a * seconds)
+        own = np.where(shared, b * seconds + c * fetched(workloads), a * seconds)
         sites: dict[str, float] = {}
         for work, value in zip(workloads, own, strict=True):
             sites[work.site] = sites.get(work.site, 0.0) + float(value)
@@ -92,14 +93,11 @@ _EXPECTED = (1.0, 0.5, 0.0)
 def _terms(
     source: TableModel, workloads: Sequence[Workload]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.bool_]]:
-    """(S, P, n in millions) of a network, and of every call the source's seconds and whether it is shared."""
+    """(S, P, F) of a network, and of every call the source's seconds and whether it is shared."""
     shared = np.array([work.threads > 1 for work in workloads])
     threads = source.device.threads
     alone = [replace(work, threads=min(work.threads, threads)) for work in workloads]
     kernels, _ = source.kernels(alone)
-    weights = weights_of(alone)
-    seconds = np.array(
-        [source.corrector.apply(float(own), [work], weights) for own, work in zip(kernels, alone, strict=True)]
-    )
-    terms = np.array([seconds[~shared].sum(), seconds[shared].sum(), 1e-6 * shared.sum()])
+    seconds = source.corrector.calls_s(kernels, alone)
+    terms = np.array([seconds[~shared].sum(), seconds[shared].sum(), fetched(workloads).sum()])
     return terms, seconds, shared

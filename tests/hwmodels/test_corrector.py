@@ -1,4 +1,4 @@
-"""Networks whose weights are more than a cache holds."""
+"""Networks whose weights are more than a cache holds, and whose calls are shared among cores."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from math import inf
 import numpy as np
 import pytest
 
-from planish.hwmodels.corrector import Corrector, spilled, weights_of
+from planish.hwmodels.corrector import Corrector, fetched, spilled, weights_of
 from planish.hwmodels.device import host
 from planish.hwmodels.kernel_database import KernelTime
 from planish.hwmodels.quiet import Settled
@@ -87,3 +87,12 @@ def test_sites_sum_to_a_network_that_spills_and_so_do_calls_that_are_carried_ove
     networks = [layers * count for count in range(2, 22)]
     carried = TransferModel.fit(host(), table, networks, [0.7 * table.predict(n).latency_s for n in networks])
     assert carried.predict(network).latency_s == pytest.approx(0.7 * wanted, rel=0.02)
+
+
+def test_cores_fetch_what_one_of_them_wrote_and_little_of_what_each_wrote_itself() -> None:
+    def call(threads: int, moved: int) -> Workload:
+        return Workload("", "conv2d", {"c": 1}, 1, moved, 32, 1000, threads)
+
+    network = [call(2, 5000), call(1, 3000), call(2, 9000), call(2, 3000), call(1, 2000), call(1, 2000), call(2, 400)]
+    assert list(fetched(network)) == [4000, 0, 8000, 500, 0, 0, 0]
+    assert list(fetched([])) == []

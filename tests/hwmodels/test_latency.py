@@ -43,7 +43,7 @@ _TABLE = cache(lambda: _table(host()))
 MODELS: dict[str, Callable[[Device], LatencyModel]] = {
     "roofline": lambda device: Roofline(device),
     "table": lambda device: replace(_TABLE(), device=device),
-    "transfer": lambda device: TransferModel(device, _TABLE(), (1.0, 0.5, 1e-6), 0.1, held_out([1.0], [1.0])),
+    "transfer": lambda device: TransferModel(device, _TABLE(), (1.0, 0.5, 1e-11), 0.1, held_out([1.0], [1.0])),
     "described": lambda device: CountedCycles.described(device, 16),
     "scaled roofline": lambda device: Roofline(device, factor=2.5, launch_s=1e-5, error=0.3),
 }

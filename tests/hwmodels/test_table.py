@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from planish.hwmodels import regression as regression_file
-from planish.hwmodels.corrector import Corrector
+from planish.hwmodels.corrector import Corrector, fetched
 from planish.hwmodels.device import host
 from planish.hwmodels.held_out import held_out
 from planish.hwmodels.kernel_database import KernelTime
@@ -207,15 +207,14 @@ def test_the_corrector_states_the_noise_of_what_it_was_fitted_to() -> None:
     assert 0.07 < Corrector.fit(sums, networks, noisy).error < 0.14
 
 
-def test_what_waking_threads_costs_is_learnt_where_calls_are_shared() -> None:
+def test_what_cores_fetch_from_each_other_is_learnt_where_calls_are_shared() -> None:
     networks = _networks(24, threads=2)
     sums = [sum(_seconds(work) for work in network) for network in networks]
-    shared = [sum(work.threads > 1 for work in network) for network in networks]
-    assert len(set(shared)) > 2
-    measured = [1.05 * s + 0.3e-6 * len(n) + 2e-6 * c for s, n, c in zip(sums, networks, shared, strict=True)]
+    moved = [float(fetched(network).sum()) for network in networks]
+    measured = [1.05 * s + 0.3e-6 * len(n) + 2e-10 * m for s, n, m in zip(sums, networks, moved, strict=True)]
     found = Corrector.fit(sums, networks, measured)
     assert found.byte_s == 0
-    assert found.shared_s == pytest.approx(2e-6, rel=0.15)
+    assert found.fetch_s == pytest.approx(2e-10, rel=0.15)
     for s, network, seconds in zip(sums, networks, measured, strict=True):
         assert found.apply(s, network) == pytest.approx(seconds, rel=0.02)
 
@@ -225,7 +224,7 @@ def test_no_coefficient_is_negative_so_more_calls_never_take_less() -> None:
     sums = [sum(_seconds(work) for work in network) for network in networks]
     # A law that rewards calls: the fit must not follow it below zero.
     found = Corrector.fit(sums, networks, [s / (1 + len(n)) for s, n in zip(sums, networks, strict=True)])
-    assert min(found.call_s, found.factor, found.byte_s, found.shared_s) >= 0
+    assert min(found.call_s, found.factor, found.byte_s, found.fetch_s) >= 0
 
 
 def test_too_few_networks_are_told() -> None:
@@ -238,7 +237,8 @@ def test_another_thread_count_is_learnt_from_a_few_probes() -> None:
     networks = _networks(30, threads=2)
 
     def law(network: list[Workload]) -> float:
-        return sum(_seconds(w) * (0.55 if w.threads > 1 else 1.0) + 2e-6 * (w.threads > 1) for w in network)
+        own = sum(_seconds(w) * (0.55 if w.threads > 1 else 1.0) for w in network)
+        return own + 2e-10 * float(fetched(network).sum())
 
     model = TransferModel.fit(host(), source, networks[:20], [law(network) for network in networks[:20]])
     errors = [log(model.predict(network).latency_s / law(network)) for network in networks[20:]]
