@@ -7,6 +7,7 @@ reference tells which samples were quiet; what is not quiet enough is measured a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -23,6 +24,8 @@ _OF_PROCESS = 3
 # A process takes up to so many times as many samples as are wanted, until so many of them are quiet: starting another
 # one takes longer than a few more samples.
 _PATIENCE = 4
+# Of what differs from process to process up to so many times as many samples count.
+_DISAGREEING = 3
 
 
 @dataclass(frozen=True)
@@ -127,8 +130,46 @@ def lacking(reference_s: Sequence[float], runs: int, quiet_s: float) -> bool:
     return taken < runs or (taken < _PATIENCE * runs and sum(s <= quiet_s for s in reference_s) < runs and quiet_s > 0)
 
 
-def open_samples(samples: Samples | None, best_s: float | None, slack: float = SLACK, enough: int = ENOUGH) -> bool:
-    """Whether more samples are needed: there are none, or too few quiet ones."""
+def open_samples(
+    samples: Samples | None, best_s: float | None, slack: float = SLACK, enough: int = ENOUGH, exact: float = 0.0
+) -> bool:
+    """Whether more samples are needed: there are none, or too few quiet ones.
+
+    Args:
+        samples: So far.
+        best_s: What the reference takes on a quiet machine.
+        slack: As in `settled`.
+        enough: Quiet samples that settle a time.
+        exact: Where it is not 0 and processes disagree, so that the standard error of their median is relatively more
+            than this, up to three times as many samples are.
+    """
     if samples is None or best_s is None:
         return True
-    return sum(reference <= (1 + slack) * best_s for reference in samples.reference_s) < enough
+    quiet = quiet_samples(samples, best_s, slack)
+    if len(quiet.run_s) < enough:
+        return True
+    return bool(exact) and len(quiet.run_s) < _DISAGREEING * enough and standard_error(quiet) > exact
+
+
+def quiet_samples(samples: Samples, best_s: float, slack: float = SLACK) -> Samples:
+    """Those beside which the reference took at most so much longer than at its best."""
+    of_process = np.repeat(np.arange(len(samples.processes)), samples.processes)
+    calm = np.array(samples.reference_s) <= (1 + slack) * best_s
+    kept = [
+        (run, beside) for run, beside, is_calm in zip(samples.run_s, samples.reference_s, calm, strict=True) if is_calm
+    ]
+    counts = [int((calm & (of_process == one)).sum()) for one in range(len(samples.processes))]
+    runs, references = zip(*kept, strict=True) if kept else ((), ())
+    return Samples(tuple(runs), tuple(references), tuple(count for count in counts if count))
+
+
+def standard_error(samples: Samples) -> float:
+    """The relative standard error of the median of the processes' medians; infinite where there is one process.
+
+    That of a mean times 1.2533, the root of pi / 2: as if processes were normally distributed.
+    """
+    ends = np.cumsum(samples.processes)
+    medians = [float(np.median(part)) for part in np.split(np.array(samples.run_s), ends[:-1])]
+    if len(medians) < 2:
+        return math.inf
+    return math.sqrt(math.pi / 2 / len(medians)) * float(np.std(medians, ddof=1) / np.median(medians))

@@ -13,7 +13,9 @@ from planish.hwmodels.quiet import (
     lacking,
     open_samples,
     quiet_limit_s,
+    quiet_samples,
     settled,
+    standard_error,
     steadily_slower,
 )
 
@@ -108,3 +110,25 @@ def test_where_no_best_is_known_any_sample_counts() -> None:
     assert quiet_limit_s(None) == 0
     assert lacking([9.0] * 2, 3, 0)
     assert not lacking([9.0] * 3, 3, 0)
+
+
+def test_processes_that_disagree_need_more_of_them_up_to_a_limit() -> None:
+    def of(medians: list[float]) -> Samples:
+        return sum((Samples((m,) * 3, (1.0,) * 3) for m in medians), Samples())
+
+    agreeing, apart = [10.0, 10.1] * 3, [9.0, 11.0] * 3
+    assert open_samples(of(agreeing[:5]), 1.0, enough=18, exact=0.02)
+    assert not open_samples(of(agreeing), 1.0, enough=18, exact=0.02)
+    assert open_samples(of(apart), 1.0, enough=18, exact=0.02)
+    assert not open_samples(of(apart), 1.0, enough=18)
+    assert open_samples(of(apart * 2), 1.0, enough=18, exact=0.02)
+    assert not open_samples(of(apart * 3), 1.0, enough=18, exact=0.02)
+    # The error of the mean of n values is their deviation by the root of n, that of the median is 1.2533 times as much.
+    assert standard_error(of(apart)) == pytest.approx(1.2533 * 1.0954 / 6**0.5 / 10.0, rel=1e-3)
+    assert standard_error(of([3.0])) == float("inf")
+
+
+def test_quiet_samples_keep_their_processes() -> None:
+    loud = Samples((5.0, 6.0, 7.0), (1.0, 2.0, 1.0)) + Samples((8.0,), (3.0,)) + Samples((9.0,), (1.1,))
+    assert quiet_samples(loud, 1.0) == Samples((5.0, 7.0, 9.0), (1.0, 1.0, 1.1), (2, 1))
+    assert quiet_samples(loud, 0.1) == Samples()
