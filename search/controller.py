@@ -235,8 +235,21 @@ class _Search:
 
     def _reach(self, pool: Pool) -> int:
         """The cheapest corners of the space, trials 1 to the number returned: is the budget reachable at all?"""
+        numbers = self._corners(pool, strongest(self.space))
+        if self._asked_since(0):
+            return sum(number > 0 and record.trial.batch == 0 for number, record in self.ledger.records.items())
+        try:
+            self._check_reach(numbers)
+        except UserError:
+            # On a device whose integers are slower than its floats, or not much faster, these may be cheaper.
+            numbers = self._corners(pool, [*strongest(self.space), *strongest(self.space, quantised=False)])
+            self._check_reach(numbers)
+        return len(numbers)
+
+    def _corners(self, pool: Pool, candidates: Sequence[Candidate]) -> list[int]:
+        """Scores candidates as trials 1, 2, ...; their numbers."""
         corners: dict[str, Candidate] = {}
-        for corner in strongest(self.space):
+        for corner in candidates:
             # Some are the same model as another once it is built.
             corners.setdefault(self.evaluator.simplified(corner).key(), corner)
         numbers = list(range(1, 1 + len(corners)))
@@ -244,9 +257,10 @@ class _Search:
         for number, corner in zip(numbers, corners.values(), strict=True):
             self.ledger.start(number, corner, 0)
         self.steps.score(pool, numbers)
+        return numbers
+
+    def _check_reach(self, numbers: Sequence[int]) -> None:
         ledger = self.ledger
-        if self._asked_since(0):
-            return len(corners)
         try:
             check_reach(
                 self.spec.budgets(), ledger.bounds(), ledger.original, [ledger.metrics(n) for n in (0, *numbers)]
@@ -254,7 +268,6 @@ class _Search:
         except UserError:
             self.front.write()
             raise
-        return len(corners)
 
     def _task_of_sampler(self, pool: Pool) -> SamplerTask:
         """What a sampler with a table needs: the library of the space's options."""

@@ -310,15 +310,22 @@ def _ends_first(levels: range) -> list[int]:
     return sorted(levels, key=lambda level: (min(level, len(levels) - 1 - level), -level))
 
 
-def strongest(space: SearchSpace) -> list[Candidate]:
-    """Candidates at the cheap end of the space: what is reachable at all is near the best of them."""
+def strongest(space: SearchSpace, *, quantised: bool = True) -> list[Candidate]:
+    """Candidates at the cheap end of the space: what is reachable at all is near the best of them.
+
+    Args:
+        space: Of the candidates.
+        quantised: With the least bits; else with all of them.
+    """
     last = {kind: max((len(c.options) for c in space.choices if c.kind is kind), default=1) - 1 for kind in Kind}
     wanted: list[Mapping[Kind, int]] = [
         {Kind.PRUNE: last[Kind.PRUNE], Kind.BITS: last[Kind.BITS], Kind.BLOCK: last[Kind.BLOCK]},
         {Kind.PRUNE: last[Kind.PRUNE], Kind.BITS: last[Kind.BITS], Kind.RANK: last[Kind.RANK]},
         {Kind.PRUNE: last[Kind.PRUNE], Kind.BITS: last[Kind.BITS]},
     ]
-    if not last[Kind.BITS]:
+    if not quantised:
+        wanted = [{**levels, Kind.BITS: 0} for levels in wanted]
+    elif not last[Kind.BITS]:
         # What bits would make small, codebooks do.
         wanted += [{**levels, Kind.CLUSTER: last[Kind.CLUSTER]} for levels in wanted]
     found: dict[str, Candidate] = {}

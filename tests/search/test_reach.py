@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import pytest
 from tests.search.tables import everything, table_of
 
+from planish.search import controller
 from planish.search.errors import UserError
 from planish.search.objective import Budget, Objective, parse_budget
 from planish.search.option_table import OptionTable
 from planish.search.reach import check_reach, check_together
+from planish.spaces import Candidate, Choice, Kind, SearchSpace
+
+if TYPE_CHECKING:
+    from planish.search.workers import Pool
 
 ORIGINAL = {"latency_s": {"cpu": {"value": 2e-3}}, "size_bytes": 5000.0}
 
@@ -64,3 +71,60 @@ def test_where_no_corner_was_built_nothing_is_refused() -> None:
     corner = {"latency_s": {"cpu": {"value": 1e-3}}, "size_bytes": 400.0}
     with pytest.raises(UserError, match=r"'latency<=0.1x' is out of reach: .* \(0.5x to 1x of the original\)"):
         check_reach(budgets, bounds, ORIGINAL, [ORIGINAL, corner])
+
+
+class _Run:
+    """A search up to its corners, on a device where 4 bits take a tenth of the original's time or twice all of it."""
+
+    def __init__(self, budget: str, slow_bytes: bool, asked: bool = False) -> None:
+        self.found = object.__new__(controller._Search)
+        self.records: dict[int, Any] = {}
+        self.written: list[bool] = []
+        start = SimpleNamespace(trial=SimpleNamespace(candidate=None, batch=0))
+        self.records[0] = start
+        if asked:
+            self.records[9] = SimpleNamespace(trial=SimpleNamespace(candidate=None, batch=1))
+        budgets = parse_budget(budget, ("cpu",))
+        self.slow_bytes = slow_bytes
+        keys: dict[str, Any] = {
+            "space": SearchSpace((Choice("a", Kind.BITS, (None, 4)), Choice("a", Kind.PRUNE, (None, 0.5))), {}),
+            "evaluator": SimpleNamespace(simplified=lambda candidate: candidate),
+            "spec": SimpleNamespace(budgets=lambda: budgets),
+            "ledger": SimpleNamespace(
+                records=self.records, original=ORIGINAL, bounds=lambda: [b.resolve(ORIGINAL) for b in budgets],
+                metrics=self.metrics, start=self.start,
+            ),
+            "steps": SimpleNamespace(score=lambda pool, numbers: None),
+            "front": SimpleNamespace(write=lambda: self.written.append(True)),
+            "_begin": lambda *given, **keys: None,
+        }  # fmt: skip
+        for name, value in keys.items():
+            setattr(self.found, name, value)
+
+    def start(self, number: int, candidate: Candidate, batch: int) -> None:
+        self.records.setdefault(number, SimpleNamespace(trial=SimpleNamespace(candidate=candidate, batch=batch)))
+
+    def metrics(self, number: int) -> dict[str, Any]:
+        if number == 0:
+            return ORIGINAL
+        options = self.records[number].trial.candidate.options
+        bits = (2.0 if self.slow_bytes else 0.1) if options["a:bits"] else 1.0
+        time = 2e-3 * bits * (0.5 if options["a:prune"] else 1.0)
+        return {"latency_s": {"cpu": {"value": time}}, "size_bytes": 1000.0}
+
+    def reach(self) -> int:
+        return self.found._reach(cast("Pool", None))
+
+
+def test_where_bytes_are_slow_floats_say_what_can_be_reached() -> None:
+    assert _Run("latency<=0.2x", slow_bytes=False).reach() == 1
+    slow = _Run("latency<=0.6x", slow_bytes=True)
+    assert slow.reach() == 2
+    assert [record.trial.candidate.options["a:bits"] for n, record in slow.records.items() if n] == [4, None]
+    refused = _Run("latency<=0.3x", slow_bytes=True)
+    with pytest.raises(UserError, match=r"out of reach: .* \(0.5x to 1x of the original\)"):
+        refused.reach()
+    assert refused.written
+    # An earlier session went on: what it found is not decided again, and its corners are counted.
+    later = _Run("latency<=0.3x", slow_bytes=True, asked=True)
+    assert later.reach() == 1

@@ -273,6 +273,14 @@ def test_the_corners_combine_the_strongest_options() -> None:
     }
 
 
+def test_corners_that_are_not_quantised_differ_in_that_alone() -> None:
+    space = space_of(1)
+    floats = strongest(space, quantised=False)
+    assert {corner.options["layer0:bits"] for corner in floats} == {None}
+    rest = [{name: o for name, o in c.options.items() if not name.endswith(":bits")} for c in strongest(space)]
+    assert [{name: o for name, o in c.options.items() if not name.endswith(":bits")} for c in floats] == rest
+
+
 def test_without_bits_the_corners_have_codebooks() -> None:
     choices = tuple(choice for choice in space_of(1).choices if choice.kind is not Kind.BITS)
     found = strongest(SearchSpace(choices, {}))
