@@ -78,7 +78,12 @@ def main() -> None:
     if args.trace:
         from simulated_search import store_trace
 
-        store_trace(args.trace)
+        from planish.search.errors import UserError
+
+        try:
+            store_trace(args.trace)
+        except UserError as error:
+            parser.error(str(error))
         return
     if args.quick:
         args.kills, args.sites, args.workers, args.nodes = min(args.kills, 1), min(args.sites, 4), [1000], False
