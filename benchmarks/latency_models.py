@@ -221,6 +221,7 @@ def kept_table(net: str, folder: Path) -> TableModel | None:
 def run_space(net: str, threads: int, random: int, front: int, folder: Path, sources: dict[str, TableModel]) -> Row:
     """A row: the errors of every model on a space's held-out networks, and what building the table took."""
     from planish.compilers.kernel_times import database_of
+    from planish.hwmodels.corrector import weights_of
     from planish.hwmodels.held_out import held_out
     from planish.hwmodels.kernel_database import network_key
     from planish.hwmodels.transfer import TransferModel
@@ -268,6 +269,11 @@ def run_space(net: str, threads: int, random: int, front: int, folder: Path, sou
     row: Row = {
         "space": net, "threads": threads, "networks": len(found), "quiet": len(pairs), **profile,
         "stated_error": table.corrector.error,
+        "outliers": [
+            {"us": 1e6 * seconds, "predicted_us": 1e6 * told, "weight_bytes": weights_of(calls)}
+            for calls, seconds in pairs
+            if abs((told := table.predict(calls).latency_s) / seconds - 1) > 0.1
+        ],
         "errors": errors, "memory_error": max((network.memory_error for network in found), default=0),
         "size_error": max(size_errors(evaluator, candidates[:5]), default=0),
     }  # fmt: skip
@@ -342,6 +348,11 @@ def _show(row: Row) -> None:
         f"{row['kernels']} kernels in {row['profile_s']:.0f} s, memory error {row['memory_error']} bytes, "
         f"size error {row['size_error']} bytes"
     )
+    for one in row["outliers"]:
+        print(
+            f"  beyond 10 %: {one['us']:.1f} us predicted as {one['predicted_us']:.1f}, "
+            f"{one['weight_bytes'] / 1e6:.1f} MB of weights"
+        )
     shown = dict(row["errors"]) | ({"transfer": row["transfer"]} if "transfer" in row else {})
     for name, errors in shown.items():
         print(

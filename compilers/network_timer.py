@@ -21,8 +21,8 @@ _REFERENCE = "reference"
 # How fast a model is differs from process to process, for as long as each lives (benchmarks/process_spread.py). So few
 # runs count of each process, and quiet ones of six at least settle a time.
 _RUNS, _ENOUGH = 3, 18
-# Networks with more weights than caches hold differ by a fifth from process to process: they have more of them, until
-# the standard error is this.
+# Some differ by far more, those with more weights than caches hold most: they have more processes, until the standard
+# error is this.
 _EXACT = 0.02
 
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from .measurement import median_interval
 
@@ -102,12 +103,10 @@ def settled(samples: Samples, best_s: float, slack: float = SLACK, enough: int =
     """
     if not samples.run_s:
         raise ValueError("no sample was given; at least one is needed")
-    runs, references = np.array(samples.run_s), np.array(samples.reference_s)
-    calm = references <= (1 + slack) * best_s
-    quiet = int(calm.sum()) >= enough
-    scaled = runs[calm] if quiet else runs / references * best_s
-    of_process = np.repeat(np.arange(len(samples.processes)), samples.processes)
-    parts = [scaled[(of_process[calm] if quiet else of_process) == one] for one in range(len(samples.processes))]
+    calm = quiet_samples(samples, best_s, slack)
+    quiet = len(calm.run_s) >= enough
+    scaled = np.array(calm.run_s) if quiet else np.array(samples.run_s) / np.array(samples.reference_s) * best_s
+    parts = _by_process(scaled, calm if quiet else samples)
     medians = [float(np.median(part)) for part in parts if len(part) >= _OF_PROCESS]
     low, high = median_interval([float(value) for value in scaled])
     return Settled(float(np.median(scaled)), min([low, *medians]), max([high, *medians]), len(scaled), quiet)
@@ -168,8 +167,12 @@ def standard_error(samples: Samples) -> float:
 
     That of a mean times 1.2533, the root of pi / 2: as if processes were normally distributed.
     """
-    ends = np.cumsum(samples.processes)
-    medians = [float(np.median(part)) for part in np.split(np.array(samples.run_s), ends[:-1])]
+    medians = [float(np.median(part)) for part in _by_process(np.array(samples.run_s), samples)]
     if len(medians) < 2:
         return math.inf
     return math.sqrt(math.pi / 2 / len(medians)) * float(np.std(medians, ddof=1) / np.median(medians))
+
+
+def _by_process(values: NDArray[np.float64], samples: Samples) -> list[NDArray[np.float64]]:
+    """One value for every sample, those of each process together."""
+    return np.split(values, np.cumsum(samples.processes)[:-1])
