@@ -29,9 +29,11 @@ from .loader import LOADERS, REMOTE_LOADERS, Loaded, answers, remote_session
 
 # One sample, and what runs before it untimed. The models' weights push each other out of the caches: after another
 # model's turn the first run took three times as long as the tenth, and samples of 1 ms ranked models by whose weights
-# the others had left there.
+# the others had left there. Weights of many megabytes come back run by run: that takes so many runs, unless one
+# run fills a sample: where weights are is little of its time.
 _SAMPLE_S = 5e-3
 _BEFORE_S = 2e-3
+_BEFORE_RUNS = 8
 _KERNEL_REPEATS = 20
 EXIT_WRONG_OUTPUT = 3
 EXIT_FAILED = 4
@@ -163,13 +165,18 @@ def _load(folder: Path, session: Any) -> Loaded:
 
 def _sample(model: Loaded, number: int, meter: PowerMeter | None = None) -> float:
     """Seconds of a run in a row of so many, its weights in the caches that hold them."""
-    model.time(max(1, round(number * _BEFORE_S / _SAMPLE_S)))
+    model.time(_runs_before(number))
     if meter is None:
         return model.time(number)
     meter.begin()
     seconds = model.time(number)
     meter.end()
     return seconds
+
+
+def _runs_before(number: int) -> int:
+    """Untimed runs before a sample of so many."""
+    return 1 if number == 1 else max(_BEFORE_RUNS, round(number * _BEFORE_S / _SAMPLE_S))
 
 
 def _warm_up(model: Loaded, seconds: float) -> int:

@@ -18,7 +18,7 @@ from .workload import Workload
 # The standard deviation of a time, from half the width of its 95 % interval.
 _HALF_WIDTHS = 1.96
 # The same, relatively, of what met no quiet machine beside its interval: see `quiet.settled`.
-_DISTURBED = 0.1
+DISTURBED = 0.1
 
 
 class UnknownKernel(ValueError):
@@ -76,7 +76,7 @@ class TableModel:
             seconds[place] = known.time.median_s
             variances[place] = ((known.time.high_s - known.time.low_s) / 2 / _HALF_WIDTHS) ** 2
             if not known.time.quiet:
-                variances[place] += (_DISTURBED * known.time.median_s) ** 2
+                variances[place] += (DISTURBED * known.time.median_s) ** 2
         if unknown:
             if self.regression is None:
                 first = workloads[unknown[0]]

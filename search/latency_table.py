@@ -18,7 +18,7 @@ from ..hwmodels.latency import Prediction
 from ..hwmodels.load import BusyMachine, wait_for_quiet
 from ..hwmodels.quiet import Settled
 from ..hwmodels.regression import LEAST as LEAST_KERNELS
-from ..hwmodels.table import TableModel
+from ..hwmodels.table import DISTURBED, TableModel
 from ..hwmodels.transfer import TransferModel
 from .fitted import fitted, regression_of
 from .model_choice import lower_error, own_table
@@ -47,6 +47,8 @@ FIRST = TableLimits(candidates=32, least=12, build_s=170.0, kernels=400, kernel_
 AGAIN = TableLimits(candidates=8, least=4, build_s=8.0, kernels=40, kernel_s=5.0, network_s=6.0, total_s=20.0)
 # Shares of the choices that candidates near the original have made.
 _NEAR = (1 / 12, 1 / 4, 1 / 24)
+# Above this share of kernels that met no quiet machine whoever reads the table is told.
+_NOTED = 0.2
 # Kernels of other models from which on few of a further one have to be measured.
 _KNOWN = 150
 # One of whose processor another number of threads has a table: networks alone, and the kernels where that fails.
@@ -210,7 +212,9 @@ def _built(
     carries = limits is None and settled < _KNOWN and source_of(device, database) is not None
     # Of a profile that ended while networks were timed the kernels are known, and how to sum them up is not.
     summed = sum(network.time.quiet for network in database.networks()) > LEAST_NETWORKS
-    limits = limits or (AGAIN if settled >= _KNOWN and summed else FIRST)
+    # Where most kernels met no quiet machine the device is hardly known.
+    again = settled >= _KNOWN and 2 * settled >= len(known) and summed
+    limits = limits or (AGAIN if again else FIRST)
     notes: list[str] = []
     candidates = table_candidates(evaluator.proposal.space, limits.candidates, seed, more)
     measuring = TableMeasuring(device, database, PROBES if carries else limits, progress, known, notes=notes)
@@ -289,5 +293,11 @@ def _built(
         measuring.kernels(disturbed, works, reference, left_s() / 2)
     networks = measuring.networks(evaluator, label, planned, folder, reference, left_s())
     refuse_disturbed([network.time.quiet for network in own(networks)], device.name, measuring.slower)
+    disturbed = [key for key in works if key in known and not known[key].time.quiet]
+    if len(disturbed) > _NOTED * len(works):
+        notes.append(
+            f"{len(disturbed)} of {len(works)} kernels met no quiet machine on {device.name}, so that each may be some "
+            f"{DISTURBED:.0%} off: give the same command again once the machine is quieter"
+        )
     model = fitted(device, known, networks, seed, {network.key() for network in own(networks)})
     return finished(model, model.corrector.held_out)

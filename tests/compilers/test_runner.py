@@ -243,6 +243,15 @@ def test_bytes_do_not_wrap_around_in_the_comparison(tmp_path: Path) -> None:
 # -- measuring --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("run_s", "before"),
+    # 2 ms of short runs, eight of longer ones, and one of what fills a sample by itself.
+    [(10e-6, 200), (250e-6, 8), (700e-6, 8), (2.5e-3, 8), (5e-3, 1), (1.0, 1)],
+)
+def test_weights_are_back_in_the_caches_before_a_sample(run_s: float, before: int) -> None:
+    assert child._runs_before(max(1, round(5e-3 / run_s))) == before
+
+
 def test_a_device_is_held_by_one_process_at_a_time() -> None:
     code = """
 import fcntl
