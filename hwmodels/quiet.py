@@ -18,6 +18,8 @@ from .measurement import median_interval
 
 # The reference may be this much slower than it has ever been: more than its own jitter, less than a neighbour costs.
 SLACK = 0.12
+# Shares of that slack which are tried first.
+_CALMER = (1 / 3, 2 / 3)
 # Quiet samples that settle a time.
 ENOUGH = 12
 # Fewer of a process say little of how fast that process is.
@@ -105,6 +107,9 @@ def settled(samples: Samples, best_s: float, slack: float = SLACK, enough: int =
         raise ValueError("no sample was given; at least one is needed")
     calm = quiet_samples(samples, best_s, slack)
     quiet = len(calm.run_s) >= enough
+    # What waits for memory a neighbour slows down by more than the reference: where the calmest are enough, they count.
+    calmer = (quiet_samples(samples, best_s, share * slack) for share in _CALMER)
+    calm = next((those for those in calmer if len(those.run_s) >= enough), calm)
     scaled = np.array(calm.run_s) if quiet else np.array(samples.run_s) / np.array(samples.reference_s) * best_s
     parts = _by_process(scaled, calm if quiet else samples)
     medians = [float(np.median(part)) for part in parts if len(part) >= _OF_PROCESS]

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from planish.compilers import tvm_batch
+from planish.compilers import kernel_timer, tvm_batch
 from planish.compilers.compiler import RunError
 from planish.compilers.cpu.sub_batch import SubBatch
 from planish.compilers.kernel_store import KernelStore
@@ -25,6 +25,7 @@ from planish.compilers.tvm_values import Kernel
 from planish.compilers.tvm_workloads import KernelWork, Plan, plan
 from planish.hwmodels.device import host, parse_device
 from planish.hwmodels.measurement import MeasureProtocol
+from planish.hwmodels.quiet import Samples
 from planish.hwmodels.workload import Workload
 from planish.spaces.layer_shapes import shape_of
 from planish.spaces.quantize import Range, deploy
@@ -186,6 +187,27 @@ def test_a_kernel_that_meets_no_quiet_machine_is_run_more_often_in_every_process
     # Of what the reference is said to take on a quiet machine every time falls short.
     timed = time_kernels({name: work}, work, host(), FAST, 1e-12, store)
     assert len(timed.samples[name].run_s) == FAST.rounds * 4 * FAST.runs
+
+
+def test_kernels_whose_processes_disagree_are_timed_in_more_of_them_the_first_ones_first(
+    planned: Plan, store: KernelStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (name, work), (other, second) = list(planned.kernels.items())[:2]
+    rounds: list[list[str]] = []
+
+    def timed(group: Any, keys: list[str], *rest: Any) -> dict[str, Samples]:
+        rounds.append(list(keys))
+        steady, moving = Samples((1.0,) * 4, (1.0,) * 4), Samples((1.0 + 0.1 * (len(rounds) % 2),) * 4, (1.0,) * 4)
+        return {key: moving if key == name else steady for key in keys}
+
+    monkeypatch.setattr(kernel_timer, "_round", timed)
+    found = time_kernels({name: work, other: second}, work, host(), KernelProtocol(), 1.0, store)
+    # Three processes settle both; one of them is not exact until it has three times as many samples.
+    assert rounds == [[name, other]] * 3 + [[name]] * 6
+    assert len(found.samples[name].run_s) == 36
+    rounds.clear()
+    time_kernels({name: work, other: second}, work, host(), KernelProtocol(), 1.0, store, limit_s=0.0)
+    assert len(rounds) == 1
 
 
 def test_a_kernel_that_crashes_costs_its_own_time_only(planned: Plan, store: KernelStore) -> None:

@@ -32,6 +32,14 @@ def test_without_enough_quiet_samples_the_ratio_to_the_reference_counts() -> Non
     assert (found.median_s, found.quiet) == (15.0, False)
 
 
+@pytest.mark.parametrize(("calmest", "expected"), [(12, 1.0), (11, 1.08)])
+def test_the_calmest_samples_count_where_they_are_enough(calmest: int, expected: float) -> None:
+    samples = Samples((1.0,) * calmest + (1.08,) * 14, (1.0,) * calmest + (1.06,) * 14)
+    found = settled(samples, 1.0)
+    assert found.quiet
+    assert found.median_s == expected
+
+
 def test_one_quiet_sample_less_than_enough_does_not_settle() -> None:
     loud = Samples((30.0,) * 9, (2.0,) * 9)
     assert open_samples(loud + Samples((10.0,) * (ENOUGH - 1), (1.0,) * (ENOUGH - 1)), 1.0)
