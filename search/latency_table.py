@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 
 # A device that was never seen, and one whose kernels of another model are known: under five minutes, and under one.
-FIRST = TableLimits(candidates=32, least=12, build_s=170.0, kernels=400, kernel_s=50.0, network_s=60.0, total_s=230.0)
+FIRST = TableLimits(candidates=32, least=12, build_s=170.0, kernels=400, kernel_s=50.0, network_s=50.0, total_s=230.0)
 AGAIN = TableLimits(candidates=8, least=4, build_s=8.0, kernels=40, kernel_s=5.0, network_s=6.0, total_s=20.0)
 # Shares of the choices that candidates near the original have made.
 _NEAR = (1 / 12, 1 / 4, 1 / 24)
