@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .held_out import HeldOut, held_out
-from .relative_fit import WORTH, log_error, relative_fit
+from .relative_fit import WORTH, RelativeFit, log_error, relative_fit
 from .workload import Workload
 
 # Fewer networks than this cannot tell the terms apart.
@@ -106,12 +106,17 @@ class Corrector:
         third = np.array([fetched(net).sum() for net in networks]) if shares else weights
         terms = np.array([[s, len(net) * 1e-6, 1e-10 * t] for s, net, t in zip(sums_s, networks, third, strict=True)])
         fit, cache = relative_fit(terms, y, _SUM[:3], optional=1), inf
-        plain = log_error(fit.left_out, y)
+        # The terms that are worth having, and not left out again for the few networks that the last is about.
+        used = np.flatnonzero([True, True, fit.coefficients[2] > 0])
+        plain = best = _root_mean_square(fit, y)
         for size in _caches(weights):
             bytes_s = weights * [1e-10 * spilled(own, size) for own in weights]
-            more = relative_fit(np.concatenate([terms, bytes_s[:, None]], 1), y, _SUM, optional=2)
-            if log_error(more.left_out, y) < min(WORTH * plain, log_error(fit.left_out, y)):
-                fit, cache = more, size
+            more = relative_fit(np.column_stack([terms[:, used], bytes_s]), y, [*np.take(_SUM, used), 0.0])
+            error = _root_mean_square(more, y)
+            if error < min(WORTH * plain, best):
+                coefficients = np.zeros(4)
+                coefficients[[*used, 3]] = more.coefficients
+                fit, cache, best = RelativeFit(coefficients, more.left_out), size, error
         factor, call, last, *rest = (float(value) for value in fit.coefficients)
         chosen = np.ones(len(y), dtype=bool) if judged is None else np.array(judged, dtype=bool)
         left_out, measured = fit.left_out[chosen], y[chosen]
@@ -146,6 +151,14 @@ def fetched(workloads: Sequence[Workload]) -> NDArray[np.float64]:
 def spilled(weight_bytes: float, cache_bytes: float) -> float:
     """The share of a network's weights that a cache does not keep from run to run."""
     return min(1.0, max(0.0, (weight_bytes / cache_bytes - 1) / _CIRCLE))
+
+
+def _root_mean_square(fit: RelativeFit, measured: NDArray[np.float64]) -> float:
+    """Of the relative errors on what is left out.
+
+    Unlike the median it tells of the few networks that a cache is too small for.
+    """
+    return float(np.sqrt(np.mean(np.log(fit.left_out / measured) ** 2)))
 
 
 def _caches(weights: NDArray[np.float64]) -> Iterator[float]:
