@@ -6,13 +6,15 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 FILE = Path(__file__).resolve().parent / "data" / "micro_space.npz"
 # What the library costs, in evaluations: see `search_quality.py`, which measures it on a real task.
 LIBRARY_CHARGE = 10
+
+_Found = TypeVar("_Found")
 
 
 @dataclass(frozen=True)
@@ -126,11 +128,11 @@ def charged_curve(
     task: Any,
     library: int,
     charged: int,
-    original: float,
-    evaluate: Callable[[Sequence[Any]], Iterable[float]],
+    original: _Found,
+    evaluate: Callable[[Sequence[Any]], Iterable[_Found]],
     begin: Sequence[Any] = (),
     batch: int = 8,
-) -> list[float]:
+) -> list[_Found]:
     """What `evaluate` gives after every charged evaluation: the original, the opening, the library, the search.
 
     Args:
@@ -140,7 +142,7 @@ def charged_curve(
         library: Evaluations that the table costs; 0 where it is not used.
         charged: Evaluations in all.
         original: What the original alone gives.
-        evaluate: Evaluates and tells candidates; gives a number after each.
+        evaluate: Evaluates and tells candidates; gives something after each.
         begin: Candidates that come first.
         batch: Candidates that are asked for at once.
     """

@@ -32,6 +32,8 @@ TASKS: dict[str, dict[str, Any]] = {
 # Block types that shrink, what prunes, and so on: one family at a time.
 FAMILIES = ("prune", "bits", "rank", "block")
 _PROXY = 512
+# Networks of fronts that are compiled and timed before they are noted.
+_TIMED_TOGETHER = 32
 _REPOSITORY = Path(__file__).resolve().parents[1]
 # What accuracies, latencies and the charge of the library come from; rows come from what proposes, too.
 _EVALUATION = (
@@ -51,6 +53,7 @@ def task_rows(
     cache: Path,
     workers: int,
     families: bool,
+    times_fronts: bool = False,
 ) -> list[Row]:
     """A row for every method: hypervolumes at a few charged budgets and the area of what is missing, by seed.
 
@@ -60,6 +63,8 @@ def task_rows(
     with Judge(task, latency, cache, workers) as judge:
         for sampler in ("planish", *samplers):
             rows.append(judge.row(task, sampler, sampler, seeds, most, ours))
+            if times_fronts:
+                rows[-1] = judge.with_timed_fronts(rows[-1])
         if families:
             rows.append(judge.row(f"{task} families", "all", "planish", seeds, ours, ours))
     for name in FAMILIES if families else ():
@@ -180,16 +185,80 @@ class Judge:
         row: Row | None = next((entry["row"] for entry in read_lines(file) if entry["key"] == key), None)
         if row is None:
             started = time.monotonic()
-            curves = np.array([self.curve(sampler, seed, most) for seed in seeds])
+            found = [self.curve(sampler, seed, most) for seed in seeds]
+            curves = np.array([[value for value, _ in curve] for curve, _ in found])
             row = curve_row("hypervolume", task, name, curves, ours, time.monotonic() - started)
             row["library_charge"] = self.charge
+            # Of what was evaluated when the method is compared.
+            compared = ours if sampler == "planish" else most
+            row["fronts"] = [self._front(told[: curve[compared][1]]) for curve, told in found]
             with file.open("a", encoding="utf-8") as lines:
                 lines.write(json.dumps({"key": key, "row": row}) + "\n")
         print(name, row["hypervolume"], file=sys.stderr, flush=True)
         return row
 
-    def curve(self, sampler: str, seed: int, most: int) -> list[float]:
-        """The hypervolume after every charged evaluation, the original's included."""
+    def with_timed_fronts(self, row: Row) -> Row:
+        """A method's row with the hypervolumes of its fronts with latencies as timed beside the original.
+
+        What is searched by predicted latencies is judged by measured ones where it counts: all that a front is made of
+        is compiled and timed.
+        """
+        fronts = [[(self.space.decode(indices), loss) for indices, loss in front] for front in row["fronts"]]
+        ratios = self._ratios([candidate for front in fronts for candidate, _ in front])
+        volumes = []
+        for front in fronts:
+            losses = [[1 - self.original["accuracy"], 1.0]]
+            losses += [[loss, ratio] for c, loss in front if (ratio := ratios[c.key()]) is not None]
+            volumes.append(volume(np.array(losses)))
+        each = {candidate.key() for front in fronts for candidate, _ in front}
+        errors = [
+            abs(self.ratio(values) / ratio - 1)
+            for key in each
+            if (ratio := ratios[key]) is not None and (values := self.known[key]) is not None
+        ]
+        timed = {"hypervolume": volumes, "networks": len(errors), "failed": len(each) - len(errors)}
+        timed["median_error"] = float(np.median(errors)) if errors else None
+        print(row["sampler"], "timed", timed, file=sys.stderr, flush=True)
+        return {**row, "timed": timed}
+
+    def _front(self, told: Sequence[tuple[Any, list[float]]]) -> list[tuple[list[int], float]]:
+        """Choices and error of every evaluated candidate that no other one beats, the original left out."""
+        from planish.search.pareto import non_dominated
+
+        found = {candidate.key(): (candidate, losses) for candidate, losses in told}
+        points = np.array([[1 - self.original["accuracy"], 1.0], *(losses for _, losses in found.values())])
+        return [
+            ([int(index) for index in self.space.encode(candidate)], losses[0])
+            for (candidate, losses), is_best in zip(found.values(), non_dominated(points)[1:], strict=True)
+            if is_best
+        ]
+
+    def _ratios(self, candidates: Sequence[Any]) -> dict[str, float | None]:
+        """Measured latency relative to the original, by key; None where one could not be compiled or run."""
+        from planish.search.workers import Failure
+
+        file = self.folder / "timed.jsonl"
+        known: dict[str, float | None] = {entry["key"]: entry["ratio"] for entry in read_lines(file)}
+        missing = list({c.key(): c for c in candidates if c.key() not in known}.values())
+        for start in range(0, len(missing), _TIMED_TOGETHER):
+            part = missing[start : start + _TIMED_TOGETHER]
+            found = self._timed(self._run("score", part, [()] * len(part)))
+            with file.open("a", encoding="utf-8") as lines:
+                for candidate, result in zip(part, found, strict=True):
+                    ratio = None if isinstance(result, Failure) else float(result["latency_ratio"]["cpu"])
+                    known[candidate.key()] = ratio
+                    lines.write(json.dumps({"key": candidate.key(), "ratio": ratio}) + "\n")
+        return known
+
+    def curve(
+        self, sampler: str, seed: int, most: int
+    ) -> tuple[list[tuple[float, int]], list[tuple[Any, list[float]]]]:
+        """A search's course.
+
+        Returns:
+            After every charged evaluation, the original's included, the hypervolume and how many candidates are told;
+            and these with their losses.
+        """
         from planish.search.sampler import OPENS, WITH_TABLE, Proposer
 
         sampler, begin = seeded(sampler, self.space)
@@ -197,15 +266,20 @@ class Judge:
         begin = list({self.evaluator.simplified(candidate).key(): candidate for candidate in begin}.values())
         library = self.charge if sampler in WITH_TABLE else 0
         losses = [[1 - self.original["accuracy"], 1.0]]
+        succeeded: list[Any] = []
 
-        def evaluate(candidates: Sequence[Any]) -> Iterator[float]:
+        def state() -> tuple[float, int]:
+            return volume(np.array(losses)), len(succeeded)
+
+        def evaluate(candidates: Sequence[Any]) -> Iterator[tuple[float, int]]:
             for candidate, values in zip(candidates, self.values(candidates), strict=True):
                 told = None if values is None else [values["accuracy"], self.ratio(values)]
                 known = values and {name: v for name, v in values.items() if name == "divergence"}
                 proposer.tell(candidate, told, known)
                 if told:
                     losses.append([1 - told[0], told[1]])
-                yield volume(np.array(losses))
+                    succeeded.append(candidate)
+                yield state()
 
         with tempfile.TemporaryDirectory() as folder:
             proposer = Proposer(
@@ -213,9 +287,9 @@ class Judge:
                 self.evaluator.simplified,
                 task=None if sampler in OPENS else self.task,
             )  # fmt: skip
-            found = charged_curve(proposer, sampler, self.task, library, most, 0.0, evaluate, begin)
+            found = charged_curve(proposer, sampler, self.task, library, most, state(), evaluate, begin)
             proposer.close()
-        return found
+        return found, list(zip(succeeded, losses[1:], strict=True))
 
     def values(self, candidates: Sequence[Any]) -> list[dict[str, float] | None]:
         """Accuracy, divergence and latency relative to the original of every candidate; None for one that failed."""

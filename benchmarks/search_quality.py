@@ -11,9 +11,10 @@ library of options costs is charged too, as evaluations.
 **A real task** (`--task digits` or `--task cifar10`): candidates are built and scored before training on the validation
 split; latency is predicted by the table that `planish profile` left, else by the compiler's counted time of every
 kernel that the candidate calls (`--latency predicted`, the same for every method), or compiled and timed beside the
-original (`--latency measured`). Evaluations are kept by candidate in `--cache`, so that methods and seeds share them,
-and rows when they are whole: a killed run carries on. The families that pay in latency take part: prune, bits, rank and
-block.
+original (`--latency measured`). With `--time-fronts` what each method returns, ours at 60 evaluations and the
+baselines' at 300, is compiled and timed beside the original all the same, and judged by that. Evaluations are kept by
+candidate in `--cache`, so that methods and seeds share them, and rows when they are whole: a killed run carries on. The
+families that pay in latency take part: prune, bits, rank and block.
 
 **Finished runs** (`--run`): the speed-up of its fine-tuned front, as timed, at 0.5 and 1.5 points of validation
 accuracy below the original and the size at 0.5 points, beside each what that model loses on the test split (which chose
@@ -63,6 +64,7 @@ def main() -> None:
     parser.add_argument("--task-alone", action="store_true", help="without the small space")
     parser.add_argument("--families", action="store_true", help="each family alone against all together, too")
     parser.add_argument("--latency", choices=("predicted", "measured"), default="predicted")
+    parser.add_argument("--time-fronts", action="store_true", help="judge what each method returns as timed, too")
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--cache", type=Path, default=Path("runs/search-quality"))
     parser.add_argument("--run", nargs="+", default=[], type=Path, help="folders of finished runs, summed up")
@@ -85,8 +87,9 @@ def main() -> None:
         from real_judge import task_rows
 
         real = task_rows(
-            args.task, args.samplers, seeds, args.most, args.ours, args.latency, args.cache, args.workers, args.families
-        )
+            args.task, args.samplers, seeds, args.most, args.ours, args.latency, args.cache, args.workers,
+            args.families, args.time_fronts,
+        )  # fmt: skip
         rows += real
         own = real_summary(real, args.ours, args.most)
         summary = {**{name if name.startswith("regret") else f"micro_{name}": v for name, v in summary.items()}, **own}
@@ -144,7 +147,15 @@ def wins(rows: Sequence[Row]) -> Row:
 
 def real_summary(rows: Sequence[Row], ours: int, most: int) -> Row:
     judged = [row for row in rows if not row["task"].endswith("families")]
-    return {**volumes(judged, "hypervolume", ours, most), **wins(judged)}
+    return {**volumes(judged, "hypervolume", ours, most), **wins(judged), **timed_volumes(judged, ours, most)}
+
+
+def timed_volumes(rows: Sequence[Row], ours: int, most: int) -> Row:
+    """The same of fronts as timed, where they were."""
+    means = {row["sampler"]: float(np.mean(row["timed"]["hypervolume"])) for row in rows if "timed" in row}
+    if len(means) < 2:
+        return {}
+    return {f"hv_timed_ours_{ours}": means.pop(OURS), f"hv_timed_best_baseline_{most}": max(means.values())}
 
 
 def line(row: Row) -> str:
@@ -155,6 +166,9 @@ def line(row: Row) -> str:
         scale = 100 if kind == "regret" else 1
         parts.append(f"{place}: {scale * np.mean(values):.3f} [{scale * low:.3f}, {scale * high:.3f}]")
     unit = " %" if kind == "regret" else ""
+    if "timed" in row:
+        low, high = interval(row["timed"]["hypervolume"])
+        parts.append(f"front as timed: {np.mean(row['timed']['hypervolume']):.3f} [{low:.3f}, {high:.3f}]")
     return f"{row['task']:14} {row['sampler']:10} {kind}{unit} at {'  '.join(parts)}  ({row['seconds']:.0f} s)"
 
 
