@@ -182,7 +182,8 @@ def forest_of(times: Any) -> Callable[[Sequence[Any]], float]:
 def table_of(evaluator: Evaluator, label: str, database: KernelDatabase, note: Path) -> tuple[TableModel, Row]:
     """The table as `planish profile` builds it, and what that took; what an earlier call has built is not built again.
 
-    Where many kernels met no quiet machine the profile advises to give the same command again: that is done.
+    Where many kernels met no quiet machine the profile advises to give the same command again: that is done, until
+    `ENOUGH_QUIET` of them did or `PROFILES` were made. The seconds are those of the longest of them.
 
     Args:
         note: The file that says what building took, once the table is complete.
@@ -199,20 +200,19 @@ def table_of(evaluator: Evaluator, label: str, database: KernelDatabase, note: P
         # What was cut off begins anew: the seconds are those of one go, every kernel compiled in it.
         database.path.unlink(missing_ok=True)
         shutil.rmtree(note.parent / "cache", ignore_errors=True)
-        took = {}
-    while not took or (kernels_quiet(database) < ENOUGH_QUIET and took.get("profiles", 1) < PROFILES):
+        took = {"profiles": 0}
+    took = {"profiles": 1} | took  # a note of before they were counted is of one
+    while not took["profiles"] or (kernels_quiet(database) < ENOUGH_QUIET and took["profiles"] < PROFILES):
         try:
             table = build_table(evaluator, label, database, Progress(None), seed=0)
         except BusyMachine as error:
             raise SystemExit(f"{note.parent.name}: {error}") from None
-        took = {
-            "profile_s": max(table.seconds, took.get("profile_s", 0.0)),
-            "kernels": took.get("kernels", table.measured),
-            "profiles": took.get("profiles", 0 if not took else 1) + 1,
-        }
+        took["profiles"] += 1
+        took["profile_s"] = max(table.seconds, took.get("profile_s", 0.0))
+        took.setdefault("kernels", table.measured)
         write_json(note, took | {"version": times_version()})
-    took = {"profiles": 1} | took | {"kernels_quiet": kernels_quiet(database)}
-    return fitted(evaluator.devices[label], database.times(), database.networks()), took
+    model = fitted(evaluator.devices[label], database.times(), database.networks())
+    return model, took | {"kernels_quiet": kernels_quiet(database)}
 
 
 def kernels_quiet(database: KernelDatabase) -> float:

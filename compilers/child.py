@@ -29,8 +29,8 @@ from .loader import LOADERS, REMOTE_LOADERS, Loaded, answers, remote_session
 
 # One sample, and what runs before it untimed. The models' weights push each other out of the caches: after another
 # model's turn the first run took three times as long as the tenth, and samples of 1 ms ranked models by whose weights
-# the others had left there. Weights of many megabytes come back run by run: that takes so many runs, unless one
-# run fills a sample: where weights are is little of its time.
+# the others had left there. Weights of many megabytes come back run by run, so that so many are made at least;
+# of a model of which one run fills a sample one is enough, because fetching weights is little of it.
 _SAMPLE_S = 5e-3
 _BEFORE_S = 2e-3
 _BEFORE_RUNS = 8

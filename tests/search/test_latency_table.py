@@ -369,7 +369,9 @@ def test_times_that_cannot_be_kept_are_used_all_the_same(evaluator: Evaluator, t
     database = database_of(evaluator.devices["cpu"], tmp_path / "file" / "times.sqlite")
     found = build_table(evaluator, "cpu", database, Progress(None), limits=replace(SMALL, candidates=4))
     assert found.measured >= 15
-    assert sum("times are not kept" in note for note in found.notes) == 1
+    # A machine that others use may have its own note.
+    (note,) = [note for note in found.notes if "met no quiet machine" not in note]
+    assert "times are not kept" in note
 
 
 def test_a_busy_machine_gives_no_table_and_keeps_nothing(
