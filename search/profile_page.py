@@ -82,8 +82,12 @@ def _device(name: str, entry: Mapping[str, object]) -> str:
     ]
     model = mapping(entry.get("latency_model"))
     error = mapping(model.get("held_out"))
+    # A page is read when the terminal is long gone: what makes its numbers doubtful stands above them.
+    notes = "".join(f'<p class="warn">{escape(str(note))}</p>' for note in _list(model.get("notes")))
+    failed = [[what, reason] for what, reason in mapping(model.get("failed")).items()]
     parts = [
         f"<h2>{escape(name)}: {escape(str(entry.get('title', '')))}</h2>",
+        notes,
         f"<p>{_latency(entry)} Light: the time of a layer; dark: the part that arithmetic and memory traffic at their "
         "peaks would take.</p>",
         layers_svg(layers, _number(entry.get("other_time_s"))),
@@ -100,6 +104,8 @@ def _device(name: str, entry: Mapping[str, object]) -> str:
         parts += ["<h3>The latency model's own error, on networks left out</h3>"]
         parts += [f"<p>It is carried over from {escape(str(source))}.</p>"] if source else []
         parts += [table(["", ""], rows)]
+    if failed:
+        parts += ["<h3>Not measured</h3>", f'<div class="scroll">{table(["", "reason"], failed)}</div>']
     return "\n".join(parts)
 
 

@@ -28,7 +28,11 @@ PROFILE: dict[str, object] = {
                 {"choice": "conv1:bits", "option": 8, "latency_ratio": 0.7, "size_ratio": 0.5, "pays": True, "why": ""},
                 {"choice": EVIL, "option": 16, "latency_ratio": 1.0, "size_ratio": 0.9, "pays": False, "why": "so: x"},
             ],
-            "latency_model": {"held_out": {"within_10": 0.96, "spearman": None}},
+            "latency_model": {
+                "held_out": {"within_10": 0.96, "spearman": None},
+                "notes": [f"few kernels were quiet {EVIL}"],
+                "failed": {"kernel of conv9": EVIL},
+            },
         }
     },
     "left_out": {"bn": EVIL},
@@ -38,7 +42,8 @@ PROFILE: dict[str, object] = {
 def test_every_text_is_escaped_and_everything_is_there() -> None:
     page = profile_html(PROFILE)
     assert "<script" not in page
-    for text in ("conv1", "0.700x", "0.96", "conv1:bits", "&lt;script&gt;", "300.0 us", "everything else"):
+    shown = ("conv1", "0.700x", "0.96", "conv1:bits", "&lt;script&gt;", "300.0 us", "everything else")
+    for text in (*shown, "few kernels were quiet", "kernel of conv9"):
         assert text in page
 
 
