@@ -38,8 +38,8 @@ SPACES = ("resnet20", "resnet56", "mobilenetv2-32", "dscnn")
 PROBES = 20
 # Seconds of timing for every held-out network, at most, and how many are compiled and timed together.
 NETWORK_S, TOGETHER = 5.0, 25
-# A network that is slower for a while beside a reference that is as fast as ever is not told by it (neighbours that take a
-# share of a cache's bandwidth would do that). What disturbs only adds, and seldom meets a network twice.
+# The reference does not tell everything that slows a network down (neighbours that take a share of a cache's bandwidth
+# may not slow the reference). What disturbs only adds, and seldom meets a network twice.
 PASSES = 2
 # Where fewer of a table's kernels met a quiet machine the same profile is asked for again, so often at most.
 ENOUGH_QUIET, PROFILES = 0.9, 4
