@@ -66,7 +66,10 @@ def measure(benchmark: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
 def test_the_lower_of_two_times_counts(measure: Measure) -> None:
     clock = Clock({"a": [(2.0, True), (1.0, True)], "b": [(3.0, True), (4.0, True)]})
     found = measure(clock, "ab")
-    assert [(network.median_s, network.quiet) for network in found] == [(1.0, True), (3.0, True)]
+    assert [(network.seconds, network.quiet) for network in found] == [(1.0, True), (3.0, True)]
+    # What one time each would have been, and how far two are apart.
+    assert [network.times_s for network in found] == [(2.0, 1.0), (3.0, 4.0)]
+    assert [network.spread for network in found] == pytest.approx([1.0, 1 / 3])
     assert clock.asked[:2] == ["a", "b"]
     assert sorted(clock.asked[2:]) == ["a", "b"]
 
@@ -74,9 +77,9 @@ def test_the_lower_of_two_times_counts(measure: Measure) -> None:
 def test_one_quiet_time_is_not_enough_and_disturbed_ones_do_not_count(measure: Measure) -> None:
     clock = Clock({"a": [(1.0, False), (2.0, True), (3.0, True)], "b": [(5.0, False), (4.0, False)] * 2})
     found = measure(clock, "ab")
-    assert [(network.median_s, network.quiet) for network in found] == [(2.0, False), (4.0, False)]
+    assert [(network.seconds, network.quiet) for network in found] == [(2.0, False), (4.0, False)]
     found = measure(clock, "ab")
-    assert (found[0].median_s, found[0].quiet, found[1].quiet) == (2.0, True, False)
+    assert (found[0].seconds, found[0].quiet, found[1].quiet) == (2.0, True, False)
 
 
 def test_what_was_timed_on_a_quiet_machine_is_not_timed_again(measure: Measure, tmp_path: Path) -> None:
@@ -86,6 +89,6 @@ def test_what_was_timed_on_a_quiet_machine_is_not_timed_again(measure: Measure, 
     kept.write_text(kept.read_text() + '{"key": "b", "med')
     clock = Clock({"b": [(3.0, True), (3.5, True)]})
     found = measure(clock, "ab")
-    assert [(network.median_s, network.quiet) for network in found] == [(1.0, True), (3.0, True)]
+    assert [(network.seconds, network.quiet) for network in found] == [(1.0, True), (3.0, True)]
     assert clock.asked == ["b", "b"]
     assert measure(Clock({}), "ab") == found
