@@ -50,6 +50,7 @@ class DistillKeys:
     batch_size: int
     train_limit: int
     device: str
+    precision: str
 
     def passes(self, images: int) -> float:
         """How often the longest training sees each of so many images."""
@@ -223,6 +224,7 @@ def _spec(values: Mapping[str, Value]) -> Spec:
             batch_size=integer("distill.batch_size"),
             train_limit=integer("distill.train_limit"),
             device=text("distill.device"),
+            precision=text("distill.precision"),
         ),
         measure=MeasureKeys(
             latency=text("measure.latency"),

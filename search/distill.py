@@ -157,7 +157,7 @@ class _Training:
         self.identity: dict[str, object] = {
             "seed": seed,
             "ends": list(ends),
-            "recipe": asdict(recipe),
+            "recipe": recipe.described(),
         }
         self.stages: tuple[str, ...] = ()
         self.hints: tuple[str, ...] = ()
@@ -246,8 +246,9 @@ class _Training:
         for group in self.optimiser.param_groups:
             group["lr"] = self._rate(number)
         inputs, targets, wanted = self.lessons.batch(indices)
-        logits = self.student(inputs)
-        found = tap.features if tap is not None else ()
+        with self.recipe.computing(self.device):
+            logits = self.student(inputs).float()
+        found = tuple(feature.float() for feature in tap.features) if tap is not None else ()
         features = found[: len(self.stages)], found[len(self.stages) :]
         parts = losses(self.recipe, logits, features, targets, wanted)
         loss = parts[0]
@@ -287,4 +288,4 @@ class _Training:
             self.hints = stage_ends(self.student, teacher, example, channels=True)
             if not self.hints:
                 _log.info("student and teacher share no image-shaped module of as many channels; no hints are given")
-        return Teacher(teacher, self.device, self.stages, self.hints)
+        return Teacher(teacher, self.device, self.stages, self.hints, self.recipe.computing(self.device))

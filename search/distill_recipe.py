@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import nn
 
 from .distill_state import trainable
+from .spec_defaults import PRECISIONS
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,8 @@ class Recipe:
         batch: Samples in a step, at most.
         clip: The largest norm of all gradients together.
         augment: Whether the split's own augmentation is used.
+        precision: That convolutions and matrix products of student and teacher are computed in: "float32" or
+            "bfloat16" (Kalamkar et al. 2019). Parameters, losses and the optimiser are float32 with both.
     """
 
     alpha: float = 0.8
@@ -42,6 +45,7 @@ class Recipe:
     batch: int = 64
     clip: float = 5.0
     augment: bool = True
+    precision: str = "float32"
 
     def __post_init__(self) -> None:
         allowed = {
@@ -55,10 +59,22 @@ class Recipe:
             "weight_decay": (0 <= self.weight_decay < math.inf, "0 or above"),
             "batch": (self.batch >= 2, "at least 2, for batch norm"),
             "clip": (self.clip > 0, "above 0"),
+            "precision": (self.precision in PRECISIONS, " or ".join(PRECISIONS)),
         }
         for name, (fits, text) in allowed.items():
             if not fits:
                 raise ValueError(f"recipe {name} is {getattr(self, name)!r}; it needs to be {text}")
+
+    def described(self) -> dict[str, object]:
+        """What tells a training from others; as it was when there was float32 alone, where that is used."""
+        described = asdict(self)
+        if self.precision == "float32":
+            del described["precision"]
+        return described
+
+    def computing(self, device: torch.device) -> torch.autocast:
+        """The context that forward passes run in."""
+        return torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bfloat16")
 
 
 def learning_rate(recipe: Recipe, step: int, total_steps: int) -> float:

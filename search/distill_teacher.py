@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -42,16 +43,27 @@ class Teacher:
     """The teacher in eval mode, without gradients."""
 
     def __init__(
-        self, module: nn.Module, device: torch.device, stages: tuple[str, ...] = (), hints: tuple[str, ...] = ()
+        self,
+        module: nn.Module,
+        device: torch.device,
+        stages: tuple[str, ...] = (),
+        hints: tuple[str, ...] = (),
+        computing: AbstractContextManager[object] | None = None,
     ) -> None:
-        """`stages` and `hints` name the modules whose attention maps and whose features are imitated."""
+        """`stages` and `hints` name the modules whose attention maps and whose features are imitated.
+
+        Args:
+            computing: The context that it runs in, entered for every answer; what it says is float32 all the same.
+        """
         self._module, self.device = module, device
         self.stages, self.hints = stages, hints
+        self._computing = computing or nullcontext()
 
     def answer(self, inputs: Tensor) -> Targets:
         """What to imitate on these normalised inputs (n, ...)."""
         with evaluating(self._module), torch.no_grad(), FeatureTap(self._module, (*self.stages, *self.hints)) as tap:
-            logits = self._module(inputs.to(self.device))
-            found = tap.features
+            with self._computing:
+                logits = self._module(inputs.to(self.device)).float()
+            found = tuple(feature.float() for feature in tap.features)
         maps = tuple(attention_map(feature) for feature in found[: len(self.stages)])
         return Targets(logits, maps, found[len(self.stages) :])

@@ -86,6 +86,7 @@ def recipe_of(keys: DistillKeys) -> Recipe:
         hints=keys.hints,
         learning_rate=keys.learning_rate,
         batch=keys.batch_size,
+        precision=keys.precision,
     )
 
 

@@ -30,6 +30,7 @@ class Key:
 
 
 TRAINING_DEVICES = ("auto", "cpu", "cuda")
+PRECISIONS = ("float32", "bfloat16")
 PRESETS = ("quick", "default", "thorough")
 SAMPLERS = ("planish", "grid", "random", "nsga2", "nsga3", "tpe", "gp", "dp", "netadapt")
 LATENCIES = ("measured", "predicted")
@@ -70,6 +71,7 @@ KEYS: Mapping[str, Key] = {
     "distill.device": Key(
         "text", "what trains: auto is a CUDA GPU where there is one, else the CPU", "auto", allowed=TRAINING_DEVICES
     ),
+    "distill.precision": Key("text", "of convolutions and matrix products in training", "float32", allowed=PRECISIONS),
     "measure.latency": Key(
         "text", "measured: run on the device; predicted: by its latency model", "measured", allowed=LATENCIES
     ),

@@ -88,7 +88,7 @@ def _description(name: str, module: nn.Module, data: Data, plan: Plan) -> dict[s
         "model": name,
         "shapes": {key: list(value.shape) for key, value in module.state_dict().items()},
         "epochs": plan.epochs,
-        "recipe": asdict(plan.recipe),
+        "recipe": plan.recipe.described(),
         "normalise": asdict(data.train.normalise),
         "augment": asdict(data.train.augment),
         "data_sha256": digest.hexdigest(),

@@ -5,6 +5,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -75,18 +76,18 @@ def equal(a: nn.Module, b: nn.Module) -> bool:
     return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
 
 
-@pytest.mark.parametrize("optimiser", ["sgd", "adamw"])
+@pytest.mark.parametrize("changes", [{}, {"optimiser": "adamw"}, {"precision": "bfloat16"}])
 @pytest.mark.parametrize("augment", [True, False])
 @pytest.mark.parametrize("stops", [(1,), (2,), (1, 2, 3)])
 def test_a_restart_gives_bit_for_bit_the_uninterrupted_student(
-    tmp_path: Path, optimiser: str, augment: bool, stops: tuple[int, ...]
+    tmp_path: Path, changes: dict[str, Any], augment: bool, stops: tuple[int, ...]
 ) -> None:
     whole = Network(2, seed=2)
-    history = train(whole, 4, optimiser=optimiser, augment=augment)
+    history = train(whole, 4, None, augment=augment, **changes)
     for number, stop in enumerate((*stops, 4)):
         student = Network(2, seed=100 + number) if number else Network(2, seed=2)  # a new process remembers nothing
         torch.rand(number)
-        resumed = train(student, stop, tmp_path / "c.safetensors", optimiser=optimiser, augment=augment)
+        resumed = train(student, stop, tmp_path / "c.safetensors", augment=augment, **changes)
     assert equal(student, whole)
     assert resumed == history
 
@@ -377,7 +378,15 @@ def test_a_finished_training_is_only_read_back(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [{"learning_rate": 0.01}, {"alpha": 0.5}, {"batch": 4}, {"augment": False}, {"optimiser": "adamw"}]
+    "change",
+    [
+        {"learning_rate": 0.01},
+        {"alpha": 0.5},
+        {"batch": 4},
+        {"augment": False},
+        {"optimiser": "adamw"},
+        {"precision": "bfloat16"},
+    ],
 )
 def test_a_checkpoint_of_another_recipe_is_refused(tmp_path: Path, change: dict[str, object]) -> None:
     train(Network(2, seed=2), 1, tmp_path / "c.safetensors")
@@ -439,6 +448,7 @@ def test_a_teacher_with_other_classes_is_refused() -> None:
         {"weight_decay": -1.0},
         {"batch": 1},
         {"clip": 0.0},
+        {"precision": "float16"},
     ],
 )
 def test_a_recipe_that_makes_no_sense_is_refused_by_name(change: dict[str, object]) -> None:
