@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from .evaluate import Evaluator, recipe_of
 from .progress import duration
 
 if TYPE_CHECKING:
     from .config import Spec
-    from .evaluate import Evaluator
 
 _IMAGES = 32
 _TURNS = 3
@@ -39,12 +39,13 @@ def seconds_an_image(evaluator: Evaluator) -> float:
     train = evaluator.task.data.train
     inputs = train.batch(slice(0, min(_IMAGES, len(train))))
     student = copy.deepcopy(evaluator.teacher).train()
+    computing = recipe_of(evaluator.spec.distill).computing(inputs.device)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         # Dropout draws numbers; none of those that the search draws may be gone.
         with torch.random.fork_rng([]):
-            return min(_step_s(student, evaluator.teacher, inputs) for _ in range(_TURNS)) / len(inputs)
+            return min(_step_s(student, evaluator.teacher, inputs, computing) for _ in range(_TURNS)) / len(inputs)
     finally:
         torch.set_num_threads(threads)
 
@@ -66,9 +67,13 @@ def forecast(evaluator: Evaluator, workers: int, on_gpu: bool = False) -> str:
     return f"{line}; up to {duration(seconds)} of training on {on}, less for smaller models"
 
 
-def _step_s(student: torch.nn.Module, teacher: torch.nn.Module, inputs: torch.Tensor) -> float:
+def _step_s(
+    student: torch.nn.Module, teacher: torch.nn.Module, inputs: torch.Tensor, computing: torch.autocast
+) -> float:
     start = time.perf_counter()
-    with torch.no_grad():
+    with torch.no_grad(), computing:
         teacher(inputs)
-    student(inputs).float().square().mean().backward()
+    with computing:
+        outputs = student(inputs)
+    outputs.float().square().mean().backward()
     return time.perf_counter() - start

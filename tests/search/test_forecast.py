@@ -32,8 +32,8 @@ class _Train:
         return torch.arange(400.0).reshape(100, 4)[which]
 
 
-def evaluator(teacher: nn.Module) -> Any:
-    keys = {"distill.rungs": (2, 6), "distill.survivors": (3, 2), "search.trials": 8}
+def evaluator(teacher: nn.Module, **own: str) -> Any:
+    keys = {"distill.rungs": (2, 6), "distill.survivors": (3, 2), "search.trials": 8, **own}
     data = SimpleNamespace(train=_Train())
     return SimpleNamespace(spec=spec(**keys), teacher=teacher, task=SimpleNamespace(data=data))
 
@@ -50,6 +50,14 @@ def test_the_line_says_who_is_trained_how_long_and_leaves_the_model_alone() -> N
     assert all(parameter.grad is None for parameter in teacher.parameters())
     assert torch.get_num_threads() == threads
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_training_is_timed_in_the_precision_that_it_will_have() -> None:
+    seen = set()
+    teacher = nn.Sequential(nn.Linear(4, 3)).eval()
+    teacher[0].register_forward_hook(lambda _, __, output: seen.add(output.dtype))
+    assert "up to" in forecast(evaluator(teacher, **{"distill.precision": "bfloat16"}), 2)
+    assert seen == {torch.bfloat16}
 
 
 def test_a_model_that_cannot_be_trained_has_a_line_without_a_time() -> None:
