@@ -19,7 +19,7 @@ from ..spaces.space import Candidate
 from .objective import Objective
 from .option_table import OptionTable, levels_of
 from .pareto import non_dominated, nondominated_rank
-from .refine import AfterTraining, AsTheyAre, Axis, Chooser, Goals, pool, within_limits
+from .refine import AfterTraining, AsTheyAre, Axis, Chooser, Goals, least_error, pool, within_limits
 from .study_space import distributions_of
 from .surrogate import Evaluated, Levels, Surrogate
 
@@ -64,7 +64,12 @@ class SamplerTask:
         loss = next(1 - v for o, v in zip(self.objectives, self.original, strict=True) if o.metric == "accuracy")
         costs = tuple(o.metric for o in self.objectives if o.metric != "accuracy")
         top = 1 - 1 / self.classes if self.classes > 1 else 1.0
-        return Goals(costs, loss, top, self.limits, 1 - self.least_accuracy, self.epochs)
+        return Goals(costs, loss, top, self.limits, 1 - self.least_accuracy, self.epochs, self._least_error)
+
+    @cached_property
+    def _least_error(self) -> float:
+        """Of what keeps the limits; only a budget on accuracy asks for it."""
+        return least_error(self.table, self.limits) if self.least_accuracy else 0.0
 
     @cached_property
     def within_limits(self) -> Levels:

@@ -45,8 +45,8 @@ _LEAST_EPOCHS = 0.1
 _HOPELESS = 4
 _TRAINED_STD = 0.5
 _WORST_DAMAGE = 0.43
-# Budgets on accuracy that nothing is expected to keep still leave something to be chosen by; and the greatest harm.
-_LEAST_ERROR, _DESTROYED = 0.3, 1e9
+# A budget on accuracy below what training is known to leave still leaves something to be chosen by; the greatest harm.
+_LEAST_ERROR, _DESTROYED = 0.05, 1e9
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,8 @@ class Goals:
             traded off may have one, too.
         most_loss: Of a result, which is trained: what training is not expected to bring so far gains nothing.
         epochs: Of the longest training that follows, over all that there is to train on.
+        least_error: The summed error of the best that the limits permit: what is near to it is proposed even where
+            training is not expected to bring it as far as `most_loss`.
     """
 
     costs: tuple[str, ...]
@@ -69,6 +71,7 @@ class Goals:
     limits: Mapping[str, float]
     most_loss: float = 1.0
     epochs: float = 5.0
+    least_error: float = 0.0
 
     @property
     def kept(self) -> tuple[str, ...]:
@@ -129,6 +132,14 @@ def within_limits(table: OptionTable, goals: Goals) -> Levels:
             break
         found.append(candidate)
     return levels_of(table.space, found)
+
+
+def least_error(table: OptionTable, limits: Mapping[str, float]) -> float:
+    """The summed error of the best candidate that keeps limits relative to the original; 0 where they permit none."""
+    zero = np.zeros((1, len(table.space.choices)), dtype=np.int64)
+    absolute = {n: limit * float(table.cost(n, zero)[0]) for n, limit in limits.items() if n in table.fixed}
+    best = best_within(table, absolute, nodes=_WITHIN_NODES) if absolute else None
+    return 0.0 if best is None else float(table.error(levels_of(table.space, [best]))[0])
 
 
 def program_candidates(table: OptionTable, costs: Sequence[str]) -> list[Candidate]:
@@ -273,20 +284,26 @@ class AfterTraining:
         self._table, self._base = table, goals.base_loss
         self._span = max(goals.top_loss - goals.base_loss, 0.01)
         self._left = _LEFT * left(goals.epochs)
-        least = self._loss(np.array([_LEAST_ERROR]))[0]
         worst = self._base + self._span * -np.expm1(-_WORST_DAMAGE)
-        self.worst_loss = float(np.clip(goals.most_loss, least, worst))
-        # What is permitted, and as much more as predictions err by.
-        self._most = np.inf
+        hoped, within = (
+            float(np.clip(goals.most_loss, self._loss(np.array([least]))[0], worst))
+            for least in (_LEAST_ERROR, max(_LEAST_ERROR, goals.least_error))
+        )
+        self.worst_loss = within
+        self._hopeless = self._most = np.inf
         if goals.most_loss < worst:
-            self._most = float(self.harm_at(np.array([self.worst_loss]))[0]) * float(np.exp(_TRAINED_STD))
+            # What is permitted, and as much more as predictions err by.
+            self._hopeless, self._most = self.harm_at(np.array([hoped, within])) * float(np.exp(_TRAINED_STD))
 
     def hopeless(self, levels: Levels) -> NDArray[np.bool_]:
         """Of which candidates training is not expected to make a result that keeps the most loss."""
-        return np.asarray(self._table.error(levels) > self._most, dtype=np.bool_)
+        return np.asarray(self._table.error(levels) > self._hopeless, dtype=np.bool_)
 
     def beyond(self, levels: Levels) -> Array:
-        """By what harms count: 1 for all but the hopeless, of these the more the further they are from hope."""
+        """By what harms count: 1 for all but the hopeless, of these the more the further they are from hope.
+
+        The nearest of what limits on costs permit count as they are.
+        """
         share = np.minimum(self._table.error(levels), _DESTROYED) / self._most
         return np.asarray(np.minimum(np.maximum(share, 1.0) ** _HOPELESS, _DESTROYED))
 

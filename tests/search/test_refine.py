@@ -12,7 +12,16 @@ from tests.search.tables import everything, table_of
 
 from planish.search.dynamic_program import solve
 from planish.search.option_table import OptionTable, levels_of
-from planish.search.refine import AfterTraining, AsTheyAre, Chooser, Goals, pool, program_candidates, within_limits
+from planish.search.refine import (
+    AfterTraining,
+    AsTheyAre,
+    Chooser,
+    Goals,
+    least_error,
+    pool,
+    program_candidates,
+    within_limits,
+)
 from planish.search.surrogate import Evaluated, Levels, Surrogate
 
 BASE, TOP = 0.08, 0.9
@@ -102,6 +111,21 @@ def test_a_most_loss_leaves_nothing_to_be_gained_beyond_it(table: OptionTable) -
     assert AfterTraining(table, replace(GOALS, most_loss=0.0)).worst_loss > BASE
 
 
+@pytest.mark.parametrize(("most", "epochs"), [(0.001, 30), (0.005, 30), (0.01, 5), (0.05, 1)])
+def test_however_little_may_be_lost_what_is_expected_to_lose_several_times_that_is_hopeless(
+    table: OptionTable, most: float, epochs: int
+) -> None:
+    # The table's errors are those of a real one but for the unit.
+    real = cast("OptionTable", SimpleNamespace(error=lambda levels: table.error(levels) / 100))
+    levels = pool(table, GOALS, sampled(table, 8, 2), np.random.default_rng(0))
+    lost = AfterTraining(real, replace(GOALS, epochs=epochs)).losses(told(table, levels)) - BASE
+    hopeless = AfterTraining(real, replace(GOALS, most_loss=BASE + most, epochs=epochs)).hopeless(levels)
+    assert (lost <= most).any()
+    assert not hopeless[lost <= most].any()
+    assert (lost > 3 * most).any()
+    assert hopeless[lost > 3 * most].all()
+
+
 def test_more_epochs_leave_less(table: OptionTable) -> None:
     levels = sampled(table, 200, 9)
     seen = told(table, levels)
@@ -126,7 +150,8 @@ def test_where_a_limit_permits_only_the_hopeless_the_nearest_of_them_are_chosen(
     inside = model.cost("time", rows).mean <= limit
     scale = 0.8 / table.error(rows[inside]).min()
     real = cast("OptionTable", SimpleNamespace(error=lambda levels: table.error(levels) * scale))
-    goals = replace(GOALS, limits={"time": limit}, most_loss=BASE + 0.002, epochs=1)
+    least = float(real.error(rows[inside]).min())
+    goals = replace(GOALS, limits={"time": limit}, most_loss=BASE + 0.002, epochs=1, least_error=least)
     axis = AfterTraining(real, goals)
     assert axis.hopeless(rows[inside]).all()
     for view in (axis, AsTheyAre(model, axis)):
@@ -306,6 +331,18 @@ def test_several_limits_at_once_are_kept_by_candidates_that_differ(table: Option
     assert all((one != two).any() for n, one in enumerate(rows) for two in rows[:n])
     assert len(within_limits(table, Goals(GOALS.costs, BASE, TOP, {"time": 0.6}))) == 0
     assert len(within_limits(table, Goals(GOALS.costs, BASE, TOP, {"time": 1e-6, "size": 0.7}))) == 0
+
+
+def test_the_least_error_within_limits_is_that_of_the_best_of_all_that_keep_them() -> None:
+    table = table_of(3, 3, 2)
+    error, time, size = everything(table)
+    ratios = {"time": time / time[0], "size": size / size[0]}  # the first is the original
+    for parts in ({"time": 0.2}, {"size": 0.1}, {"time": 0.4, "size": 0.5}):
+        limits = {name: float(np.quantile(ratios[name], part)) for name, part in parts.items()}
+        kept = np.all([ratios[name] <= limit for name, limit in limits.items()], axis=0)
+        assert least_error(table, limits) == pytest.approx(error[kept].min())
+        assert least_error(table, {**limits, "memory": 0.1}) == least_error(table, limits)
+    assert least_error(table, {}) == least_error(table, {"time": 1e-6}) == 0.0
 
 
 def test_what_exceeds_a_limit_gains_nothing(table: OptionTable) -> None:

@@ -17,7 +17,7 @@ from planish.search.errors import UserError
 from planish.search.objective import objectives_of
 from planish.search.option_table import levels_of
 from planish.search.planish_sampler import SamplerTask
-from planish.search.refine import Goals
+from planish.search.refine import Goals, least_error
 from planish.search.sampler import SAMPLERS, Proposer, opening, strongest, uniform_policies
 from planish.spaces.space import Candidate, Choice, Kind, SearchSpace
 
@@ -317,6 +317,10 @@ def test_hopeless_is_what_the_table_expects_below_the_budget_whatever_the_order_
         assert goals == Goals(("latency[cpu]",), 0.1, 0.9, {}, 0.11)
         by_order.append(task.hopeless(candidates))
         assert not any(replace(task, least_accuracy=0.0).hopeless(candidates))
+        # A limit that permits only what is hopeless does not make it less so; what is proposed goes by it.
+        limited = replace(task, limits={"latency[cpu]": 0.3})
+        assert limited.hopeless(candidates) == by_order[-1]
+        assert limited.goals.least_error == least_error(table, limited.limits) > 0
     assert by_order[0] == by_order[1]
     errors = table.error(levels_of(space, candidates))
     least = min(error for error, hopeless in zip(errors, by_order[0], strict=True) if hopeless)
