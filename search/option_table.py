@@ -89,6 +89,14 @@ class OptionTable:
         # What a choice saves in layers that look at it by itself may be more than other choices leave there.
         return np.maximum(total, _LEAST * self._whole(name)) if len(levels) else total
 
+    def complete(self, levels: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Whether every combination of candidates is in its site's table, (n,): the costs of others are guesses."""
+        found = np.ones(len(levels), dtype=np.bool_)
+        for site in self.sites:
+            if site.own:
+                found &= (levels[:, None, list(site.own)] == site.combinations[None]).all(2).any(1)
+        return found
+
     def _whole(self, name: str) -> float:
         """The cost of the original."""
         shared = sum(float(costs[0]) for costs in self.shared_costs.get(name, {}).values())

@@ -166,10 +166,15 @@ class Surrogate:
         self._harm = LogModel(
             self._errors(seen.levels), harm, features, line=_LINE, strength=_LINE_STRENGTH, std=_LINE_STD, seed=seed
         )
-        self._costs = {
-            name: LogModel(self._guess(name, seen.levels), np.maximum(seen.costs[name], 1e-9), features, seed=seed)
-            for name in costs
-        }
+        guesses = {name: (self._guess(name, seen.levels), np.maximum(seen.costs[name], 1e-9)) for name in costs}
+
+        def fitted(rows: NDArray[np.bool_]) -> dict[str, LogModel]:
+            return {n: LogModel(x[rows], y[rows], features[rows], seed=seed) for n, (x, y) in guesses.items()}
+
+        # What the table has no combination for is off by far more, and would make all others as uncertain.
+        complete = table.complete(seen.levels)
+        self._costs = fitted(np.ones(len(complete), dtype=np.bool_))
+        self._complete_costs = self._costs if complete.all() else fitted(complete)
 
     def harm(self, levels: Levels) -> Guess:
         """The divergence from the original, or what stands for it; see `loss_at`."""
@@ -187,7 +192,10 @@ class Surrogate:
 
     def cost(self, name: str, levels: Levels) -> Guess:
         """A cost relative to the original's; the standard deviation is that of its logarithm."""
-        return self._costs[name].predict(self._guess(name, levels), self.features(levels))
+        asked = self._guess(name, levels), self.features(levels)
+        found, complete = self._costs[name].predict(*asked), self._complete_costs[name].predict(*asked)
+        inside = self._table.complete(levels)
+        return Guess(np.where(inside, complete.mean, found.mean), np.where(inside, complete.std, found.std))
 
     def features(self, levels: Levels) -> Array:
         """What corrections see: the share of the error that comes from every choice, and whether an option is taken."""

@@ -185,6 +185,30 @@ def test_with_a_most_loss_what_is_chosen_keeps_it_as_far_as_is_expected(table: O
     assert not axis.hopeless(rows[chosen]).any()
 
 
+def test_combinations_that_the_table_has_not_do_not_make_the_others_uncertain(table: OptionTable) -> None:
+    levels = sampled(table, 60, 7)
+    # Some of a site's combinations, among them the last, are left out, and take five times what their nearest does.
+    sites = [*table.sites]
+    kept = len(sites[0].combinations) - 2
+    sites[0] = replace(
+        sites[0],
+        combinations=sites[0].combinations[:kept],
+        errors=sites[0].errors[:kept],
+        costs={name: costs[..., :kept] for name, costs in sites[0].costs.items()},
+    )
+    thinned = replace(table, sites=tuple(sites))
+    has = np.array([tuple(row) in {tuple(c) for c in sites[0].combinations} for row in levels[:, list(sites[0].own)]])
+    assert (thinned.complete(levels) == has).all()
+    assert 0 < has.sum() < len(has)
+    assert table.complete(levels).all()
+    zero = np.zeros((1, levels.shape[1]), dtype=np.int64)
+    time = thinned.cost("time", levels) / thinned.cost("time", zero) * np.where(has, 1, 5)
+    seen = Evaluated(levels, np.full(60, BASE), np.full(60, 0.1), {"time": time})
+    guess = Surrogate(thinned, seen, ("time",), BASE, TOP, 0).cost("time", levels)
+    assert guess.mean[has] == pytest.approx(time[has], rel=0.02)
+    assert guess.std[has].max() < 0.03 < 0.1 < guess.std[~has].min()
+
+
 def test_a_cost_that_the_table_has_not_is_learned(table: OptionTable) -> None:
     seen = told(table, sampled(table, 60, 7))
     memory = np.where(seen.levels[:, 0] > 0, 0.5, 1.0)
